@@ -1,0 +1,179 @@
+"""Flax NNX layers on low-rank factors, drop-in beside ``nnx.Linear`` and ``nnx.Conv``.
+
+The rank is read from the arrays, so a layer whose factors were sliced needs no new module.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from ssa_jax import factors
+from ssa_jax.factors import Factors
+
+Array = jax.Array
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+he_normal = nnx.initializers.he_normal()
+
+
+def _init_factors(w: Array, rank: float, key: Array) -> Factors:
+    return factors.from_dense(w, factors.rank_of(rank, *w.shape), key)
+
+
+class SVDDense(nnx.Module):
+    """Dense layer y = ((x V) ⊙ s) Uᵀ + b.
+
+    Args:
+      in_features: d_in.
+      out_features: d_out.
+      rank: initial rank as a fraction of min(d_in, d_out), in (0, 1].
+      use_bias: adds b (d_out,).
+      rngs: the key ``params`` draws the He-initialised matrix that is factored once.
+
+    Attributes:
+      kernel: `nnx.Param` of `Factors` with u (d_out, r), s (r,), v (d_in, r).
+      bias: `nnx.Param` (d_out,) or None.
+
+    Raises:
+      ValueError: rank outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: float = 1.0,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        w = he_normal(rngs.params(), (in_features, out_features), jnp.float32).T
+        self.kernel = nnx.Param(_init_factors(w, rank, rngs.params()))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x (..., d_in) to (..., d_out)."""
+        u, s, v = self.kernel.get_value()
+        # s is folded into V: one pass over the weights instead of one over the batch.
+        y = (x @ (v * s[None, :])) @ u.T
+        if self.bias is not None:
+            y = y + self.bias.get_value().reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"expected one int or two, got {value!r}")
+    return pair
+
+
+def _split_padding(padding: Padding) -> tuple[object, object]:
+    """Padding of the vertical and of the horizontal convolution of a pair."""
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            raise ValueError(f"padding must be SAME, VALID or numbers, got {padding!r}")
+        return padding.upper(), padding.upper()
+    sides = [(p, p) if isinstance(p, int) else tuple(p) for p in
+             ((padding, padding) if isinstance(padding, int) else padding)]  # fmt: skip
+    if len(sides) != 2:
+        raise ValueError(f"padding needs one entry per spatial dimension, got {padding!r}")
+    return [sides[0], (0, 0)], [(0, 0), sides[1]]
+
+
+class SVDConv(nnx.Module):
+    """2-D convolution on factors: a vertical one by V, scaled by s, then a horizontal one by U.
+
+    The kernel K (kh, kw, C, N) in HWIO is the matrix K'[(j,n),(i,c)] = K[i,j,c,n] of shape
+    (kw·N, kh·C). V is run as a (kh, 1, C, r) kernel with stride (sh, 1), U as a (1, kw, r, N)
+    kernel with stride (1, sw); the bias is added once, after the second. At full rank this is
+    the dense convolution.
+
+    Args:
+      in_features: C.
+      out_features: N.
+      kernel_size: (kh, kw).
+      rank: initial rank as a fraction of min(kw·N, kh·C), in (0, 1].
+      strides: one int or (sh, sw).
+      padding: ``"SAME"``, ``"VALID"``, an int, or an int or (low, high) per dimension.
+      use_bias: adds b (N,).
+      rngs: the key ``params`` draws the He-initialised kernel that is factored once.
+
+    Attributes:
+      kernel: `nnx.Param` of `Factors` with u (kw·N, r), s (r,), v (kh·C, r).
+      bias: `nnx.Param` (N,) or None.
+
+    Raises:
+      ValueError: rank outside (0, 1], or a kernel size, stride or padding of another form.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        rank: float = 1.0,
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "SAME",
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel_size = _pair(kernel_size)
+        self.strides = _pair(strides)
+        _split_padding(padding)
+        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        kernel = he_normal(
+            rngs.params(), (*self.kernel_size, in_features, out_features), jnp.float32
+        )
+        self.kernel = nnx.Param(_init_factors(kernel_to_matrix(kernel), rank, rngs.params()))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x (batch, H, W, C) to (batch, H', W', N)."""
+        u, s, v = self.kernel.get_value()
+        (kh, kw), (sh, sw) = self.kernel_size, self.strides
+        pad_h, pad_w = _split_padding(self.padding)
+        down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
+        across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, down, (sh, 1), pad_h, dimension_numbers=dims)  # type: ignore[arg-type]
+        y = lax.conv_general_dilated(y, across, (1, sw), pad_w, dimension_numbers=dims)  # type: ignore[arg-type]
+        if self.bias is not None:
+            y = y + self.bias.get_value().reshape(1, 1, 1, -1)
+        return y
+
+
+def kernel_to_matrix(kernel: Array) -> Array:
+    """The matrix K' (kw·N, kh·C) of a kernel K (kh, kw, C, N): K'[(j,n),(i,c)] = K[i,j,c,n]."""
+    kh, kw, c, n = kernel.shape
+    return kernel.transpose(1, 3, 0, 2).reshape(kw * n, kh * c)
+
+
+def matrix_to_kernel(matrix: Array, kernel_size: tuple[int, int]) -> Array:
+    """The kernel (kh, kw, C, N) of a matrix (kw·N, kh·C); inverse of `kernel_to_matrix`."""
+    kh, kw = kernel_size
+    n, c = matrix.shape[0] // kw, matrix.shape[1] // kh
+    return matrix.reshape(kw, n, kh, c).transpose(2, 0, 3, 1)
+
+
+def max_pool(x: Array, size: int) -> Array:
+    """Max pooling of x (batch, H, W, C) with window and stride `size`, no padding.
+
+    Written as a fold of selections over the window's entries: the backward pass of
+    `lax.reduce_window` is a scatter that costs the CPU several times the convolution before
+    it. The gradient goes to the first of equal entries. One predicate serves both branches, so
+    exactly one receives it however the compiler fuses (an equality test with the maximum may
+    miss both).
+    """
+    height, width = (n // size * size for n in x.shape[1:3])
+    best = x[:, 0:height:size, 0:width:size]
+    for i, j in itertools.product(range(size), range(size)):
+        if i or j:
+            other = x[:, i:height:size, j:width:size]
+            best = jnp.where(best >= other, best, other)
+    return best

@@ -1,0 +1,110 @@
+"""Networks without skips: a perceptron, a small convolutional network, VGG-13."""
+
+import itertools
+import math
+
+import jax
+from flax import nnx
+
+from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
+
+Array = jax.Array
+
+
+class Feedforward(nnx.Module):
+    """Units run one after the other; `units` is what training splits."""
+
+    def __init__(self, units: list[Plain]):
+        self.units = nnx.List(units)
+
+    def __call__(self, x: Array) -> Array:
+        """Logits (batch, classes) of images (batch, H, W, C)."""
+        for unit in self.units:
+            x = unit(x)
+        return x
+
+
+def _classifier(d_in: int, classes: int, rngs: nnx.Rngs) -> Plain:
+    """The last unit is always dense: at ten classes its factors would be larger than itself."""
+    return Plain(dense(d_in, classes, rank=None, rngs=rngs), flatten=True)
+
+
+def mlp(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    rank: float | None,
+    rngs: nnx.Rngs,
+    hidden: tuple[int, ...] = (512, 512),
+) -> Feedforward:
+    """Three-layer perceptron: two hidden ReLU layers of 512 and a linear classifier."""
+    sizes = (math.prod(input_shape), *hidden)
+    units = [
+        Plain(dense(a, b, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True)
+        for a, b in itertools.pairwise(sizes)
+    ]
+    return Feedforward([*units, _classifier(sizes[-1], classes, rngs)])
+
+
+def _conv_stack(
+    input_shape: tuple[int, int, int], plan: list[int | str], rank: float | None, rngs: nnx.Rngs
+) -> tuple[list[Plain], int]:
+    """3x3 conv + batch norm + ReLU units; "M" after a width pools 2x2. Units and features out."""
+    height, width, c_in = input_shape
+    units: list[Plain] = []
+    for here, after in zip(plan, [*plan[1:], None], strict=True):
+        if here == "M":
+            continue
+        pool = 2 if after == "M" else 0
+        if pool:
+            height, width = height // 2, width // 2
+        if not height or not width:
+            raise ValueError(f"images of shape {input_shape} are too small for {plan.count('M')}"
+                             " poolings; use smaller a model, such as mlp")  # fmt: skip
+        c_out = int(here)
+        units.append(
+            Plain(
+                conv(c_in, c_out, 3, rank=rank, rngs=rngs),
+                norm=batch_norm(c_out, rngs),
+                activation=nnx.relu,
+                pool=pool,
+            )
+        )
+        c_in = c_out
+    return units, height * width * c_in
+
+
+def smallconv(
+    input_shape: tuple[int, int, int], classes: int, *, rank: float | None, rngs: nnx.Rngs
+) -> Feedforward:
+    """Three 3x3 convolutions of 32, 64, 128 channels, each with norm, ReLU and 2x2 pooling,
+    a hidden layer of 512 and a linear classifier.
+    """
+    units, features = _conv_stack(input_shape, [32, "M", 64, "M", 128, "M"], rank, rngs)
+    hidden = Plain(dense(features, 512, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True)
+    return Feedforward([*units, hidden, _classifier(512, classes, rngs)])
+
+
+def vgg13(
+    input_shape: tuple[int, int, int], classes: int, *, rank: float | None, rngs: nnx.Rngs
+) -> Feedforward:
+    """VGG-13 with batch norm and one linear classifier (Simonyan & Zisserman 2015, net B)."""
+    plan: list[int | str] = [
+        64,
+        64,
+        "M",
+        128,
+        128,
+        "M",
+        256,
+        256,
+        "M",
+        512,
+        512,
+        "M",
+        512,
+        512,
+        "M",
+    ]
+    units, features = _conv_stack(input_shape, plan, rank, rngs)
+    return Feedforward([*units, _classifier(features, classes, rngs)])

@@ -1,0 +1,91 @@
+"""The optimiser's chain and its order, written here only."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ssa_jax import ranks, transforms
+
+Array = jax.Array
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": optax.scale_by_adam,
+    "momentum": lambda: optax.trace(decay=0.9),
+}
+
+
+class OptimizerConfig(NamedTuple):
+    """Settings of the chain.
+
+    Attributes:
+      learning_rate: peak of the schedule.
+      total_steps: length of training.
+      steps_per_epoch: ranks are chosen anew at the end of every epoch.
+      optimizer: a name in `OPTIMIZERS`.
+      warmup: share of training over which the rate rises linearly from zero; a cosine takes
+        it back to zero.
+      clip: largest RMS of one gradient array; local, unlike a global norm.
+      hoyer: η, coefficient of the Hoyer term.
+      rank_schedule: a name in `ranks.SCHEDULES`.
+      rank_floor: lowest rank of the energy rule, as a fraction of the initial one.
+      energy: share of Σ s² that the energy rule keeps.
+      projection: a name in `linalg.PROJECTIONS`.
+      retraction: a name in `linalg.RETRACTIONS`.
+      retract_every: steps between retractions.
+    """
+
+    learning_rate: float
+    total_steps: int
+    steps_per_epoch: int
+    optimizer: str = "adam"
+    warmup: float = 0.05
+    clip: float = 1.0
+    hoyer: float = 0.0
+    rank_schedule: str = "none"
+    rank_floor: float = 0.3
+    energy: float = 0.95
+    projection: str = "stiefel"
+    retraction: str = "newton_schulz"
+    retract_every: int = 1
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine to zero at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=max(1, round(config.warmup * config.total_steps)),
+        decay_steps=max(2, config.total_steps),
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Hoyer -> clip -> tangent -> Adam or momentum -> tangent -> rate -> truncate -> retract.
+
+    Projected before the adaptive step, so that its moments see tangent gradients, and after
+    it, since an elementwise rescaling leaves the tangent space. Truncation changes s alone,
+    so the retraction of U and V may follow it.
+
+    Raises:
+      ValueError: an unknown name or a value out of range, from the transforms.
+    """
+    schedule = ranks.SCHEDULES[config.rank_schedule]
+
+    def target(count: Array) -> ranks.Target:
+        return schedule(jnp.minimum(count / config.total_steps, 1.0), config.energy)
+
+    return optax.chain(
+        transforms.add_hoyer(lambda count: config.hoyer * target(count).hoyer),
+        optax.clip_by_block_rms(config.clip),
+        transforms.project_to_tangent(config.projection),
+        OPTIMIZERS[config.optimizer](),
+        transforms.project_to_tangent(config.projection),
+        optax.scale_by_learning_rate(learning_rate(config)),
+        transforms.truncate_rank(
+            lambda count: target(count)[:2], config.rank_floor, config.steps_per_epoch
+        ),
+        transforms.retract(config.retraction, config.retract_every),
+    )

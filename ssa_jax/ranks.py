@@ -1,0 +1,106 @@
+"""Rank schedules, and compaction: slicing truncated ranks out of every array.
+
+A schedule says how much rank to keep at a fraction of training; `transforms.truncate_rank`
+zeroes the rest inside the step, and `compact` removes the zeroes between epochs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssa_jax.factors import is_factors, named_leaves
+
+Array = jax.Array
+Tree = Any
+
+# The phase of the paper in which the rank falls linearly under the Hoyer term, and what it
+# leaves of the initial rank.
+LINEAR_PHASE = 0.3
+LINEAR_TARGET = 0.7
+BUCKET = 8
+
+
+class Target(NamedTuple):
+    """What a schedule asks for at one moment.
+
+    Attributes:
+      rank: most rank to keep, as a fraction of the initial one.
+      energy: share of Σ s² that the energy rule keeps; 1 switches the rule off.
+      hoyer: factor of the Hoyer term's coefficient.
+    """
+
+    rank: Array
+    energy: Array
+    hoyer: Array
+
+
+def _target(rank: Any, energy: Any, hoyer: Any) -> Target:
+    return Target(jnp.float32(rank), jnp.float32(energy), jnp.float32(hoyer))
+
+
+def none(fraction: Array, energy: float) -> Target:
+    """Ranks stay."""
+    del fraction, energy
+    return _target(1, 1, 0)
+
+
+def linear(fraction: Array, energy: float) -> Target:
+    """Falls linearly to 0.7 r₀ over the first 30 % of training and stays."""
+    del energy
+    done = jnp.clip(fraction / LINEAR_PHASE, 0, 1)
+    return _target(1 - (1 - LINEAR_TARGET) * done, 1, 0)
+
+
+def hybrid(fraction: Array, energy: float) -> Target:
+    """`linear` under the Hoyer term for 30 % of training, then the energy rule."""
+    first = fraction <= LINEAR_PHASE
+    ramp = linear(fraction, energy).rank
+    return _target(ramp, jnp.where(first, 1.0, energy), jnp.where(first, 1.0, 0.0))
+
+
+SCHEDULES: dict[str, Callable[[Array, float], Target]] = {
+    "none": none,
+    "linear": linear,
+    "hybrid": hybrid,
+}
+
+
+def bucket(rank: int, stored: int) -> int:
+    """The rank rounded up to a multiple of `BUCKET`, at most what is stored."""
+    return min(-(-rank // BUCKET) * BUCKET, stored)
+
+
+def selection(params: Tree) -> dict[str, np.ndarray]:
+    """Indices to keep of every factorised layer that can shrink, by its path.
+
+    The non-zero singular values, largest first, filled up with zero ones to the bucket.
+    """
+    chosen = {}
+    for name, f in named_leaves(params).items():
+        s = np.abs(np.asarray(f.s))
+        keep = bucket(max(1, int(np.count_nonzero(s))), s.size)
+        if keep < s.size:
+            chosen[name] = np.argsort(-s, kind="stable")[:keep]
+    return chosen
+
+
+def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
+    """Slices every `Factors` of a tree whose path ends with a chosen layer's path.
+
+    Works alike on parameters, twins, masks and optimiser moments, all of which hold
+    `Factors` of the parameters' shapes at paths that end as the parameters' do.
+    """
+
+    def slice_node(path: tuple[Any, ...], node: Any) -> Any:
+        if not is_factors(node):
+            return node
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for layer, index in chosen.items():
+            if name == layer or name.endswith("/" + layer):
+                return jax.tree.map(lambda x: x[..., index], node)
+        return node
+
+    return jax.tree_util.tree_map_with_path(slice_node, tree, is_leaf=is_factors)

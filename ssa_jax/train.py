@@ -1,0 +1,177 @@
+"""Training as pure functions: the state, the local gradients, the step, the evaluation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ssa_jax import factors, losses
+from ssa_jax.forward import Tape, forward, predict
+from ssa_jax.losses import LossWeights
+from ssa_jax.methods import Method
+from ssa_jax.units import Unit
+
+Array = jax.Array
+Tree = Any
+
+
+class Batch(NamedTuple):
+    """Images (batch, H, W, C) float32, normalised, and labels (batch,) int32."""
+
+    images: Array
+    labels: Array
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: one parameter tree a unit, with `Factors` nodes.
+      mstate: one state tree a unit (batch statistics).
+      feedback: the method's own state.
+      opt_state: the optimiser's.
+      key: typed PRNG key of the run.
+    """
+
+    step: Array
+    params: Tree
+    mstate: Tree
+    feedback: Tree
+    opt_state: optax.OptState
+    key: Array
+
+
+def init_state(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    params: Tree,
+    mstate: Tree,
+    key: Array,
+) -> TrainState:
+    """The state before the first step."""
+    key, key_feedback = jax.random.split(key)
+    # Copied, since a donated state must own every buffer once.
+    feedback = jax.tree.map(jnp.copy, method.init(key_feedback, params, mstate))
+    opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
+    return TrainState(jnp.int32(0), params, mstate, feedback, opt_state, key)
+
+
+def local_gradients(
+    params: Tree, twins: Tree | None, tape: Tape, signals: Sequence[Array], weights: LossWeights
+) -> Tree:
+    """Gradient of each unit's local loss: α pullback_i(δ_i) + ∇(β alignment + γ orthogonality).
+
+    Args:
+      params: one parameter tree a unit.
+      twins: their twins, or None for a method without any.
+      tape: of the forward pass at `params`.
+      signals: δ_i, one a unit, of the shapes of `tape.outputs`.
+      weights: α, β, γ.
+    """
+    gradients = []
+    for i, (pullback, signal) in enumerate(zip(tape.pullbacks, signals, strict=True)):
+        task = pullback(weights.alpha * signal)[0]
+        twin = None if twins is None else twins[i]
+        rest = jax.grad(losses.regulariser)(params[i], twin, weights)
+        gradients.append(jax.tree.map(jnp.add, task, rest))
+    return tuple(gradients)
+
+
+def _mean_terms(
+    params: Tree, twins: Tree | None, tape: Tape, signals: Sequence[Array]
+) -> dict[str, Array]:
+    """Each term of the local losses, averaged over the units."""
+    per_unit = [
+        losses.local_terms(p, None if twins is None else twins[i], h, d)
+        for i, (p, h, d) in enumerate(zip(params, tape.outputs, signals, strict=True))
+    ]
+    return {f"local/{k}": jnp.mean(jnp.stack([t[k] for t in per_unit])) for k in per_unit[0]}
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+
+def make_step(
+    units: Sequence[Unit],
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    weights: LossWeights,
+) -> Step:
+    """The jitted training step; its state is donated.
+
+    Returns:
+      (state, batch) -> (state, metrics): loss, accuracy, every local term as ``local/<term>``,
+      and ``finite``, whether loss and new parameters are. A non-finite step leaves the old
+      parameters, statistics and optimiser state in place, so the state stays usable.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        logits, mstate, tape = forward(units, state.params, state.mstate, batch.images)
+        loss, error = losses.output_error(logits, batch.labels)
+        signals = method.signals(state.feedback, state.params, tape, error, batch)
+        twins = method.twins(state.feedback)
+        gradients = local_gradients(state.params, twins, tape, signals, weights)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        feedback = method.update(state.feedback, params)
+        finite = jnp.isfinite(loss) & _all_finite(params)
+        new = TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels),
+            "finite": finite,
+            **_mean_terms(state.params, twins, tape, signals),
+        }
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _all_finite(tree: Tree) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def make_refresh(method: Method) -> Callable[[TrainState], TrainState]:
+    """The jitted refresh of the method's feedback."""
+
+    def refresh(state: TrainState) -> TrainState:
+        return state._replace(feedback=method.refresh(state.feedback, state.params, state.mstate))
+
+    return jax.jit(refresh)
+
+
+def make_eval(units: Sequence[Unit]) -> Callable[[Tree, Tree, Batch], dict[str, Array]]:
+    """The jitted evaluation of one batch: correct answers and summed loss.
+
+    Labels of -1 mark padding and count for nothing.
+    """
+
+    def evaluate(params: Tree, mstate: Tree, batch: Batch) -> dict[str, Array]:
+        logits = predict(units, params, mstate, batch.images)
+        valid = batch.labels >= 0
+        loss = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.where(valid, batch.labels, 0)
+        )
+        correct = (jnp.argmax(logits, -1) == batch.labels) & valid
+        return {"correct": jnp.sum(correct), "loss": jnp.sum(jnp.where(valid, loss, 0.0))}
+
+    return jax.jit(evaluate)
+
+
+def true_gradients(units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch) -> Tree:
+    """jax.grad of the mean cross-entropy through the whole network in training mode."""
+
+    def loss(p: Tree) -> Array:
+        return losses.cross_entropy(
+            predict(units, p, mstate, batch.images, train=True), batch.labels
+        )
+
+    return jax.grad(loss)(params)
+
+
+def ranks(params: Tree) -> dict[str, int]:
+    """Stored rank of every factorised layer by its path."""
+    return {name: f.rank for name, f in factors.named_leaves(params).items()}
