@@ -66,8 +66,11 @@ def hoyer_term(params: Tree) -> Array:
 
 def regulariser(params: Tree, twins: Tree | None, weights: LossWeights) -> Array:
     """β alignment + γ orthogonality of one unit; no alignment for a method without twins."""
-    loss = weights.gamma * orthogonality_term(params)
-    if twins is not None:
+    loss = jnp.float32(0)
+    # A product with a zero coefficient would still be computed.
+    if weights.gamma:
+        loss = loss + weights.gamma * orthogonality_term(params)
+    if weights.beta and twins is not None:
         loss = loss + weights.beta * alignment_term(params, twins)
     return loss
 

@@ -69,8 +69,13 @@ SCHEDULES: dict[str, Callable[[Array, float], Target]] = {
 
 
 def bucket(rank: int, stored: int) -> int:
-    """The rank rounded up to a multiple of `BUCKET`, at most what is stored."""
-    return min(-(-rank // BUCKET) * BUCKET, stored)
+    """The rank rounded up to an eighth of what is stored, in multiples of `BUCKET`.
+
+    Every change of a stored rank costs a compilation of the step; eighths bound them to a few
+    for each halving.
+    """
+    width = BUCKET * -(-stored // (8 * BUCKET))
+    return min(-(-rank // width) * width, stored)
 
 
 def selection(params: Tree) -> dict[str, np.ndarray]:
@@ -94,13 +99,17 @@ def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
     `Factors` of the parameters' shapes at paths that end as the parameters' do.
     """
 
+    def index_of(path: tuple[Any, ...]) -> np.ndarray | None:
+        name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
+        return next((i for layer, i in chosen.items() if name.endswith("/" + layer)), None)
+
     def slice_node(path: tuple[Any, ...], node: Any) -> Any:
-        if not is_factors(node):
-            return node
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for layer, index in chosen.items():
-            if name == layer or name.endswith("/" + layer):
-                return jax.tree.map(lambda x: x[..., index], node)
-        return node
+        index = index_of(path) if is_factors(node) else None
+        # Sliced on the host: on the device every new shape would be compiled for.
+        return (
+            node
+            if index is None
+            else jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[..., index]), node)
+        )
 
     return jax.tree_util.tree_map_with_path(slice_node, tree, is_leaf=is_factors)

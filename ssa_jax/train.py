@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ssa_jax import factors, losses
@@ -80,17 +81,6 @@ def local_gradients(
     return tuple(gradients)
 
 
-def _mean_terms(
-    params: Tree, twins: Tree | None, tape: Tape, signals: Sequence[Array]
-) -> dict[str, Array]:
-    """Each term of the local losses, averaged over the units."""
-    per_unit = [
-        losses.local_terms(p, None if twins is None else twins[i], h, d)
-        for i, (p, h, d) in enumerate(zip(params, tape.outputs, signals, strict=True))
-    ]
-    return {f"local/{k}": jnp.mean(jnp.stack([t[k] for t in per_unit])) for k in per_unit[0]}
-
-
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -99,16 +89,24 @@ def make_step(
     method: Method,
     optimizer: optax.GradientTransformation,
     weights: LossWeights,
+    on_compile: Callable[[], None] = lambda: None,
 ) -> Step:
     """The jitted training step; its state is donated.
 
+    Args:
+      units: the network.
+      method: makes the teaching signals.
+      optimizer: the whole chain; see `optim`.
+      weights: coefficients of the local loss.
+      on_compile: called whenever the step is traced, which is once a set of shapes.
+
     Returns:
-      (state, batch) -> (state, metrics): loss, accuracy, every local term as ``local/<term>``,
-      and ``finite``, whether loss and new parameters are. A non-finite step leaves the old
-      parameters, statistics and optimiser state in place, so the state stays usable.
+      (state, batch) -> (state, metrics), metrics being ``loss`` and ``accuracy`` at the
+      parameters before the step.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        on_compile()
         logits, mstate, tape = forward(units, state.params, state.mstate, batch.images)
         loss, error = losses.output_error(logits, batch.labels)
         signals = method.signals(state.feedback, state.params, tape, error, batch)
@@ -117,21 +115,16 @@ def make_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         feedback = method.update(state.feedback, params)
-        finite = jnp.isfinite(loss) & _all_finite(params)
-        new = TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key)
-        metrics = {
-            "loss": loss,
-            "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels),
-            "finite": finite,
-            **_mean_terms(state.params, twins, tape, signals),
-        }
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+        metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels)}
+        return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _all_finite(tree: Tree) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+def all_finite(tree: Tree) -> bool:
+    """Whether every entry of every inexact leaf is finite; on the host, between epochs."""
+    leaves = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact))
+    return all(bool(np.isfinite(np.asarray(x)).all()) for x in leaves)
 
 
 def make_refresh(method: Method) -> Callable[[TrainState], TrainState]:

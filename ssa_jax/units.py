@@ -28,7 +28,7 @@ class Unit:
 
 
 def _split(module: nnx.Module) -> tuple[Any, Tree, Tree]:
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 

@@ -1,0 +1,117 @@
+"""From a config and a data set to everything that a run calls."""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from experiments.config import Config, ConfigError
+from ssa_jax import costs, factors, optim
+from ssa_jax.data import Dataset
+from ssa_jax.forward import output_shapes, predict
+from ssa_jax.losses import LossWeights
+from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
+from ssa_jax.models import MODELS
+from ssa_jax.train import TrainState, init_state
+from ssa_jax.units import Unit, split_units
+
+Array = jax.Array
+Tree = Any
+
+
+class Built(NamedTuple):
+    """A network, its method and optimiser, and the state before the first step."""
+
+    units: tuple[Unit, ...]
+    method: Method
+    optimizer: Any
+    weights: LossWeights
+    learning_rate: Any
+    steps_per_epoch: int
+    state: TrainState
+
+
+class Costs(NamedTuple):
+    """Size of a network for inference: stored parameters, and MACs for one image."""
+
+    params: int
+    macs: int
+
+
+def build(config: Config, data: Dataset) -> Built:
+    """Builds a run.
+
+    Raises:
+      ConfigError: settings that do not fit each other or the data.
+    """
+    steps_per_epoch = len(data.train_labels) // config.batch_size
+    if not steps_per_epoch:
+        raise ConfigError(
+            f"--batch_size must be at most {len(data.train_labels)}, the number of training "
+            f"examples, got {config.batch_size}"
+        )
+    units, params, mstate = _split(config, data, config.rank_init if config.factorized else None)
+    shapes = output_shapes(units, params, mstate, data.image_shape)
+    options = FeedbackOptions(
+        config.feedback, config.feedback_update, config.feedback_every, config.feedback_rate
+    )
+    method = METHODS[config.method](Network(units, shapes), options)
+    chain = optim.OptimizerConfig(
+        learning_rate=config.learning_rate,
+        total_steps=config.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        optimizer=config.optimizer,
+        hoyer=config.hoyer,
+        rank_schedule=config.rank_schedule,
+        rank_floor=config.rank_floor,
+        energy=config.energy,
+        projection=config.projection,
+        retraction=config.retraction,
+        retract_every=config.retract_every,
+    )
+    optimizer = optim.make_optimizer(chain)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
+    return Built(
+        units=units,
+        method=method,
+        optimizer=optimizer,
+        weights=LossWeights(config.alpha, config.beta, config.gamma),
+        learning_rate=optim.learning_rate(chain),
+        steps_per_epoch=steps_per_epoch,
+        state=state,
+    )
+
+
+def _split(
+    config: Config, data: Dataset, rank: float | None
+) -> tuple[tuple[Unit, ...], Tree, Tree]:
+    try:
+        model = MODELS[config.model](
+            data.image_shape, data.classes, rank=rank, rngs=nnx.Rngs(config.seed)
+        )
+    except ValueError as e:
+        raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
+    return split_units(model)
+
+
+def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dataset) -> Costs:
+    """Costs of a network at its stored ranks."""
+    image = jax.ShapeDtypeStruct((1, *data.image_shape), "float32")
+
+    def logits(p: Tree, m: Tree, x: Array) -> Array:
+        return predict(units, p, m, x)
+
+    return Costs(costs.parameters(params), costs.macs(logits, params, mstate, image))
+
+
+def dense_costs(config: Config, data: Dataset) -> Costs:
+    """Costs of the same network without factors."""
+    return network_costs(*_split(config, data, None), data)
+
+
+def rank_fraction(params: Tree) -> float:
+    """Mean over the factorised layers of stored rank over full rank; 1 without any."""
+    shares = [
+        f.rank / factors.full_rank(f.u.shape[0], f.v.shape[0]) for f in factors.leaves(params)
+    ]
+    return sum(shares) / len(shares) if shares else 1.0

@@ -1,0 +1,108 @@
+"""The settings of a run: every flag, its default and its range, in one place."""
+
+import dataclasses
+from typing import Any
+
+from ssa_jax.data import DATASETS
+from ssa_jax.linalg import PROJECTIONS, RETRACTIONS
+from ssa_jax.methods import METHODS
+from ssa_jax.methods.ssa import PATHS, UPDATES
+from ssa_jax.models import MODELS
+from ssa_jax.optim import OPTIMIZERS
+from ssa_jax.ranks import SCHEDULES
+
+
+class ConfigError(ValueError):
+    """A setting that no run can have."""
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help and limits: choices, low, high, or above (an open bound)."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. The defaults train SSA on CIFAR-10 within a laptop's patience."""
+
+    method: str = setting("ssa", "Learning method.", choices=tuple(METHODS))
+    model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
+    dataset: str = setting("cifar10", "Data set.", choices=tuple(DATASETS))
+    data_dir: str | None = setting(None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.")
+    factorize: str = setting(
+        "auto", "Layers on factors; auto: on for ssa alone.", choices=("auto", "on", "off")
+    )
+    epochs: int = setting(12, "Passes over the training set.", low=1)
+    max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
+    batch_size: int = setting(128, "Examples in a step.", low=1)
+    optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
+    learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
+    seed: int = setting(0, "Seed of all randomness.", low=0)
+    workdir: str | None = setting(None, "Where results go; default: a new folder under runs/.")
+    resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
+    alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
+    beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
+    gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
+    hoyer: float = setting(
+        1e-4, "Coefficient of the Hoyer term, where the schedule has it.", low=0.0
+    )
+    rank_schedule: str = setting("none", "How ranks fall.", choices=tuple(SCHEDULES))
+    rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
+    rank_floor: float = setting(0.3, "Lowest rank over the initial one.", low=0.0, high=1.0)
+    energy: float = setting(0.95, "Energy share that the energy rule keeps.", above=0.0, high=1.0)
+    feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)
+    feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)
+    feedback_every: int = setting(10, "Steps between refreshes of the feedback.", low=1)
+    feedback_rate: float = setting(0.01, "Rate of mutual twins.", low=0.0, high=0.5)
+    projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
+    retraction: str = setting("newton_schulz", "Retraction.", choices=tuple(RETRACTIONS))
+    retract_every: int = setting(1, "Steps between retractions.", low=1)
+
+    @property
+    def factorized(self) -> bool:
+        """Whether the layers hold factors."""
+        return self.factorize == "on" or (self.factorize == "auto" and self.method == "ssa")
+
+    def validate(self) -> None:
+        """Checks every field against its limits.
+
+        Raises:
+          ConfigError: one line that names the flag, its value and what it may be.
+        """
+        for field in dataclasses.fields(self):
+            value, m = getattr(self, field.name), field.metadata
+            wanted = None
+            if "choices" in m and value not in m["choices"]:
+                wanted = "one of " + ", ".join(m["choices"])
+            elif "low" in m and not value >= m["low"]:
+                wanted = f"at least {m['low']}"
+            elif "above" in m and not value > m["above"]:
+                wanted = f"more than {m['above']}"
+            elif "high" in m and not value <= m["high"]:
+                wanted = f"at most {m['high']}"
+            elif isinstance(value, float) and value == float("inf"):
+                wanted = "finite"
+            if wanted:
+                raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+        if self.resume and not self.workdir:
+            raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
+
+
+# Flags that say where and how far to run, not what the run is.
+_NOT_IDENTITY = ("workdir", "resume", "data_dir", "max_steps")
+
+
+def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """The settings that two runs must share for one to go on with the other's checkpoint."""
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    return {k: v for k, v in values.items() if k not in _NOT_IDENTITY}
+
+
+def differences(config: Config, stored: dict[str, Any]) -> str:
+    """The identity settings in which a run differs from a stored one, as one phrase."""
+    here, there = identity(config), identity(stored)
+    return ", ".join(
+        f"{k}={here.get(k)} here and {there.get(k)} there"
+        for k in sorted(here.keys() | there.keys())
+        if here.get(k) != there.get(k)
+    )

@@ -1,0 +1,84 @@
+"""absl flags from the config's fields, and the exit codes of every program."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+
+from experiments.config import Config, ConfigError
+from experiments.workdir import WorkdirError
+from ssa_jax.checkpoint import CheckpointError
+from ssa_jax.data import DataError
+
+EXIT_USAGE = 2
+EXIT_NOT_FINITE = 3
+EXIT_INTERRUPTED = 130
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or a parameter is NaN or infinite."""
+
+
+def define(fields: dict[str, Any]) -> None:
+    """Defines one absl flag a config field, with the field's default (or the one in `fields`)."""
+    for field in dataclasses.fields(Config):
+        default = fields.get(field.name, field.default)
+        text = field.metadata["help"]
+        if isinstance(field.default, bool):
+            flags.DEFINE_boolean(field.name, default, text)
+        elif isinstance(field.default, int):
+            flags.DEFINE_integer(field.name, default, text)
+        elif isinstance(field.default, float):
+            flags.DEFINE_float(field.name, default, text)
+        else:
+            # Choices are checked with the rest of the config, in the same words.
+            choices = field.metadata.get("choices")
+            flags.DEFINE_string(field.name, default, text + (f" {choices}" if choices else ""))
+
+
+def config_from_flags() -> Config:
+    """The config of the parsed flags, validated."""
+    values: dict[str, Any] = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Config)}
+    config = Config(**values)
+    config.validate()
+    return config
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as e:
+        _fail(str(e), EXIT_USAGE)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; flags start with --", EXIT_USAGE)
+    return rest
+
+
+def _fail(message: str, code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """Parses the flags and runs main; an error a user can mend becomes one line and a code.
+
+    Exit codes: 2 for wrong flags, data, workdir or checkpoint; 3 for a loss that is not
+    finite; 130 after Ctrl-C.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        del argv
+        try:
+            main()
+        except (ConfigError, DataError, WorkdirError, CheckpointError) as e:
+            _fail(str(e), EXIT_USAGE)
+        except NotFiniteError as e:
+            _fail(str(e), EXIT_NOT_FINITE)
+        except KeyboardInterrupt as e:
+            _fail(str(e) or "interrupted", EXIT_INTERRUPTED)
+
+    # Orbax tells every step of a save; a run's own lines would drown.
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded, flags_parser=_parse)

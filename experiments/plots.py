@@ -1,0 +1,81 @@
+"""PNG pictures of a run: curves, angles, ranks."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def draw(rows: list[Row], folder: Path) -> list[Path]:
+    """Draws curves.png, angles.png and, for a factorised model, ranks.png.
+
+    Returns:
+      The files written; none without matplotlib, which a line on the terminal says.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: pip install 'ssa_jax[plots]'")
+        return []
+    files = [_figure(folder / "curves.png", lambda f: _curves(f, rows))]
+    files.append(_figure(folder / "angles.png", lambda f: _angles(f, rows)))
+    if rows[-1]["ranks"]:
+        files.append(_figure(folder / "ranks.png", lambda f: _ranks(f, rows)))
+    return files
+
+
+def _figure(file: Path, fill: Callable[[Any], None]) -> Path:
+    # The object interface, since pyplot keeps global state and may want a display.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.prop_cycle": _cycle()}):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        fill(figure)
+        figure.savefig(file, dpi=120)
+    return file
+
+
+def _cycle() -> Any:
+    import matplotlib.style
+
+    return matplotlib.style.library["tableau-colorblind10"]["axes.prop_cycle"]
+
+
+def _axes(figure: Any, place: int, title: str, unit: str, rows: list[Row]) -> Any:
+    axes = figure.add_subplot(place, title=title, xlabel="epoch", ylabel=unit)
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(rows) > 1:
+        axes.set_xlim(rows[0]["epoch"], rows[-1]["epoch"])
+    return axes
+
+
+def _curves(figure: Any, rows: list[Row]) -> None:
+    epochs = [r["epoch"] for r in rows]
+    left = _axes(figure, 121, "Cross-entropy", "nats", rows)
+    right = _axes(figure, 122, "Accuracy", "%", rows)
+    for split in ("train", "test"):
+        left.plot(epochs, [r[f"{split}_loss"] for r in rows], marker=".", label=split)
+        right.plot(epochs, [100 * r[f"{split}_accuracy"] for r in rows], marker=".", label=split)
+    left.legend()
+    right.legend()
+
+
+def _angles(figure: Any, rows: list[Row]) -> None:
+    axes = _axes(figure, 111, "Angle between local and true gradient", "degrees", rows)
+    for i in range(len(rows[0]["angles"])):
+        axes.plot([r["epoch"] for r in rows], [r["angles"][i] for r in rows], marker=".",
+                  label=f"unit {i + 1}")  # fmt: skip
+    axes.axhline(90, color="0.6", linestyle=":", label="orthogonal")
+    axes.set_ylim(0, 100)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _ranks(figure: Any, rows: list[Row]) -> None:
+    axes = _axes(figure, 111, "Stored rank of each layer", "rank", rows)
+    for name in rows[0]["ranks"]:
+        axes.plot([r["epoch"] for r in rows], [r["ranks"][name] for r in rows], marker=".",
+                  label=name.removesuffix("/kernel"))  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,274 @@
+"""The training loop of one run, from a config to a summary."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import build, plots, workdir
+from experiments.config import Config
+from experiments.flags import NotFiniteError
+from experiments.workdir import Workdir
+from ssa_jax import data as data_lib
+from ssa_jax import metrics, ranks, train
+from ssa_jax.checkpoint import Checkpoints
+from ssa_jax.data import Dataset, Loader
+from ssa_jax.train import Batch, TrainState
+
+Array = jax.Array
+Row = dict[str, Any]
+
+# Examples of the fixed batch on which angles and loss terms are measured.
+PROBE_SIZE = 512
+
+
+class Programs(NamedTuple):
+    """The jitted functions of a run."""
+
+    step: train.Step
+    refresh: Callable[[TrainState], TrainState]
+    evaluate: Callable[..., dict[str, Array]]
+    probe: Callable[[TrainState, Batch], metrics.Probe]
+
+
+class Counter:
+    """Counts how often the step was compiled."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __call__(self) -> None:
+        self.value += 1
+
+
+def run(config: Config) -> Row:
+    """Trains one configuration and returns its summary, which is also in its workdir.
+
+    Raises:
+      ConfigError, DataError, WorkdirError, CheckpointError: nothing was overwritten.
+      NotFiniteError: the loss or a parameter became NaN or infinite; the newest checkpoint is
+        the last good state.
+      KeyboardInterrupt: after Ctrl-C, with a message that says how to go on.
+    """
+    config.validate()
+    data = data_lib.load(config.dataset, config.data_dir)
+    built = build.build(config, data)
+    folder = workdir.reopen(config) if config.resume else workdir.create(config)
+    checkpoints = Checkpoints(folder.checkpoints)
+    try:
+        return _Run(config, data, built, folder, checkpoints).go()
+    finally:
+        checkpoints.close()
+
+
+class _Run:
+    """The state of a run between epochs."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        built: build.Built,
+        folder: Workdir,
+        checkpoints: Checkpoints,
+    ):
+        self.config, self.data, self.built = config, data, built
+        self.folder, self.checkpoints = folder, checkpoints
+        self.compiles = Counter()
+        self.programs = Programs(
+            train.make_step(
+                built.units, built.method, built.optimizer, built.weights, self.compiles
+            ),
+            train.make_refresh(built.method),
+            train.make_eval(built.units),
+            metrics.make_probe(built.units, built.method, built.weights),
+        )
+        self.loader: Loader = data_lib.make_loader(data)
+        self.state, self.epoch, self.earlier_s = built.state, 0, 0.0
+        self.dense = build.dense_costs(config, data)
+        self.started = time.monotonic()
+
+    def go(self) -> Row:
+        """Trains to the end and writes the summary, whatever the end is."""
+        if self.config.resume:
+            self.epoch, self.state = self.checkpoints.restore(self.state)
+            self.folder.keep_rows(self.epoch)
+            self.earlier_s = max((row["wall_s"] for row in self.folder.rows()), default=0.0)
+        else:
+            # The last good state of a run that fails in its first epoch.
+            self.checkpoints.save(0, self.state)
+        try:
+            while self.epoch < self.config.epochs and not self._stopped():
+                self._epoch()
+        except NotFiniteError:
+            self._finish("not_finite")
+            raise
+        except KeyboardInterrupt:
+            self._finish("interrupted")
+            raise KeyboardInterrupt(
+                f"interrupted; {self.epoch} epochs are kept, go on with the same flags and "
+                f"--workdir={self.folder.path} --resume"
+            ) from None
+        return self._finish("stopped" if self.epoch < self.config.epochs else "finished")
+
+    def _stopped(self) -> bool:
+        return 0 < self.config.max_steps <= int(self.state.step)
+
+    def _epoch(self) -> None:
+        begun = time.monotonic()
+        row = self._train_epoch()
+        seconds = time.monotonic() - begun
+        row |= self._evaluate()
+        self._check_finite(row["test_loss"], train.all_finite(self.state))
+        row |= self._probe()
+        row |= self._compact()
+        row |= {
+            "epoch": self.epoch + 1,
+            "step": int(self.state.step),
+            "ranks": train.ranks(self.state.params),
+            "images_per_second": row["images"] / seconds,
+            "compiles": self.compiles.value,
+            "wall_s": self.earlier_s + time.monotonic() - self.started,
+        }
+        complete = row["images"] == self.built.steps_per_epoch * self.config.batch_size
+        self.folder.log(row)
+        print(_line(row, self.config.epochs), flush=True)
+        if complete:
+            self.epoch += 1
+            self.checkpoints.save(self.epoch, self.state)
+
+    def _train_epoch(self) -> Row:
+        """One pass over the training set, in the order that seed and epoch give."""
+        size = self.config.batch_size
+        order_key, crop_key = jax.random.split(self.state.key)
+        order = np.asarray(data_lib.epoch_order(order_key, self.epoch, self.loader.train_size))
+        every = self.built.method.refresh_every
+        first = self.epoch * self.built.steps_per_epoch
+        last = first + self.built.steps_per_epoch
+        if self.config.max_steps:
+            last = min(last, self.config.max_steps)
+        history: list[dict[str, Array]] = []
+        with tqdm(
+            total=(last - first) * size,
+            unit="img",
+            desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        ) as bar:
+            for step in range(first, last):
+                if every and step % every == 0:
+                    self.state = self.programs.refresh(self.state)
+                index = order[(step - first) * size : (step - first + 1) * size]
+                batch = self.loader.train_batch(jax.random.fold_in(crop_key, step), index)
+                self.state, measured = self.programs.step(self.state, batch)
+                # One step late, so that the device never waits for the host.
+                if history:
+                    self._check_finite(history[-1]["loss"])
+                history.append(measured)
+                bar.update(size)
+        self._check_finite(history[-1]["loss"])
+        mean = {k: float(np.mean([float(h[k]) for h in history])) for k in history[0]}
+        return {
+            "train_loss": mean["loss"],
+            "train_accuracy": mean["accuracy"],
+            "images": len(history) * size,
+            "learning_rate": float(self.built.learning_rate(last - 1)),
+        }
+
+    def _check_finite(self, loss: Any, rest: bool = True) -> None:
+        if math.isfinite(float(loss)) and rest:
+            return
+        raise NotFiniteError(
+            f"loss or parameters are not finite in epoch {self.epoch + 1}; the state after epoch "
+            f"{self.epoch} is kept in {self.folder.checkpoints}; try a lower --learning_rate than "
+            f"{self.config.learning_rate}"
+        )
+
+    def _evaluate(self) -> Row:
+        results = [
+            self.programs.evaluate(self.state.params, self.state.mstate, batch)
+            for batch in self.loader.test_batches()
+        ]
+        n = len(self.data.test_labels)
+        return {
+            "test_loss": sum(float(r["loss"]) for r in results) / n,
+            "test_accuracy": sum(int(r["correct"]) for r in results) / n,
+        }
+
+    def _probe(self) -> Row:
+        index = np.arange(min(PROBE_SIZE, self.loader.train_size))
+        probe = self.programs.probe(self.state, self.loader.fixed_batch(index))
+        return {
+            "angles": [round(float(a), 3) for a in probe.angles],
+            "drift": float(probe.drift),
+            **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
+        }
+
+    def _compact(self) -> Row:
+        """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
+        chosen = ranks.selection(self.state.params)
+        if not chosen:
+            return {}
+        before = self._evaluate()
+        self.state = ranks.compact(self.state, chosen)
+        return {
+            "test_accuracy_before_compaction": before["test_accuracy"],
+            "test_loss_before_compaction": before["test_loss"],
+            **self._evaluate(),
+        }
+
+    def _finish(self, status: str) -> Row:
+        rows = self.folder.rows()
+        last: Row = rows[-1] if rows else {}
+        size = build.network_costs(
+            self.built.units, self.state.params, self.state.mstate, self.data
+        )
+        config = self.config
+        summary = {
+            "status": status,
+            "method": config.method,
+            "model": config.model,
+            "dataset": config.dataset,
+            "seed": config.seed,
+            "epochs": self.epoch,
+            "steps": int(self.state.step),
+            "factorized": config.factorized,
+            "rank_schedule": config.rank_schedule,
+            "test_accuracy": last.get("test_accuracy"),
+            "train_loss": last.get("train_loss"),
+            "angles": last.get("angles"),
+            "params": size.params,
+            "params_ratio": size.params / self.dense.params,
+            "macs": size.macs,
+            "macs_ratio": size.macs / self.dense.macs,
+            "ranks": train.ranks(self.state.params),
+            "rank_fraction": build.rank_fraction(self.state.params),
+            "compiles": self.compiles.value,
+            "wall_s": self.earlier_s + time.monotonic() - self.started,
+            "commit": workdir.commit(),
+            "workdir": str(self.folder.path),
+        }
+        self.folder.write_json("summary.json", summary)
+        if rows:
+            plots.draw(rows, self.folder.plots)
+        return summary
+
+
+def _line(row: Row, epochs: int) -> str:
+    hidden = row["angles"][:-1]
+    stored = list(row["ranks"].values())
+    parts = [
+        f"epoch {row['epoch']}/{epochs}",
+        f"loss {row['train_loss']:.4f}",
+        f"test {100 * row['test_accuracy']:.2f} %",
+        f"angle {sum(hidden) / max(1, len(hidden)):.1f}°",
+        f"ranks {stored}" if stored else "",
+        f"{row['images_per_second']:.0f} img/s",
+        f"{row['wall_s']:.0f} s",
+    ]
+    return "  ".join(p for p in parts if p)

@@ -1,0 +1,71 @@
+"""A Markdown table of runs, from their summary.json files alone.
+
+python -m experiments.table WORKDIR [WORKDIR ...]
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+HEADER = ("method", "test accuracy", "hidden angle", "parameters", "rank", "MACs", "time", "state")
+
+
+def label(summary: Row) -> str:
+    """Method, with what changes its network."""
+    parts = [summary["method"]]
+    if summary["factorized"] and summary["method"] != "ssa":
+        parts.append("on factors")
+    if summary["rank_schedule"] != "none" and summary["factorized"]:
+        parts.append(f"({summary['rank_schedule']} ranks)")
+    return " ".join(parts)
+
+
+def _cells(s: Row) -> tuple[str, ...]:
+    hidden = (s["angles"] or [])[:-1]
+    accuracy = s["test_accuracy"]
+    return (
+        label(s),
+        "-" if accuracy is None else f"{100 * accuracy:.2f} %",
+        f"{sum(hidden) / len(hidden):.1f}°" if hidden else "-",
+        f"{s['params'] / 1e6:.3f} M ({100 * s['params_ratio']:.0f} %)",
+        f"{100 * s['rank_fraction']:.0f} %" if s["factorized"] else "dense",
+        f"{s['macs'] / 1e6:.2f} M ({100 * s['macs_ratio']:.0f} %)",
+        f"{s['wall_s']:.0f} s",
+        s["status"],
+    )
+
+
+def table(summaries: Sequence[Row]) -> str:
+    """One line a run; ratios are to the dense network of the same name."""
+    rows = [HEADER, *(_cells(s) for s in summaries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def main(folders: Sequence[str]) -> int:
+    """Prints the table of the given workdirs; 2 if one has no summary."""
+    if not folders:
+        print(__doc__)
+        return 2
+    summaries = []
+    for folder in folders:
+        try:
+            summaries.append(json.loads((Path(folder) / "summary.json").read_text()))
+        except (OSError, ValueError) as e:
+            print(f"error: {folder} holds no summary.json of a run: {e}", file=sys.stderr)
+            return 2
+    print(table(summaries))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

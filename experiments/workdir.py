@@ -1,0 +1,151 @@
+"""The folder of a run: config.json, metrics.jsonl, summary.json, checkpoints/, plots/."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config, differences
+
+_PACKAGES = ("ssa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class WorkdirError(ValueError):
+    """The folder cannot be written, or belongs to another run."""
+
+
+class Workdir:
+    """Files of one run. Created by `create` or `reopen`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a file whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(temporary, self.path / name)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one object to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl; a last line cut short by a crash is left out."""
+        file = self.path / "metrics.jsonl"
+        rows = []
+        for line in file.read_text().splitlines() if file.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def keep_rows(self, epochs: int) -> None:
+        """Drops what was logged after `epochs` epochs, which a resumed run will log again."""
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epochs]
+        temporary = self.path / ".metrics.jsonl.tmp"
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path / "metrics.jsonl")
+
+
+def create(config: Config) -> Workdir:
+    """A new folder for a run, with its config.json.
+
+    Raises:
+      WorkdirError: it cannot be written, or holds something already.
+    """
+    path = Path(config.workdir) if config.workdir else _default_path(config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise WorkdirError(_occupied(path, config))
+        workdir = Workdir(path)
+        workdir.write_json("config.json", _record(config))
+        for folder in (workdir.checkpoints, workdir.plots):
+            folder.mkdir()
+    except OSError as e:
+        raise WorkdirError(f"cannot write to {path}: {e.strerror}; give another --workdir") from e
+    return workdir
+
+
+def reopen(config: Config) -> Workdir:
+    """The folder of an earlier run of the same settings.
+
+    Raises:
+      WorkdirError: there is no such run, or its settings differ.
+    """
+    path = Path(str(config.workdir))
+    stored = _stored_config(path)
+    if stored is None:
+        raise WorkdirError(f"{path} holds no run to resume: config.json is missing or damaged")
+    if different := differences(config, stored):
+        raise WorkdirError(f"{path} is a run of another configuration: {different}")
+    if not os.access(path, os.W_OK):
+        raise WorkdirError(f"cannot write to {path}")
+    workdir = Workdir(path)
+    for folder in (workdir.checkpoints, workdir.plots):
+        folder.mkdir(exist_ok=True)
+    return workdir
+
+
+def _default_path(config: Config) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{stamp}-{config.dataset}-{config.model}-{config.method}-seed{config.seed}"
+    path = Path("runs") / name
+    return path if not path.exists() else path.with_name(f"{name}-{os.getpid()}")
+
+
+def _stored_config(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((path / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _occupied(path: Path, config: Config) -> str:
+    stored = _stored_config(path)
+    if stored is None:
+        return f"{path} is not empty and holds no run; give another --workdir"
+    different = differences(config, stored)
+    what = f"of another configuration ({different})" if different else "of these settings"
+    return f"{path} holds a run {what}; give another --workdir" + (
+        "" if different else ", or --resume to go on with it"
+    )
+
+
+def _record(config: Config) -> dict[str, Any]:
+    return {
+        "config": dataclasses.asdict(config),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "commit": commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with ``+`` for uncommitted changes; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
