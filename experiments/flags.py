@@ -79,6 +79,6 @@ def run_program(main: Callable[[], Any]) -> None:
         except KeyboardInterrupt as e:
             _fail(str(e) or "interrupted", EXIT_INTERRUPTED)
 
-    # Orbax tells every step of a save; a run's own lines would drown.
-    logging.set_verbosity(logging.WARNING)
+    # Orbax and TFDS tell every step they take; a run's own lines would drown.
+    logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=_parse)

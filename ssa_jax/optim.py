@@ -23,7 +23,7 @@ class OptimizerConfig(NamedTuple):
     Attributes:
       learning_rate: peak of the schedule.
       total_steps: length of training.
-      steps_per_epoch: ranks are chosen anew at the end of every epoch.
+      steps_per_epoch: the energy rule applies once an epoch.
       optimizer: a name in `OPTIMIZERS`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
         it back to zero.

@@ -68,10 +68,9 @@ def _is_mask(node: Any) -> bool:
 
 def keep_largest(s: Array, mask: Array, k: Array) -> Array:
     """Mask (r,) of the k largest |s| among those `mask` keeps; ties go to the first."""
-    power = jnp.where(mask, jnp.abs(s), -1.0)
-    order = jnp.argsort(-power, stable=True)
-    position = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return mask & (position < k)
+    # The dropped ones are zero and come last, so that they never displace a kept one.
+    larger = jnp.sum(linalg.smaller_than(jnp.where(mask, s, 0)), axis=0)
+    return mask & (larger < k)
 
 
 def truncate_rank(
@@ -80,14 +79,16 @@ def truncate_rank(
     """Zeroes the smallest singular values, for good, with static shapes.
 
     With r₀ the rank at init and (ρ, ε) = target(step), the k largest |s| of those still alive
-    stay, k = min(⌈ρ r₀⌉, max(smallest k with Σ_{j≤k} s_j² ≥ ε Σ s_j², ⌈floor r₀⌉)). The update
-    of a dropped value is -s, so `optax.apply_updates` makes it exactly zero; masks never
-    grow back. Slicing the zeroes away is left to the caller.
+    stay: k = ⌈ρ r₀⌉ in every step, and in the first step of every period also at most
+    max(smallest k with Σ_{j≤k} s_j² ≥ ε Σ s_j², ⌈floor r₀⌉). A period leaves training the time
+    to recover before the energy rule, which empties any spectrum in the end, bites again. The
+    update of a dropped value is -s, so `optax.apply_updates` makes it exactly zero; masks
+    never grow back. Slicing the zeroes away is left to the caller.
 
     Args:
       target: step count after this step -> (rank as a fraction of r₀, energy share).
       floor: the energy rule never goes below this fraction of r₀.
-      every: choose anew in every k-th step only; in between the masks hold.
+      every: period of the energy rule in steps.
 
     Raises:
       ValueError: floor outside [0, 1], `every` below one; or no params at update.
@@ -124,10 +125,10 @@ def truncate_rank(
                 return None
             r0 = next(initial).astype(jnp.float32)
             s = jnp.where(mask.s, p.s + g.s, 0)
+            k = jnp.ceil(rank * r0 - 1e-4)
             lowest = jnp.maximum(linalg.energy_rank(s, energy), jnp.ceil(floor * r0))
-            k = jnp.minimum(jnp.ceil(rank * r0 - 1e-4), lowest)
-            chosen = keep_largest(s, mask.s, jnp.maximum(k, 1))
-            return mask._replace(s=jnp.where(count % every == 0, chosen, mask.s))
+            k = jnp.where(count % every == 1 % every, jnp.minimum(k, lowest), k)
+            return mask._replace(s=keep_largest(s, mask.s, jnp.maximum(k, 1)))
 
         def cut(mask: Factors | None, g: Any, p: Any) -> Any:
             return g if mask is None else g._replace(s=jnp.where(mask.s, g.s, -p.s))

@@ -1,0 +1,88 @@
+"""Small networks and batches that the tests share."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ssa_jax.forward import output_shapes
+from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
+from ssa_jax.models.blocks import Plain, Residual, batch_norm, conv, dense
+from ssa_jax.models.feedforward import Feedforward
+from ssa_jax.train import Batch
+from ssa_jax.units import split_units
+
+IMAGE = (6, 6, 2)
+CLASSES = 5
+
+
+def tiny_conv(rank=None, seed=0):
+    """Conv with norm and pooling, a strided conv, a hidden layer, a classifier."""
+    rngs = nnx.Rngs(seed)
+    return Feedforward(
+        [
+            Plain(conv(2, 6, 3, rank=rank, rngs=rngs), norm=batch_norm(6, rngs),
+                  activation=nnx.relu, pool=2),
+            Plain(conv(6, 8, 3, rank=rank, rngs=rngs, strides=2), norm=batch_norm(8, rngs),
+                  activation=nnx.relu),
+            Plain(dense(32, 7, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True),
+            Plain(dense(7, CLASSES, rank=None, rngs=rngs), flatten=True),
+        ]
+    )  # fmt: skip
+
+
+def tiny_residual(rank=None, seed=0):
+    """A stem, a block with identity skip, a strided block with projection, a classifier."""
+    rngs = nnx.Rngs(seed)
+
+    def plain(c_in, c_out, size=3, strides=1, activation=None):
+        return Plain(conv(c_in, c_out, size, rank=rank, rngs=rngs, strides=strides),
+                     norm=batch_norm(c_out, rngs), activation=activation)  # fmt: skip
+
+    return Feedforward(
+        [
+            plain(2, 4, activation=nnx.relu),
+            Residual([plain(4, 4, activation=nnx.relu), plain(4, 4)]),
+            Residual([plain(4, 6, strides=2, activation=nnx.relu), plain(6, 6)],
+                     shortcut=plain(4, 6, size=1, strides=2)),
+            Plain(dense(54, CLASSES, rank=None, rngs=rngs), flatten=True),
+        ]
+    )  # fmt: skip
+
+
+def tiny_linear(rank=None, seed=0):
+    """A network that is linear in training mode: no norm, no activation, no max pooling."""
+    rngs = nnx.Rngs(seed)
+    return Feedforward(
+        [
+            Plain(conv(2, 4, 3, rank=rank, rngs=rngs)),
+            Plain(conv(4, 5, 3, rank=rank, rngs=rngs, strides=2)),
+            Plain(dense(45, 8, rank=rank, rngs=rngs), flatten=True),
+            Plain(dense(8, CLASSES, rank=None, rngs=rngs), flatten=True),
+        ]
+    )
+
+
+NETWORKS = {"conv": tiny_conv, "residual": tiny_residual, "linear": tiny_linear}
+
+
+def make_batch(n=8, seed=0, shape=IMAGE, classes=CLASSES):
+    key_x, key_y = jax.random.split(jax.random.key(seed))
+    images = jax.random.normal(key_x, (n, *shape))
+    return Batch(images, jax.random.randint(key_y, (n,), 0, classes))
+
+
+def split(name="conv", rank=None, seed=0):
+    return split_units(NETWORKS[name](rank, seed))
+
+
+def make_method(name, units, params, mstate, shape=IMAGE, **options) -> Method:
+    shapes = output_shapes(units, params, mstate, shape)
+    return METHODS[name](Network(units, shapes), FeedbackOptions(**options))
+
+
+def max_difference(a, b):
+    """Largest absolute difference between two trees of one structure."""
+    return max(
+        float(jnp.max(jnp.abs(x - y)))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )

@@ -1,0 +1,70 @@
+"""Imports run one way, as docs/design.md says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ssa_jax"
+
+# What each module or folder of the package may import from the package.
+ALLOWED = {
+    "linalg": set(),
+    "factors": {"linalg"},
+    "layers": {"factors", "linalg"},
+    "models": {"layers", "models"},
+    "units": set(),
+    "forward": {"units"},
+    "feedback": {"factors", "linalg", "units", "forward"},
+    "losses": {"factors", "linalg"},
+    "methods": {"factors", "feedback", "forward", "losses", "units", "methods"},
+    "transforms": {"factors", "linalg", "transforms"},
+    "ranks": {"factors", "linalg"},
+    "optim": {"ranks", "transforms"},
+    "train": {"factors", "forward", "losses", "methods", "units"},
+    "metrics": {"factors", "linalg", "forward", "losses", "methods", "train", "units"},
+    "data": {"train"},
+    "checkpoint": {"ranks", "train"},
+    "costs": set(),
+    "__init__": set(),
+}
+
+
+def imports(file):
+    """Dotted names of the modules a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            if node.module == "ssa_jax":
+                yield from (f"ssa_jax.{alias.name}" for alias in node.names)
+
+
+def part(file):
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
+def test_imports_run_one_way(file):
+    ours = {name.split(".")[1] for name in imports(file) if name.startswith("ssa_jax.")}
+    assert ours <= ALLOWED[part(file)]
+
+
+def test_only_programs_see_flags():
+    for file in FILES:
+        names = {name.split(".")[0] for name in imports(file)}
+        assert not names & {"absl", "experiments", "benchmarks", "tqdm", "matplotlib"}, file
+
+
+def test_one_place_knows_flax_split_and_merge():
+    for file in FILES:
+        text = file.read_text()
+        if file.name != "units.py":
+            assert "nnx.merge" not in text, file
+            assert "nnx.split" not in text, file

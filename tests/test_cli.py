@@ -1,0 +1,298 @@
+"""The command line as a person meets it: results, resume, and errors of one line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments import config as config_lib
+from experiments import table, workdir
+from experiments.config import Config, ConfigError
+from experiments.flags import NotFiniteError
+from experiments.run import run
+from experiments.workdir import WorkdirError
+
+ROOT = Path(__file__).parent.parent
+SMALL = Config(dataset="digits", model="mlp", epochs=3, batch_size=128)
+
+
+def command(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.cifar", *args],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **kwargs,
+    )  # fmt: skip
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One hybrid run on the digits, and its summary."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    config = dataclasses.replace(
+        SMALL, rank_schedule="hybrid", rank_init=1.0, epochs=8, workdir=str(folder)
+    )
+    return config, folder, run(config)
+
+
+def test_the_workdir_tells_the_run(finished):
+    config, folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"] == dataclasses.asdict(config)
+    assert record["versions"]["jax"]
+    assert [r["epoch"] for r in rows(folder)] == list(range(1, 9))
+    wanted = {"method", "model", "dataset", "seed", "epochs", "test_accuracy", "params",
+              "params_ratio", "macs_ratio", "ranks", "compiles", "wall_s"}  # fmt: skip
+    assert wanted <= summary.keys()
+    row = rows(folder)[-1]
+    terms = {"local_task", "local_alignment", "local_orthogonality", "local_hoyer"}
+    assert terms | {"train_loss", "test_accuracy", "ranks", "drift", "angles"} <= row.keys()
+    assert len(row["angles"]) == len(row["local_task"]) == 3
+
+
+def test_it_learns_and_stays_on_the_manifold(finished):
+    _, folder, summary = finished
+    assert summary["status"] == "finished"
+    assert summary["test_accuracy"] > 0.7
+    assert rows(folder)[-1]["train_loss"] < rows(folder)[0]["train_loss"]
+    assert max(r["drift"] for r in rows(folder)) < 1e-4
+    assert all(0 <= a < 90 for a in summary["angles"])
+
+
+def test_ranks_shrink_tensors_and_compaction_leaves_the_accuracy(finished):
+    _, folder, summary = finished
+    first, last = rows(folder)[0]["ranks"], summary["ranks"]
+    assert all(last[k] < first[k] for k in first)
+    assert summary["params_ratio"] < 1
+    assert summary["macs_ratio"] < 1
+    compacted = [r for r in rows(folder) if "test_accuracy_before_compaction" in r]
+    assert compacted
+    for r in compacted:
+        assert r["test_accuracy"] == r["test_accuracy_before_compaction"]
+        assert r["test_loss"] == pytest.approx(r["test_loss_before_compaction"], rel=1e-5)
+    # One compilation for each set of ranks that was trained at.
+    trained = [json.dumps(r["ranks"]) for r in rows(folder)[:-1]]
+    assert summary["compiles"] == len({*trained, "initial"} if compacted[0]["epoch"] == 1
+                                      else {*trained})  # fmt: skip
+
+
+def test_pictures_are_drawn(finished):
+    _, folder, _ = finished
+    for name in ("curves", "angles", "ranks"):
+        with Image.open(folder / "plots" / f"{name}.png") as picture:
+            assert picture.size[0] > 500
+            low, high = picture.convert("L").getextrema()
+            assert high - low > 100
+
+
+def test_table_has_the_summary_numbers(finished, capsys):
+    _, folder, summary = finished
+    assert table.main([str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert f"{100 * summary['test_accuracy']:.2f} %" in text
+    assert "ssa (hybrid ranks)" in text
+    assert table.main([str(folder.parent)]) == 2
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path):
+    def losses(name, **change):
+        run(dataclasses.replace(SMALL, workdir=str(tmp_path / name), epochs=2, **change))
+        return [r["train_loss"] for r in rows(tmp_path / name)]
+
+    first = losses("a")
+    assert losses("b") == first
+    assert losses("c", seed=1) != first
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path):
+    change = {"rank_schedule": "hybrid", "rank_init": 1.0, "epochs": 4}
+    whole = dataclasses.replace(SMALL, workdir=str(tmp_path / "whole"), **change)
+    expected = run(whole)
+    steps = expected["steps"] // 4
+    parts = dataclasses.replace(whole, workdir=str(tmp_path / "parts"))
+    # Once at an epoch's end, once in the middle of an epoch, which is then repeated.
+    assert run(dataclasses.replace(parts, max_steps=2 * steps))["status"] == "stopped"
+    resumed = dataclasses.replace(parts, resume=True)
+    run(dataclasses.replace(resumed, max_steps=2 * steps + 3))
+    summary = run(resumed)
+    assert summary["status"] == "finished"
+    timed = {"images_per_second", "wall_s", "compiles"}
+    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+    assert summary["test_accuracy"] == expected["test_accuracy"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
+    folder = tmp_path / "nan"
+    config = dataclasses.replace(
+        SMALL, method="bp", optimizer="momentum", learning_rate=1e12, workdir=str(folder)
+    )
+    with pytest.raises(NotFiniteError, match="not finite in epoch 1; the state after epoch 0"):
+        run(config)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "not_finite"
+    assert (folder / "checkpoints" / "0").is_dir()
+
+
+def test_nan_is_exit_code_3(tmp_path):
+    done = command(
+        "--dataset=digits", "--model=mlp", "--method=bp", "--optimizer=momentum",
+        "--learning_rate=1e12", f"--workdir={tmp_path / 'nan'}",
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert_one_line(done, "not finite")
+
+
+def assert_one_line(done, message):
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=magic"], "--method must be one of bp, dfa, ssa"),
+        (["--epochs=0"], "--epochs must be at least 1, got 0"),
+        (["--epochs=-3"], "--epochs must be at least 1"),
+        (["--epochs=many"], "epochs"),
+        (["--no_such_flag=1"], "no_such_flag"),
+        (["extra"], "unexpected argument 'extra'"),
+        (["--workdir=/dev/null/run"], "cannot write to /dev/null/run"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(flags, message):
+    done = command("--dataset=digits", "--model=mlp", *flags)
+    assert done.returncode == 2
+    assert_one_line(done, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "lenet"}, "--model must be one of mlp, smallconv, vgg13"),
+        ({"dataset": "svhn"}, "--dataset must be one of"),
+        ({"learning_rate": 0.0}, "--learning_rate must be more than 0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be more than 0"),
+        ({"learning_rate": float("inf")}, "--learning_rate must be finite"),
+        ({"batch_size": 0}, "--batch_size must be at least 1"),
+        ({"max_steps": -1}, "--max_steps must be at least 0"),
+        ({"rank_init": 0.0}, "--rank_init must be more than 0"),
+        ({"rank_init": 1.5}, "--rank_init must be at most 1"),
+        ({"rank_floor": -0.1}, "--rank_floor must be at least 0"),
+        ({"energy": 1.1}, "--energy must be at most 1"),
+        ({"beta": -1.0}, "--beta must be at least 0"),
+        ({"rank_schedule": "fast"}, "--rank_schedule must be one of none, linear, hybrid"),
+        ({"feedback": "straight"}, "--feedback must be one of"),
+        ({"feedback_update": "often"}, "--feedback_update must be one of"),
+        ({"feedback_every": 0}, "--feedback_every must be at least 1"),
+        ({"projection": "flat"}, "--projection must be one of"),
+        ({"retraction": "svd"}, "--retraction must be one of"),
+        ({"retract_every": 0}, "--retract_every must be at least 1"),
+        ({"factorize": "maybe"}, "--factorize must be one of"),
+        ({"resume": True}, "--resume needs --workdir"),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)
+def test_every_flag_has_its_limits(change, message):
+    with pytest.raises(ConfigError) as error:
+        dataclasses.replace(SMALL, **change).validate()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_do_not_fit_each_other(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigError, match="--batch_size must be at most"):
+        run(dataclasses.replace(SMALL, batch_size=5000, workdir=str(folder)))
+    with pytest.raises(ConfigError, match="too small"):
+        run(dataclasses.replace(SMALL, model="vgg13", workdir=str(folder)))
+    assert not folder.exists()
+
+
+def test_missing_data_is_exit_code_2_and_leaves_no_workdir(tmp_path):
+    done = command(f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert_one_line(done, "ssa_jax[prepare]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_overwritten(finished):
+    config, folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(WorkdirError, match="holds a run of these settings"):
+        run(config)
+    with pytest.raises(WorkdirError, match=r"another configuration \(seed=1 here and 0 there\)"):
+        run(dataclasses.replace(config, seed=1))
+    with pytest.raises(WorkdirError, match="another configuration: seed=1 here and 0 there"):
+        run(dataclasses.replace(config, seed=1, resume=True))
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(WorkdirError, match="is not empty"):
+        workdir.create(dataclasses.replace(SMALL, workdir=str(tmp_path)))
+    with pytest.raises(WorkdirError, match="holds no run to resume"):
+        workdir.reopen(dataclasses.replace(SMALL, workdir=str(tmp_path), resume=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_rows_survive_a_line_cut_short(tmp_path):
+    folder = workdir.Workdir(tmp_path)
+    for epoch in (1, 2):
+        folder.log({"epoch": epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"epoch": 3, "tra')
+    assert [r["epoch"] for r in folder.rows()] == [1, 2]
+    folder.keep_rows(1)
+    assert rows(tmp_path) == [{"epoch": 1}]
+
+
+def test_every_setting_is_identity_or_excused():
+    other = {"method": "bp", "seed": 5, "energy": 0.5}
+    for name, value in other.items():
+        changed = dataclasses.asdict(dataclasses.replace(SMALL, **{name: value}))
+        assert name in config_lib.differences(SMALL, changed)
+    moved = dataclasses.replace(SMALL, workdir="elsewhere", max_steps=5, data_dir="there")
+    assert config_lib.differences(SMALL, dataclasses.asdict(moved)) == ""
+
+
+def test_ctrl_c_leaves_a_workdir_to_go_on_with(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--dataset=digits", "--model=mlp", "--epochs=4000", "--method=bp"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cifar", *flags, f"--workdir={folder}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert (folder / "plots" / "curves.png").exists()
+    done = command(*flags, f"--workdir={folder}", "--resume",
+                   f"--max_steps={summary['steps'] + 30}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rows(folder)[-1]["epoch"] > summary["epochs"]

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from ssa_jax import factors, layers
+from ssa_jax.layers import SVDConv, SVDDense
+
+
+def images(seed=0, shape=(3, 9, 8, 4)):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "padding"),
+    [
+        *[((3, 3), strides, "SAME") for strides in (1, 2, (1, 2), (3, 1))],
+        *[((3, 3), (2, 1), padding) for padding in ("VALID", 1, ((0, 2), (1, 0)), (2, (1, 1)))],
+        ((1, 1), 2, "SAME"),
+        ((2, 3), 1, "VALID"),
+        ((5, 2), (1, 2), "SAME"),
+    ],
+)
+def test_full_rank_conv_equals_the_dense_convolution(size, strides, padding):
+    conv = SVDConv(4, 6, size, strides=strides, padding=padding, rngs=nnx.Rngs(1))
+    kernel = layers.matrix_to_kernel(factors.to_dense(conv.kernel.get_value()), size)
+    dense = nnx.Conv(4, 6, size, strides=strides, padding=padding, rngs=nnx.Rngs(0))
+    dense.kernel = nnx.Param(kernel)
+    conv.bias = nnx.Param(jnp.arange(6.0))
+    dense.bias = nnx.Param(jnp.arange(6.0))
+    x = images()
+    assert conv(x).shape == dense(x).shape
+    assert jnp.allclose(conv(x), dense(x), atol=2e-5)
+
+
+def test_truncated_conv_equals_the_convolution_by_its_matrix():
+    conv = SVDConv(4, 6, 3, rank=0.4, rngs=nnx.Rngs(1))
+    f = conv.kernel.get_value()
+    assert f.rank == 5
+    kernel = layers.matrix_to_kernel(factors.to_dense(f), (3, 3))
+    x = images()
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert jnp.allclose(conv(x), expected, atol=2e-5)
+
+
+def test_kernel_and_matrix_are_inverse_and_indexed_as_documented():
+    kernel = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    matrix = layers.kernel_to_matrix(kernel)
+    assert matrix.shape == (3 * 5, 2 * 4)
+    assert matrix[2 * 5 + 4, 1 * 4 + 3] == kernel[1, 2, 3, 4]
+    assert jnp.array_equal(layers.matrix_to_kernel(matrix, (2, 3)), kernel)
+
+
+def test_dense_equals_its_matrix_on_any_leading_axes():
+    dense = SVDDense(5, 3, rank=0.67, rngs=nnx.Rngs(0))
+    dense.bias = nnx.Param(jnp.arange(3.0))
+    x = jax.random.normal(jax.random.key(1), (2, 4, 5))
+    w = factors.to_dense(dense.kernel.get_value())
+    assert dense.kernel.get_value().rank == 2
+    assert jnp.allclose(dense(x), jnp.einsum("abi,oi->abo", x, w) + jnp.arange(3.0)[None, None, :],
+                        atol=1e-5)  # fmt: skip
+
+
+def test_initialisation_is_he_before_truncation():
+    dense = SVDDense(400, 300, rngs=nnx.Rngs(0))
+    w = factors.to_dense(dense.kernel.get_value())
+    assert jnp.std(w) == pytest.approx((2 / 400) ** 0.5, rel=0.02)
+    conv = SVDConv(32, 48, 3, rngs=nnx.Rngs(0))
+    w = factors.to_dense(conv.kernel.get_value())
+    assert jnp.std(w) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.02)
+
+
+def test_layers_differ_by_seed_and_repeat_with_it():
+    a, b, c = (SVDDense(6, 5, rngs=nnx.Rngs(s)).kernel.get_value().u for s in (0, 0, 1))
+    assert jnp.array_equal(a, b)
+    assert not jnp.array_equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"rank": 0.0}, "rank fraction"),
+        ({"rank": 1.5}, "rank fraction"),
+        ({"padding": "CIRCULAR"}, "padding must be"),
+        ({"padding": (1, 1, 1)}, "one entry per spatial"),
+        ({"strides": (1, 2, 3)}, "one int or two"),
+    ],
+)
+def test_bad_settings_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SVDConv(4, 6, 3, rngs=nnx.Rngs(0), **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6, 3), (2, 7, 5, 1)])
+@pytest.mark.parametrize("size", [2, 3])
+def test_max_pool_and_its_gradient_equal_reduce_window(shape, size):
+    x = images(3, shape)
+
+    def reference(x):
+        return nnx.max_pool(x, (size, size), strides=(size, size))
+
+    assert jnp.array_equal(layers.max_pool(x, size), reference(x))
+    weights = images(4, reference(x).shape)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda x, pool=pool: jnp.sum(weights * pool(x))))(x)
+        for pool in (lambda x: layers.max_pool(x, size), reference)
+    )
+    assert jnp.array_equal(ours, theirs)
+
+
+def test_max_pool_gives_ties_one_gradient():
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(layers.max_pool(x, 2))))(jnp.zeros((1, 4, 4, 1)))
+    assert float(jnp.sum(gradient)) == 4
+    assert float(jnp.max(gradient)) == 1

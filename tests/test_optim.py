@@ -1,0 +1,89 @@
+"""The chain as a whole: its order, and what it keeps true."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from helpers import make_batch, make_method, max_difference, split
+
+from ssa_jax import factors
+from ssa_jax.losses import LossWeights
+from ssa_jax.optim import OPTIMIZERS, OptimizerConfig, learning_rate, make_optimizer
+from ssa_jax.train import init_state, make_step
+
+
+def train(config, steps=10, rank=0.5, network="conv"):
+    units, params, mstate = split(network, rank)
+    method = make_method("bp", units, params, mstate)
+    optimizer = make_optimizer(config)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    step = make_step(units, method, optimizer, LossWeights())
+    for i in range(steps):
+        state, measured = step(state, make_batch(16, seed=i))
+    return state, measured
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("retraction", ["newton_schulz", "cholesky_qr2", "qr", "cayley"])
+def test_factors_stay_on_the_manifold(retraction, optimizer):
+    config = OptimizerConfig(0.02, 40, 10, optimizer=optimizer, retraction=retraction)
+    state, measured = train(config, steps=20)
+    assert float(factors.orthogonality_error(state.params)) < 2e-5
+    assert bool(jnp.isfinite(measured["loss"]))
+
+
+def test_without_retraction_they_leave_it():
+    state, _ = train(OptimizerConfig(0.02, 40, 10, retraction="none"), steps=20)
+    assert float(factors.orthogonality_error(state.params)) > 1e-3
+
+
+def test_a_retraction_every_fourth_step_brings_them_back():
+    config = OptimizerConfig(0.01, 40, 10, retract_every=4)
+    assert float(factors.orthogonality_error(train(config, steps=8)[0].params)) < 1e-4
+    assert float(factors.orthogonality_error(train(config, steps=10)[0].params)) > 1e-4
+
+
+def test_without_factors_the_chain_is_adam():
+    config = OptimizerConfig(0.01, 20, 10, clip=1e9)
+    units, params, mstate = split("conv", None)
+    method = make_method("bp", units, params, mstate)
+    states = []
+    for optimizer in (make_optimizer(config), optax.adam(learning_rate(config))):
+        own = jax.tree.map(jnp.copy, (params, mstate))
+        state = init_state(method, optimizer, *own, jax.random.key(0))
+        step = make_step(units, method, optimizer, LossWeights())
+        for i in range(4):
+            state, _ = step(state, make_batch(seed=i))
+        states.append(state)
+    assert max_difference(states[0].params, states[1].params) < 1e-6
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rate = learning_rate(OptimizerConfig(0.1, 100, 10))
+    assert float(rate(0)) == 0
+    assert float(rate(5)) == pytest.approx(0.1)
+    assert float(rate(100)) == pytest.approx(0, abs=1e-8)
+
+
+def test_hoyer_makes_the_spectrum_sparser():
+    def sparsity(hoyer):
+        config = OptimizerConfig(0.02, 40, 40, hoyer=hoyer, rank_schedule="hybrid")
+        state, _ = train(config, steps=12)
+        return sum(float(jnp.abs(f.s).sum() / jnp.linalg.norm(f.s))
+                   for f in factors.leaves(state.params))  # fmt: skip
+
+    assert sparsity(1.0) < sparsity(0.0) - 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projection": "up"}, "must be one of"),
+        ({"retraction": "up"}, "must be one of"),
+        ({"retract_every": 0}, "at least 1"),
+        ({"rank_floor": 2.0}, "floor"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(OptimizerConfig(0.1, 10, 5, **change))

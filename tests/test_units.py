@@ -1,0 +1,129 @@
+"""Units: the NNX model and its pure functions are the same network."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from helpers import IMAGE, NETWORKS, make_batch, max_difference, split
+
+from ssa_jax import units as units_lib
+from ssa_jax.forward import forward, output_shapes, predict
+from ssa_jax.models import MODELS
+from ssa_jax.units import merge_units, split_units
+
+
+@pytest.mark.parametrize("rank", [None, 0.5])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_units_in_order_are_the_model(name, rank):
+    model = NETWORKS[name](rank)
+    units, params, mstate = split_units(model)
+    x = make_batch().images
+    model.eval()
+    assert jnp.allclose(predict(units, params, mstate, x), model(x), atol=1e-5)
+    model.train()
+    logits, new_state, _ = forward(units, params, mstate, x)
+    assert jnp.allclose(logits, model(x), atol=1e-5)
+    # The model's own statistics moved by the same pass.
+    _, _, moved = split_units(model)
+    if jax.tree.leaves(moved):
+        assert max_difference(moved, new_state) < 1e-5
+
+
+def test_evaluation_leaves_the_statistics_and_training_moves_them():
+    units, params, mstate = split("conv")
+    x = make_batch().images
+    _, after = units[0].apply(params[0], mstate[0], x, train=False)
+    assert max_difference(after, mstate[0]) == 0
+    _, after = units[0].apply(params[0], mstate[0], x, train=True)
+    assert max_difference(after, mstate[0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_linear_path_is_affine(name):
+    units, params, mstate = split(name, 0.5)
+    x, y = make_batch(seed=0).images, make_batch(seed=1).images
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        zero = unit.linear(p, m, jnp.zeros_like(x))
+        both = unit.linear(p, m, 2 * x + y) - zero
+        apart = 2 * (unit.linear(p, m, x) - zero) + (unit.linear(p, m, y) - zero)
+        assert jnp.allclose(both, apart, atol=1e-4)
+        x, y = (unit.apply(p, m, z, train=False)[0] for z in (x, y))
+
+
+def test_linear_path_of_a_linear_network_is_the_network():
+    units, params, mstate = split("linear", 0.5)
+    x = make_batch().images
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        y, _ = unit.apply(p, m, x, train=True)
+        assert jnp.allclose(unit.linear(p, m, x), y, atol=1e-6)
+        x = y
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_walk_keeps_the_value_and_swaps_the_derivative(name):
+    units, params, mstate = split(name, 0.5)
+    _, twins, _ = split(name, 0.5, seed=7)
+    _, _, tape = forward(units, params, mstate, make_batch().images)
+    for i, unit in enumerate(units):
+        x, cotangent = tape.inputs[i], jnp.cos(tape.outputs[i])
+        value, own = jax.vjp(lambda x, u=unit, i=i: u.walk(params[i], params[i], mstate[i], x), x)
+        assert jnp.allclose(value, tape.outputs[i], atol=1e-6)
+        true = tape.pullbacks[i](cotangent)[1]
+        assert jnp.allclose(own(cotangent)[0], true, atol=1e-5)
+        value, other = jax.vjp(lambda x, u=unit, i=i: u.walk(params[i], twins[i], mstate[i], x), x)
+        assert jnp.allclose(value, tape.outputs[i], atol=1e-6)
+        assert not jnp.allclose(other(cotangent)[0], true, atol=1e-3)
+
+
+def test_merged_model_is_an_ordinary_module():
+    model = NETWORKS["conv"](0.5)
+    units, params, mstate = split_units(model)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    x = make_batch().images
+    merged = merge_units(model, params, mstate)
+    assert jnp.allclose(merged(x), predict(units, params, mstate, x), atol=1e-5)
+
+
+def test_sliced_factors_run_through_the_same_unit():
+    units, params, mstate = split("conv", 0.5)
+    f = params[0]["map"]["kernel"]
+    f = f._replace(s=f.s.at[2:].set(0))
+    cut = jax.tree.map(lambda x: x[..., :2], f)
+    x = make_batch().images
+    whole, small = (
+        units[0].apply({**params[0], "map": {"kernel": k}}, mstate[0], x, train=False)[0]
+        for k in (f, cut)
+    )
+    assert jnp.allclose(whole, small, atol=1e-6)
+
+
+def test_a_model_without_units_is_refused():
+    with pytest.raises(ValueError, match="lists no units"):
+        units_lib.split_units(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("rank", [None, 0.25])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
+    shape = (32, 32, 3)
+    units, params, mstate = split_units(MODELS[name](shape, 10, rank=rank, rngs=nnx.Rngs(0)))
+    shapes = output_shapes(units, params, mstate, shape)
+    assert shapes[-1] == (10,)
+    expected = {
+        "mlp": [(512,), (512,)],
+        "smallconv": [(16, 16, 32), (8, 8, 64), (4, 4, 128), (512,)],
+        "vgg13": [(32, 32, 64), (16, 16, 64), (16, 16, 128), (8, 8, 128), (8, 8, 256),
+                  (4, 4, 256), (4, 4, 512), (2, 2, 512), (2, 2, 512), (1, 1, 512)],
+    }  # fmt: skip
+    assert shapes[:-1] == expected[name]
+    assert params[-1]["map"]["kernel"].shape[-1] == 10
+
+
+def test_too_small_images_are_refused():
+    with pytest.raises(ValueError, match="too small"):
+        MODELS["vgg13"]((8, 8, 1), 10, rank=None, rngs=nnx.Rngs(0))
+
+
+def test_image_shape_of_the_helpers_fits():
+    units, params, mstate = split("conv")
+    assert output_shapes(units, params, mstate, IMAGE)[0] == (3, 3, 6)
