@@ -32,7 +32,7 @@ class Config:
     factorize: str = setting(
         "auto", "Layers on factors; auto: on for ssa alone.", choices=("auto", "on", "off")
     )
-    epochs: int = setting(12, "Passes over the training set.", low=1)
+    epochs: int = setting(10, "Passes over the training set.", low=1)
     max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
     batch_size: int = setting(128, "Examples in a step.", low=1)
     optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))

@@ -16,9 +16,11 @@ from experiments.table import table
 
 DEFAULTS = {
     "dataset": "digits",
-    "epochs": 20,
+    "model": "mlp",
+    "epochs": 30,
     "batch_size": 64,
     "rank_schedule": "hybrid",
+    "rank_init": 1.0,
 }
 METHODS = ("bp", "dfa", "ssa")
 
