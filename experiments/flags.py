@@ -1,6 +1,7 @@
 """absl flags from the config's fields, and the exit codes of every program."""
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -74,11 +75,16 @@ def run_program(main: Callable[[], Any]) -> None:
             main()
         except (ConfigError, DataError, WorkdirError, CheckpointError) as e:
             _fail(str(e), EXIT_USAGE)
+        except OSError as e:
+            _fail(f"cannot write results: {e}; the newest checkpoint is kept", EXIT_USAGE)
         except NotFiniteError as e:
             _fail(str(e), EXIT_NOT_FINITE)
         except KeyboardInterrupt as e:
             _fail(str(e) or "interrupted", EXIT_INTERRUPTED)
 
+    # Shells start background jobs with the signal ignored, and a job runner's SIGINT should stop
+    # a run as well as Ctrl-C does.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Orbax and TFDS tell every step they take; a run's own lines would drown.
     logging.set_verbosity(logging.ERROR)
     app.run(guarded, flags_parser=_parse)
