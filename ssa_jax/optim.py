@@ -85,7 +85,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         transforms.project_to_tangent(config.projection),
         optax.scale_by_learning_rate(learning_rate(config)),
         transforms.truncate_rank(
-            lambda count: target(count)[:2], config.rank_floor, config.steps_per_epoch
+            lambda count: target(count)[:2],
+            config.rank_floor,
+            config.steps_per_epoch,
+            ranks.BUCKET,
         ),
         transforms.retract(config.retraction, config.retract_every),
     )

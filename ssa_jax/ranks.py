@@ -20,6 +20,9 @@ Tree = Any
 # leaves of the initial rank.
 LINEAR_PHASE = 0.3
 LINEAR_TARGET = 0.7
+# From here on ranks rest: at a vanishing learning rate no cut can be mended.
+REST_PHASE = 0.8
+# Stored ranks are multiples of this, so no rank is truncated below it.
 BUCKET = 8
 
 
@@ -55,10 +58,11 @@ def linear(fraction: Array, energy: float) -> Target:
 
 
 def hybrid(fraction: Array, energy: float) -> Target:
-    """`linear` under the Hoyer term for 30 % of training, then the energy rule."""
+    """`linear` under the Hoyer term for 30 % of training, the energy rule to 80 %, then rest."""
     first = fraction <= LINEAR_PHASE
+    cutting = ~first & (fraction <= REST_PHASE)
     ramp = linear(fraction, energy).rank
-    return _target(ramp, jnp.where(first, 1.0, energy), jnp.where(first, 1.0, 0.0))
+    return _target(ramp, jnp.where(cutting, energy, 1.0), jnp.where(first, 1.0, 0.0))
 
 
 SCHEDULES: dict[str, Callable[[Array, float], Target]] = {

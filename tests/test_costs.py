@@ -37,8 +37,8 @@ def test_smallconv_by_hand():
 
 
 def test_factorised_pair_costs_its_rank():
-    # r (kh C + kw N) a pixel, r = 0.5 min(kw N, kh C).
-    pairs = 32 * 32 * 4 * (9 + 96) + 16 * 16 * 48 * (96 + 192) + 8 * 8 * 96 * (192 + 384)
+    # r (kh C + kw N) a pixel, r = 0.5 min(kw N, kh C), but all of it in the first layer.
+    pairs = 32 * 32 * 9 * (9 + 96) + 16 * 16 * 48 * (96 + 192) + 8 * 8 * 96 * (192 + 384)
     assert model_macs("smallconv", 0.5) == pairs + 256 * (2048 + 512) + 512 * 10
 
 

@@ -49,7 +49,11 @@ def mlp(
 def _conv_stack(
     input_shape: tuple[int, int, int], plan: list[int | str], rank: float | None, rngs: nnx.Rngs
 ) -> tuple[list[Plain], int]:
-    """3x3 conv + batch norm + ReLU units; "M" after a width pools 2x2. Units and features out."""
+    """3x3 conv + batch norm + ReLU units; "M" after a width pools 2x2. Units and features out.
+
+    The first convolution starts at full rank (9 for colour images): half of it would save a
+    thousandth of the network and starve all that follows.
+    """
     height, width, c_in = input_shape
     units: list[Plain] = []
     for here, after in zip(plan, [*plan[1:], None], strict=True):
@@ -64,7 +68,7 @@ def _conv_stack(
         c_out = int(here)
         units.append(
             Plain(
-                conv(c_in, c_out, 3, rank=rank, rngs=rngs),
+                conv(c_in, c_out, 3, rank=1.0 if rank and not units else rank, rngs=rngs),
                 norm=batch_norm(c_out, rngs),
                 activation=nnx.relu,
                 pool=pool,

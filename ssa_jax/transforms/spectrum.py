@@ -74,7 +74,10 @@ def keep_largest(s: Array, mask: Array, k: Array) -> Array:
 
 
 def truncate_rank(
-    target: Callable[[Array], tuple[Array, Array]], floor: float = 0.3, every: int = 1
+    target: Callable[[Array], tuple[Array, Array]],
+    floor: float = 0.3,
+    every: int = 1,
+    least: int = 1,
 ) -> optax.GradientTransformation:
     """Zeroes the smallest singular values, for good, with static shapes.
 
@@ -89,6 +92,7 @@ def truncate_rank(
       target: step count after this step -> (rank as a fraction of r₀, energy share).
       floor: the energy rule never goes below this fraction of r₀.
       every: period of the energy rule in steps.
+      least: no rank goes below this number, or r₀ where that is smaller.
 
     Raises:
       ValueError: floor outside [0, 1], `every` below one; or no params at update.
@@ -128,7 +132,7 @@ def truncate_rank(
             k = jnp.ceil(rank * r0 - 1e-4)
             lowest = jnp.maximum(linalg.energy_rank(s, energy), jnp.ceil(floor * r0))
             k = jnp.where(count % every == 1 % every, jnp.minimum(k, lowest), k)
-            return mask._replace(s=keep_largest(s, mask.s, jnp.maximum(k, 1)))
+            return mask._replace(s=keep_largest(s, mask.s, jnp.maximum(k, jnp.minimum(least, r0))))
 
         def cut(mask: Factors | None, g: Any, p: Any) -> Any:
             return g if mask is None else g._replace(s=jnp.where(mask.s, g.s, -p.s))
