@@ -1,4 +1,4 @@
-"""The optimiser's chain and its order, written here only."""
+"""The optimiser of a configuration: schedules and names made into one chain."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,11 +63,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Hoyer -> clip -> tangent -> Adam or momentum -> tangent -> rate -> truncate -> retract.
-
-    Projected before the adaptive step, so that its moments see tangent gradients, and after
-    it, since an elementwise rescaling leaves the tangent space. Truncation changes s alone,
-    so the retraction of U and V may follow it.
+    """The chain `transforms.ssa`, whose order is written there, with the settings of a config.
 
     Raises:
       ValueError: an unknown name or a value out of range, from the transforms.
@@ -77,15 +73,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def target(count: Array) -> ranks.Target:
         return schedule(jnp.minimum(count / config.total_steps, 1.0), config.energy)
 
-    return optax.chain(
-        transforms.add_hoyer(lambda count: config.hoyer * target(count).hoyer),
-        optax.clip_by_block_rms(config.clip),
-        transforms.project_to_tangent(config.projection),
-        OPTIMIZERS[config.optimizer](),
-        transforms.project_to_tangent(config.projection),
-        optax.scale_by_learning_rate(learning_rate(config)),
-        transforms.truncate_rank(
-            lambda count: target(count)[:2], config.rank_floor, config.steps_per_epoch
-        ),
-        transforms.retract(config.retraction, config.retract_every),
+    return transforms.ssa(
+        learning_rate(config),
+        optimizer=OPTIMIZERS[config.optimizer](),
+        hoyer=lambda count: config.hoyer * target(count).hoyer,
+        clip=config.clip,
+        target=lambda count: target(count)[:2],
+        floor=config.rank_floor,
+        truncate_every=config.steps_per_epoch,
+        metric=config.projection,
+        retraction=config.retraction,
+        retract_every=config.retract_every,
     )

@@ -4,6 +4,7 @@ A schedule says how much rank to keep at a fraction of training; `transforms.tru
 zeroes the rest inside the step, and `compact` removes the zeroes between epochs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,6 +88,11 @@ def selection(params: Tree) -> dict[str, np.ndarray]:
     return chosen
 
 
+def _take(index: np.ndarray, x: Array) -> Array:
+    # A last axis of one is a moment that the whole factor shares.
+    return x if x.shape[-1] == 1 else x[..., index]
+
+
 def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
     """Slices every `Factors` of a tree whose path ends with a chosen layer's path.
 
@@ -100,7 +106,7 @@ def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for layer, index in chosen.items():
             if name == layer or name.endswith("/" + layer):
-                return jax.tree.map(lambda x: x[..., index], node)
+                return jax.tree.map(functools.partial(_take, index), node)
         return node
 
     return jax.tree_util.tree_map_with_path(slice_node, tree, is_leaf=is_factors)
