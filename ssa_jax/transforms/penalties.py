@@ -10,7 +10,14 @@ import optax
 
 from ssa_jax import linalg
 from ssa_jax.transforms.manifold import choose
-from ssa_jax.transforms.selection import Mask, kinds_of, map_matrices, map_spectra, need_params
+from ssa_jax.transforms.selection import (
+    Mask,
+    kinds_of,
+    map_matrices,
+    map_spectra,
+    need_params,
+    path_name,
+)
 
 Array = jax.Array
 ScalarOrSchedule = float | Array | Callable[[Array], Array | float]
@@ -165,7 +172,7 @@ def add_alignment(
       weight: w, a number or a function of the step count.
 
     Raises:
-      ValueError: no params, or no target at all, at update.
+      ValueError: no params, no target at all, or one of another shape, at update.
 
     References:
       The SSA paper, arXiv 2510.25594.
@@ -199,12 +206,18 @@ def add_alignment(
             raise ValueError("add_alignment needs a target: an argument of its own or of update")
         w = _at(weight, state.count)
 
-        def pull(t: Any, g: Any, p: Any) -> Any:
+        def pull(path: tuple[Any, ...], t: Any, g: Any, p: Any) -> Any:
             if t is None:
                 return g
+            if t.shape != p.shape:
+                raise ValueError(
+                    f"{path_name(path)}: a target of shape {t.shape} for a leaf of {p.shape}"
+                )
             return (g + 2 * w * (p - t)).astype(g.dtype)
 
-        added = jax.tree.map(pull, t, updates, params, is_leaf=lambda x: x is None)
+        added = jax.tree_util.tree_map_with_path(
+            pull, t, updates, params, is_leaf=lambda x: x is None
+        )
         return added, AlignmentState(optax.safe_increment(state.count), state.target)
 
     return optax.GradientTransformationExtraArgs(init, update)

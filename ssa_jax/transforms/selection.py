@@ -28,7 +28,8 @@ OTHER = "other"
 _LABELS = {True: COLUMNS, COLUMNS: COLUMNS, ROWS: ROWS, False: OTHER, None: OTHER}
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path as errors name it, such as ``"encoder/0/kernel"``."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "the root"
 
 
@@ -51,7 +52,7 @@ def label_paths(choose: Callable[[str, Array], Any]) -> Callable[[optax.Params],
 
     def mask(params: optax.Params) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: True if is_factors(x) else choose(_name(path), x),
+            lambda path, x: True if is_factors(x) else choose(path_name(path), x),
             params,
             is_leaf=is_factors,
         )
@@ -121,22 +122,24 @@ def _check_labels(labels: dict[tuple[Any, ...], Any], nodes: list[tuple[Any, Any
     """Raises for a label that is unknown, lies inside a `Factors` or belongs to no parameter."""
     for path, label in labels.items():
         if label not in _LABELS:
-            raise ValueError(f"{_name(path)}: unknown label {label!r}, expected {list(_LABELS)}")
+            raise ValueError(
+                f"{path_name(path)}: unknown label {label!r}, expected {list(_LABELS)}"
+            )
         for node_path, node in nodes:
             if path[: len(node_path)] == node_path and len(path) > len(node_path):
                 inside = "Factors" if is_factors(node) else "a parameter"
                 raise ValueError(
-                    f"{_name(path)}: the mask reaches inside {inside}; label the node as a whole"
+                    f"{path_name(path)}: the mask reaches inside {inside}; label the whole node"
                 )
         if nodes and not any(node_path[: len(path)] == path for node_path, _ in nodes):
-            raise ValueError(f"{_name(path)}: the mask labels no parameter at this path")
+            raise ValueError(f"{path_name(path)}: the mask labels no parameter at this path")
 
 
 def need_params(params: optax.Params | None, updates: optax.Updates) -> None:
     """Raises ValueError, naming the first leaf that waits for them, if there are no parameters."""
     if params is None:
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-        name = _name(paths[0]) if paths else "an empty tree"
+        name = path_name(paths[0]) if paths else "an empty tree"
         raise ValueError(
             f"{name}: the update depends on the parameters; call update(updates, state, params)"
         )
@@ -165,12 +168,12 @@ def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
     def kind(path: tuple[Any, ...], x: Any) -> Any:
         label = _label_of(labels, path)
         if is_factors(x):
-            return _factors_kinds(_name(path), x, label)
+            return _factors_kinds(path_name(path), x, label)
         if _is_masked(x):
             return x
         found = _LABELS[label]
         if found != OTHER:
-            _check_matrix(_name(path), found, x)
+            _check_matrix(path_name(path), found, x)
         return found
 
     return jax.tree_util.tree_map_with_path(kind, params, is_leaf=is_node)
