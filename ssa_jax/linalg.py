@@ -5,6 +5,7 @@ otherwise. Matrices on the Stiefel manifold St(n, r) are tall: shape (..., n, r)
 XᵀX = I, with any leading axes of one matrix each.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,8 @@ Array = jax.Array
 
 # Accelerators round the factors of a float32 product to fewer bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST
+# Rows that a matrix product on the CPU adds up in one running sum, at most.
+_SUMMED_AT_ONCE = 1024
 # Each iteration multiplies a small singular value by 2.19, so this many span 1e-9 to one.
 NEWTON_SCHULZ_STEPS = 30
 
@@ -24,16 +27,17 @@ def _mm(a: Array, b: Array) -> Array:
 
 
 def gram(x: Array) -> Array:
-    """XᵀX of (..., n, r), shape (..., r, r).
+    """XᵀX of (..., n, r), shape (..., r, r), summed in blocks of rows.
 
-    Tall matrices are summed in eight parts: one long sum of squares in float32 loses the digit
-    that a retraction needs to land within a few 1e-7.
+    One running float32 sum of hundreds of squares loses the digit that a retraction needs to land
+    within a few 1e-7. A product of more rows than `_SUMMED_AT_ONCE` is blocked by itself.
     """
-    *lead, n, r = x.shape
-    if n < 256 or n % 8:
+    n = x.shape[-2]
+    if not _SUMMED_AT_ONCE // 4 <= n <= _SUMMED_AT_ONCE:
         return _mm(x.mT, x)
-    parts = x.reshape(*lead, 8, n // 8, r)
-    return jnp.sum(_mm(parts.mT, parts), axis=-3)
+    size = -(-n // 8)
+    blocks = [x[..., i : i + size, :] for i in range(0, n, size)]
+    return sum((_mm(y.mT, y) for y in blocks[1:]), _mm(blocks[0].mT, blocks[0]))
 
 
 def _eye_like(a: Array) -> Array:
@@ -85,26 +89,39 @@ def project_none(x: Array, g: Array) -> Array:
 def _bjorck_bowie(y: Array, g: Array) -> tuple[Array, Array]:
     """One step from y with Gram matrix g, and a bound (...,) of max|YᵀY - I| after it.
 
-    With E = I - G the new residual is E² q(E) E², |q| <= 1 while the eigenvalues of E lie in
-    [-1, 1], so no entry of it exceeds the largest squared row norm of E².
+    With E = I - G and while the eigenvalues of E lie in [-1, 1], the new residual is E q(E) E
+    after the step of first order and E² q(E) E² after that of third, |q| <= 1: no entry exceeds
+    the largest squared row norm of E or of E². The first order is taken where it suffices.
     """
     eye = _eye_like(g)
     e = eye - g
-    e2 = _mm(e, e)
-    series = 0.5 * e + _mm(e2, 0.375 * eye + 0.3125 * e)
-    bound = jnp.max(jnp.sum(jnp.square(e2), axis=-1), axis=-1)
+    bound = _largest_row(e)
+
+    def third() -> tuple[Array, Array]:
+        e2 = _mm(e, e)
+        return 0.5 * e + _mm(e2, 0.375 * eye + 0.3125 * e), _largest_row(e2)
+
+    enough = jnp.all(bound <= jnp.finfo(y.dtype).eps)
+    series, bound = jax.lax.cond(enough, lambda: (0.5 * e, bound), third)
     return y + _mm(y, series), bound
 
 
+def _largest_row(a: Array) -> Array:
+    """Largest squared norm of a row of (..., r, r), shape (...,)."""
+    return jnp.max(jnp.sum(jnp.square(a), axis=-1), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
 def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
     """Polar factor Y (YᵀY)^(-1/2) of (..., n, r) by a higher-order Newton-Schulz iteration.
 
     Y <- Y (I + E/2 + 3E²/8 + 5E³/16) with E = I - YᵀY, the fourth-order member of the family
     of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
-    their products with the tall matrix. Y is first scaled by an eigenvalue bound where that
-    is needed for the iteration to converge. The first step is unconditional, and enough
-    for singular values within about 1 % of one; further ones run only while the bound on
-    what is left exceeds rounding. What has not converged after `steps` (Y without full
+    their products with the tall matrix. Where Y (I + E/2), one classical step, is exact to
+    rounding, the small products E² and E³ are spared. Y is first scaled by an eigenvalue
+    bound where that is needed for the iteration to converge. The first step is unconditional,
+    and enough for singular values within about 1 % of one; further ones run only while the
+    bound on what is left exceeds rounding. What has not converged after `steps` (Y without full
     rank, or so large that YᵀY overflows) is replaced by the Q factor of Y.
 
     Args:
@@ -172,6 +189,7 @@ def retract_qr(x: Array, xi: Array) -> Array:
     return _q_factor(x + xi)
 
 
+@jax.jit
 def retract_cholesky_qr2(x: Array, xi: Array) -> Array:
     """QR retraction by Cholesky factors of the Gram matrix, applied twice (Fukaya et al. 2014).
 

@@ -65,15 +65,15 @@ def problem():
     return start, losses, least, optimum
 
 
-def pairs():
-    """Every pair; those where both differ from the usual choice are slow."""
-    for name in OPTIMIZERS:
-        for retraction in RETRACTIONS:
-            usual = name == "sgd" or retraction == "newton_schulz"
-            yield pytest.param(name, retraction, marks=() if usual else pytest.mark.slow)
+def pair(name, retraction):
+    """A case of the grid; slow where optimiser and retraction both differ from the usual."""
+    usual = name == "sgd" or retraction == "newton_schulz"
+    return pytest.param(name, retraction, marks=() if usual else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "retraction"), pairs())
+@pytest.mark.parametrize(
+    ("name", "retraction"), [pair(name, r) for name in OPTIMIZERS for r in RETRACTIONS]
+)
 def test_reaches_the_closed_form(name, retraction):
     start, losses, least, optimum = problem()
     factory, rate, kwargs = OPTIMIZERS[name]

@@ -19,6 +19,7 @@ import optax
 from ssa_jax.factors import Factors, is_factors
 
 Array = jax.Array
+Path = tuple[str, ...]
 Mask = Any | Callable[[optax.Params], Any]
 
 COLUMNS = "columns"
@@ -97,42 +98,40 @@ def _factors_kinds(name: str, f: Factors, label: Any) -> Factors:
     return Factors(COLUMNS, SPECTRUM, COLUMNS)  # type: ignore[arg-type]
 
 
-def _labels(params: optax.Params, mask: Mask | None) -> dict[tuple[Any, ...], Any]:
+def _names(path: tuple[Any, ...]) -> Path:
+    """A path by its names alone: containers of another type than the mask's still match."""
+    return tuple(path_name((key,)) for key in path)
+
+
+def _labels(params: optax.Params, mask: Mask | None) -> dict[Path, Any]:
     """Labels of a mask by path; a path may be that of a whole subtree."""
     if mask is None:
         return {}
     tree = mask(params) if callable(mask) else mask
     # `None` is an empty node to JAX, and says nothing here either.
-    return {
-        path: label
-        for path, label in jax.tree_util.tree_leaves_with_path(tree)
-        if not _is_masked(label)
-    }
+    return {_names(path): label for path, label in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _label_of(labels: dict[tuple[Any, ...], Any], path: tuple[Any, ...]) -> Any:
-    """The label at a path or at the longest part of it that has one."""
-    for length in range(len(path), -1, -1):
-        if path[:length] in labels:
-            return labels[path[:length]]
-    return None
+def _longest(table: dict[Path, Any], path: Path) -> Path | None:
+    """The longest part of a path, from its root, that a table has."""
+    parts = (path[:length] for length in range(len(path), -1, -1))
+    return next((part for part in parts if part in table), None)
 
 
-def _check_labels(labels: dict[tuple[Any, ...], Any], nodes: list[tuple[Any, Any]]) -> None:
+def _check_labels(labels: dict[Path, Any], nodes: dict[Path, Any]) -> None:
     """Raises for a label that is unknown, lies inside a `Factors` or belongs to no parameter."""
+    subtrees = {path[:length] for path in nodes for length in range(len(path) + 1)}
     for path, label in labels.items():
+        name = "/".join(path) or "the root"
         if label not in _LABELS:
-            raise ValueError(
-                f"{path_name(path)}: unknown label {label!r}, expected {list(_LABELS)}"
-            )
-        for node_path, node in nodes:
-            if path[: len(node_path)] == node_path and len(path) > len(node_path):
-                inside = "Factors" if is_factors(node) else "a parameter"
-                raise ValueError(
-                    f"{path_name(path)}: the mask reaches inside {inside}; label the whole node"
-                )
-        if nodes and not any(node_path[: len(path)] == path for node_path, _ in nodes):
-            raise ValueError(f"{path_name(path)}: the mask labels no parameter at this path")
+            raise ValueError(f"{name}: unknown label {label!r}, expected {list(_LABELS)}")
+        if path in subtrees or not nodes:
+            continue
+        node = _longest(nodes, path)
+        if node is None:
+            raise ValueError(f"{name}: the mask labels no parameter at this path")
+        inside = "Factors" if is_factors(nodes[node]) else "a parameter"
+        raise ValueError(f"{name}: the mask reaches inside {inside}; label the whole node")
 
 
 def need_params(params: optax.Params | None, updates: optax.Updates) -> None:
@@ -163,10 +162,12 @@ def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
     def is_node(x: Any) -> bool:
         return is_factors(x) or _is_masked(x)
 
-    _check_labels(labels, jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node))
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
+    _check_labels(labels, {_names(path): node for path, node in nodes})
 
     def kind(path: tuple[Any, ...], x: Any) -> Any:
-        label = _label_of(labels, path)
+        labelled = _longest(labels, _names(path))
+        label = None if labelled is None else labels[labelled]
         if is_factors(x):
             return _factors_kinds(path_name(path), x, label)
         if _is_masked(x):
