@@ -119,9 +119,9 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
     of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
     their products with the tall matrix. Where Y (I + E/2), one classical step, is exact to
     rounding, the small products E² and E³ are spared. Y is first scaled by an eigenvalue
-    bound where that is needed for the iteration to converge. The first step is unconditional,
-    and enough for singular values within about 1 % of one; further ones run only while the
-    bound on what is left exceeds rounding. What has not converged after `steps` (Y without full
+    bound where that is needed for the iteration to converge. One step is enough for singular
+    values within about 1 % of one; further ones run only while the bound on what is left
+    exceeds rounding. What has not converged after `steps` (Y without full
     rank, or so large that YᵀY overflows) is replaced by the Q factor of Y.
 
     Args:
@@ -129,11 +129,6 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
       steps: most iterations before the fallback.
     """
     tolerance = jnp.finfo(y.dtype).eps
-    g = gram(y)
-    largest = jnp.max(jnp.sum(jnp.abs(g), axis=-1), axis=-1)[..., None, None]
-    outside = (largest > 2) | (largest < 0.5)
-    scale = jnp.where(outside, jax.lax.rsqrt(largest), jnp.ones_like(largest))
-    first, bound = _bjorck_bowie(y, g * jnp.square(scale))
 
     def more(carry: tuple[Array, Array, Array]) -> Array:
         count, _, bound = carry
@@ -141,9 +136,15 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
 
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, z, _ = carry
-        return count + 1, *_bjorck_bowie(z, gram(z))
+        g = gram(z)
+        largest = jnp.max(jnp.sum(jnp.abs(g), axis=-1), axis=-1)[..., None, None]
+        outside = (largest > 2) | (largest < 0.5)
+        scale = jnp.where(outside, jax.lax.rsqrt(largest), jnp.ones_like(largest))
+        z, bound = _bjorck_bowie(z, g * jnp.square(scale))
+        return count + 1, z * scale, bound
 
-    _, z, bound = jax.lax.while_loop(more, step, (jnp.int32(1), first * scale, bound))
+    start = (jnp.int32(0), y, jnp.full(y.shape[:-2], jnp.inf, y.dtype))
+    _, z, bound = jax.lax.while_loop(more, step, start)
     return jax.lax.cond(jnp.all(bound <= tolerance), lambda: z, lambda: _q_factor(y))
 
 

@@ -71,7 +71,7 @@ def test_links_before_the_rate_compose_in_any_order():
         "tangent": transforms.project_to_tangent(mask=MASK),
         "clip": optax.clip_by_global_norm(1.0),
     }
-    steps = optax.scale_by_learning_rate(0.1), transforms.retract(mask=MASK)
+    steps = optax.scale_by_learning_rate(0.1), transforms.retract("qr", mask=MASK)
     chains = [optax.chain(*order, *steps) for order in itertools.permutations(links.values())]
     assert len(chains) == 24
     states = [chain.init(params) for chain in chains]
@@ -94,7 +94,7 @@ def test_links_before_the_rate_compose_in_any_order():
 @pytest.mark.parametrize("name", [n for n in TRANSFORMS if n.startswith(("trace", "scale_by"))])
 def test_updates_and_momentum_stay_tangent(name):
     params, grads = tree()
-    chain = optax.chain(make(name), optax.scale(-0.1), transforms.retract(mask=MASK))
+    chain = optax.chain(make(name), optax.scale(-0.1), transforms.retract("qr", mask=MASK))
     params, state, _ = run(chain, params, grads)
     updates, inner = jax.jit(make(name).update)(grads, state[0], params)
     moment = inner.trace if name == "trace" else inner.mu
@@ -124,7 +124,7 @@ def test_adam_with_one_scale_a_matrix_does_not_depend_on_coordinates():
     x, g, turn = orthonormal(rng, (6, 2)), normal(rng, (6, 2)), orthonormal(rng, (6, 6))
 
     def differs(second_moment):
-        adam = transforms.stiefel_adam(0.1, second_moment=second_moment, mask=True)
+        adam = transforms.stiefel_adam(0.1, second_moment=second_moment, retraction="qr", mask=True)
         return np.abs(turn @ run(adam, x, g)[0] - run(adam, turn @ x, turn @ g)[0]).max()
 
     assert differs("matrix") < 1e-5
@@ -308,7 +308,7 @@ def test_compaction_slices_masks_and_moments_and_keeps_the_weight():
             transforms.scale_by_riemannian_adam(second_moment=kind),
             optax.scale(-1e-3),
             transforms.truncate_rank(lambda count: 0.4),
-            transforms.retract(),
+            transforms.retract("qr"),
         )
         moved, state, _ = run(chain, params, grads, steps=2)
         chosen = ranks.selection(moved)

@@ -21,7 +21,7 @@ def factors(rng=None):
 def land(mask, params, seed=1):
     """The parameters after a random step and a retraction under a mask."""
     rng = np.random.default_rng(seed)
-    retract = transforms.retract(mask=mask)
+    retract = transforms.retract("qr", mask=mask)
     updates = jax.tree.map(lambda x: normal(rng, x.shape), params)
     landed, _ = jax.jit(retract.update)(updates, retract.init(params), params)
     return optax.apply_updates(params, landed), optax.apply_updates(params, updates)
