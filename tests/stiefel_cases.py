@@ -54,14 +54,8 @@ ALIGNED = {"layer": Factors(jnp.ones((4, 2)), jnp.ones(2), jnp.ones((3, 2))), "r
 # name: factory, its arguments, and those that `inject_hyperparams` must leave alone.
 TRANSFORMS = {
     "project_to_tangent": (transforms.project_to_tangent, {}, ()),
-    **{
-        f"retract_{method}": (
-            transforms.retract,
-            {"method": method, "every": 1 if method != "qr" else 2},
-            ("every",),
-        )
-        for method in RETRACTIONS
-    },
+    "retract": (transforms.retract, {}, ("every",)),
+    "retract_every": (transforms.retract, {"method": "cholesky_qr2", "every": 2}, ("every",)),
     "trace": (transforms.trace, {"decay": 0.9, "nesterov": True}, ()),
     **{
         f"scale_by_riemannian_adam_{kind}": (
@@ -69,7 +63,7 @@ TRANSFORMS = {
             {"second_moment": kind},
             (),
         )
-        for kind in ("elementwise", "column", "matrix")
+        for kind in ("column", "matrix")
     },
     "scale_by_stiefel_muon": (transforms.scale_by_stiefel_muon, {}, ("steps",)),
     "add_orthogonality_penalty": (transforms.add_orthogonality_penalty, {"weight": 0.1}, ()),

@@ -5,6 +5,7 @@ against the same step on one device.
 """
 
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -37,7 +38,8 @@ def main():
     }
     grads = jax.tree.map(lambda x: normal(rng, x.shape), params)
     placed, placed_grads = jax.device_put((params, grads), (shardings, shardings))
-    for name, (factory, kwargs, _) in TRANSFORMS.items():
+    for name in sys.argv[1:] or TRANSFORMS:
+        factory, kwargs, _ = TRANSFORMS[name]
         kwargs = dict(kwargs)
         if name == "add_alignment":
             kwargs["target"] = grads

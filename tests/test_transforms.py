@@ -34,7 +34,7 @@ def skewness(x, xi):
 # Landing
 
 
-@pytest.mark.parametrize("name", ["stiefel_sgd", "stiefel_adam", "stiefel_muon", "ssa"])
+@pytest.mark.parametrize("name", ["stiefel_muon", "ssa"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float32, 1e-6), (jnp.float64, 1e-14)]
 )
@@ -140,7 +140,8 @@ def test_adam_shares_its_second_moment_as_it_says():
         "matrix": ((1, 1), (2, 1, 1)),
     }
     for kind, (u, rows) in shapes.items():
-        _, state, _ = run(make(f"scale_by_riemannian_adam_{kind}"), params, grads, steps=1)
+        adam = transforms.scale_by_riemannian_adam(second_moment=kind, mask=MASK)
+        _, state, _ = run(adam, params, grads, steps=1)
         assert state.nu["layer"].u.shape == u
         assert state.nu["rows"].shape == rows
         assert state.nu["bias"].shape == (2,)

@@ -64,10 +64,15 @@ def test_every_factory_documents_itself(name):
     assert isinstance(factory(**given), optax.GradientTransformationExtraArgs)
 
 
-def test_one_step_on_eight_devices_equals_one_device():
+# The rest of the table adds minutes of compilation and no new kind of state.
+QUICK = ["retract", "scale_by_riemannian_adam_column", "truncate_rank", "stiefel_muon", "ssa"]
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param([], marks=pytest.mark.slow)])
+def test_one_step_on_eight_devices_equals_one_device(names):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     done = subprocess.run(
-        [sys.executable, TESTS / "stiefel_on_devices.py"],
+        [sys.executable, TESTS / "stiefel_on_devices.py", *names],
         env=env,
         capture_output=True,
         text=True,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from stiefel_cases import TRANSFORMS, arguments, make, tree
+from stiefel_cases import MASK, RETRACTIONS, TRANSFORMS, arguments, make, tree
 
+from ssa_jax import transforms
 from ssa_jax.factors import Factors
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float64]
@@ -17,32 +18,32 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float64]
 
 @functools.cache
 def stepped(name):
-    """(parameters, gradients, state after init, updates and state of one step)."""
+    """(parameters, gradients, state after init, updates and state of one step).
+
+    Takes two steps with donated states, and sees that the second compiles nothing.
+    """
     params, grads = tree()
     transform = make(name)
-    state = jax.jit(transform.init)(params)
-    updates, new_state = jax.jit(transform.update)(grads, state, params)
+    state = transform.init(params)
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(grads, state, params):
+        traces.append(name)
+        return transform.update(grads, state, params)
+
+    updates, new_state = step(grads, jax.tree.map(jnp.copy, state), params)
+    step(grads, jax.tree.map(jnp.copy, new_state), optax.apply_updates(params, updates))
+    assert len(traces) == 1
     return params, grads, state, updates, new_state
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_keeps_types_and_does_not_recompile(name):
-    params, grads, state, updates, new_state = stepped(name)
+    params, _, state, updates, new_state = stepped(name)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
-    transform = make(name)
-    traces = []
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(params, state):
-        traces.append(1)
-        updates, state = transform.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    moved, state = step(params, jax.tree.map(jnp.copy, state))
-    step(moved, state)
-    assert len(traces) == 1
     assert getattr(new_state, "_fields", ())[:1] in ((), ("count",))
 
 
@@ -57,6 +58,17 @@ def test_keeps_the_dtype_of_the_parameters(name, dtype):
         assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("method", RETRACTIONS)
+def test_every_retraction_keeps_the_dtype(method, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        params, grads = tree(dtype)
+        retract = transforms.retract(method, mask=MASK)
+        state = jax.eval_shape(retract.init, params)
+        updates, _ = jax.eval_shape(retract.update, grads, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
