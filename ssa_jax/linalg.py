@@ -2,7 +2,7 @@
 
 Every function is pure, works on plain arrays and is safe inside ``jax.jit`` unless it says
 otherwise. Matrices on the Stiefel manifold St(n, r) are tall: shape (..., n, r), n >= r,
-XᵀX = I, with any leading axes of one matrix each.
+XᵀX = I, with any leading axes of one matrix each, in float32 or float64.
 """
 
 import functools

@@ -1,7 +1,9 @@
 """Inputs that the tests of projections, retractions and transforms share."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ssa_jax import linalg, transforms
 from ssa_jax.factors import Factors
@@ -98,3 +100,17 @@ def arguments(name):
 
 def make(name):
     return TRANSFORMS[name][0](**arguments(name))
+
+
+def run(transform, params, grads, steps=3):
+    """(parameters, state, updates) after some steps on constant gradients."""
+    state = transform.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    for _ in range(steps):
+        params, state, updates = step(params, state)
+    return params, state, updates
