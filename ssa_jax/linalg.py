@@ -1,9 +1,11 @@
 """Array mathematics on factors: projections, retractions, truncated SVD, spectra, angles.
 
 Every function is pure, works on plain arrays and is safe inside ``jax.jit`` unless it says
-otherwise. Matrices on the Stiefel manifold St(n, r) are tall: shape (n, r), n >= r, XᵀX = I.
+otherwise. Matrices on the Stiefel manifold St(n, r) are tall: shape (..., n, r), n >= r,
+XᵀX = I, with any leading axes of one matrix each, in float32 or float64.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,14 +14,44 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+# Accelerators round the factors of a float32 product to fewer bits unless told otherwise.
+_PRECISION = jax.lax.Precision.HIGHEST
+# Rows that a matrix product on the CPU adds up in one running sum, at most.
+_SUMMED_AT_ONCE = 1024
+# Each iteration multiplies a small singular value by 2.19, so this many span 1e-9 to one.
+NEWTON_SCHULZ_STEPS = 30
+
+
+def _mm(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=_PRECISION)
+
+
+def gram(x: Array) -> Array:
+    """XᵀX of (..., n, r), shape (..., r, r), summed in blocks of rows.
+
+    One running float32 sum of hundreds of squares loses the digit that a retraction needs to land
+    within a few 1e-7. A product of more rows than `_SUMMED_AT_ONCE` is blocked by itself.
+    """
+    n = x.shape[-2]
+    if not _SUMMED_AT_ONCE // 4 <= n <= _SUMMED_AT_ONCE:
+        return _mm(x.mT, x)
+    size = -(-n // 8)
+    blocks = [x[..., i : i + size, :] for i in range(0, n, size)]
+    return sum((_mm(y.mT, y) for y in blocks[1:]), _mm(blocks[0].mT, blocks[0]))
+
+
+def _eye_like(a: Array) -> Array:
+    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
 def sym(a: Array) -> Array:
-    """Symmetric part (A + Aᵀ) / 2 of a square matrix (r, r)."""
-    return (a + a.T) / 2
+    """Symmetric part (A + Aᵀ) / 2 of (..., r, r)."""
+    return (a + a.mT) / 2
 
 
 def skew(a: Array) -> Array:
-    """Skew-symmetric part (A - Aᵀ) / 2 of a square matrix (r, r)."""
-    return (a - a.T) / 2
+    """Skew-symmetric part (A - Aᵀ) / 2 of (..., r, r)."""
+    return (a - a.mT) / 2
 
 
 def project_stiefel(x: Array, g: Array) -> Array:
@@ -29,10 +61,10 @@ def project_stiefel(x: Array, g: Array) -> Array:
     turn X within its own span (Edelman, Arias & Smith 1998, eq. 2.4).
 
     Args:
-      x: (n, r), orthonormal columns.
-      g: (n, r).
+      x: (..., n, r), orthonormal columns.
+      g: (..., n, r).
     """
-    return g - x @ sym(x.T @ g)
+    return g - _mm(x, sym(_mm(x.mT, g)))
 
 
 def project_horizontal(x: Array, g: Array) -> Array:
@@ -42,10 +74,10 @@ def project_horizontal(x: Array, g: Array) -> Array:
     square X it is zero.
 
     Args:
-      x: (n, r), orthonormal columns.
-      g: (n, r).
+      x: (..., n, r), orthonormal columns.
+      g: (..., n, r).
     """
-    return g - x @ (x.T @ g)
+    return g - _mm(x, _mm(x.mT, g))
 
 
 def project_none(x: Array, g: Array) -> Array:
@@ -54,66 +86,164 @@ def project_none(x: Array, g: Array) -> Array:
     return g
 
 
-def retract_newton_schulz(x: Array, xi: Array, steps: int = 2) -> Array:
-    """Newton-Schulz iteration towards the polar factor of X + ξ: Y <- Y (3I - YᵀY) / 2.
+def _bjorck_bowie(y: Array, g: Array) -> tuple[Array, Array]:
+    """One step from y with Gram matrix g, and a bound (...,) of max|YᵀY - I| after it.
 
-    Matrix products only. Converges quadratically when every singular value lies in
-    (0, √3). For a tangent ξ, (X + ξ)ᵀ(X + ξ) = I + ξᵀξ, so dividing first by
-    √(1 + ‖ξ‖_F²) (an upper bound of the largest singular value) when ‖ξ‖_F > 1/2 keeps the
-    iteration inside its basin for any step; the number of steps then grows with the step
-    only through the next calls.
+    With E = I - G and while the eigenvalues of E lie in [-1, 1], the new residual is E q(E) E
+    after the step of first order and E² q(E) E² after that of third, |q| <= 1: no entry exceeds
+    the largest squared row norm of E or of E². The first order is taken where it suffices.
+    """
+    eye = _eye_like(g)
+    e = eye - g
+    bound = _largest_row(e)
+
+    def third() -> tuple[Array, Array]:
+        e2 = _mm(e, e)
+        return 0.5 * e + _mm(e2, 0.375 * eye + 0.3125 * e), _largest_row(e2)
+
+    enough = jnp.all(bound <= jnp.finfo(y.dtype).eps)
+    series, bound = jax.lax.cond(enough, lambda: (0.5 * e, bound), third)
+    return y + _mm(y, series), bound
+
+
+def _largest_row(a: Array) -> Array:
+    """Largest squared norm of a row of (..., r, r), shape (...,)."""
+    return jnp.max(jnp.sum(jnp.square(a), axis=-1), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
+    """Polar factor Y (YᵀY)^(-1/2) of (..., n, r) by a higher-order Newton-Schulz iteration.
+
+    Y <- Y (I + E/2 + 3E²/8 + 5E³/16) with E = I - YᵀY, the fourth-order member of the family
+    of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
+    their products with the tall matrix. Where Y (I + E/2), one classical step, is exact to
+    rounding, the small products E² and E³ are spared. Y is first scaled by an eigenvalue
+    bound where that is needed for the iteration to converge. One step is enough for singular
+    values within about 1 % of one; further ones run only while the bound on what is left
+    exceeds rounding. What has not converged after `steps` (Y without full
+    rank, or so large that YᵀY overflows) is replaced by the Q factor of Y.
 
     Args:
-      x: (n, r), orthonormal columns.
-      xi: (n, r), a small step.
-      steps: number of iterations.
+      y: (..., n, r), n >= r.
+      steps: most iterations before the fallback.
+    """
+    tolerance = jnp.finfo(y.dtype).eps
+
+    def more(carry: tuple[Array, Array, Array]) -> Array:
+        count, _, bound = carry
+        return (count < steps) & jnp.any(bound > tolerance)
+
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, z, _ = carry
+        g = gram(z)
+        largest = jnp.max(jnp.sum(jnp.abs(g), axis=-1), axis=-1)[..., None, None]
+        outside = (largest > 2) | (largest < 0.5)
+        scale = jnp.where(outside, jax.lax.rsqrt(largest), jnp.ones_like(largest))
+        z, bound = _bjorck_bowie(z, g * jnp.square(scale))
+        return count + 1, z * scale, bound
+
+    start = (jnp.int32(0), y, jnp.full(y.shape[:-2], jnp.inf, y.dtype))
+    _, z, bound = jax.lax.while_loop(more, step, start)
+    return jax.lax.cond(jnp.all(bound <= tolerance), lambda: z, lambda: _q_factor(y))
+
+
+def _q_factor(y: Array) -> Array:
+    """Q of the QR decomposition whose R has a positive diagonal."""
+    q, r = jnp.linalg.qr(y)
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    return q * jnp.where(diagonal < 0, -1, 1).astype(y.dtype)[..., None, :]
+
+
+def retract_newton_schulz(x: Array, xi: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
+    """Polar retraction by matrix products alone: `orthonormalize` of X + ξ.
+
+    For a tangent ξ, (X + ξ)ᵀ(X + ξ) = I + ξᵀξ, so one iteration serves while the singular
+    values of ξ stay below about 0.15.
+
+    Args:
+      x: (..., n, r), orthonormal columns.
+      xi: (..., n, r), a step of any size.
+      steps: most iterations before the fallback to QR.
+    """
+    return orthonormalize(x + xi, steps)
+
+
+def retract_polar(x: Array, xi: Array) -> Array:
+    """Polar retraction (X + ξ)(I + ξᵀξ)^(-1/2) by the eigenvalues of the Gram matrix.
+
+    The nearest orthonormal matrix to X + ξ (Absil & Malick 2012). An `orthonormalize` after
+    it removes what a large condition number leaves.
     """
     y = x + xi
-    norm2 = jnp.sum(jnp.square(xi))
-    y = y * jnp.where(norm2 > 0.25, jax.lax.rsqrt(1 + norm2), 1.0)
-    eye = jnp.eye(x.shape[1], dtype=x.dtype)
-    for _ in range(steps):
-        y = y @ (1.5 * eye - 0.5 * (y.T @ y))
-    return y
+    info = jnp.finfo(y.dtype)
+    # The polar factor ignores the scale, and a Gram matrix must not overflow.
+    y = y / jnp.maximum(jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True), info.tiny)
+    values, vectors = jnp.linalg.eigh(gram(y))
+    least = jnp.maximum(values[..., -1:] * info.eps, info.tiny)
+    root = jax.lax.rsqrt(jnp.maximum(values, least))[..., None, :]
+    return orthonormalize(_mm(y, _mm(vectors * root, vectors.mT)))
 
 
 def retract_qr(x: Array, xi: Array) -> Array:
     """QR retraction: the Q factor of X + ξ with the signs that make diag(R) positive."""
-    q, r = jnp.linalg.qr(x + xi)
-    sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(x.dtype)
-    return q * sign[None, :]
+    return _q_factor(x + xi)
 
 
-def _cholesky_qr(y: Array) -> Array:
-    lower = jnp.linalg.cholesky(y.T @ y)
-    return jax.scipy.linalg.solve_triangular(lower, y.T, lower=True).T
-
-
+@jax.jit
 def retract_cholesky_qr2(x: Array, xi: Array) -> Array:
     """QR retraction by Cholesky factors of the Gram matrix, applied twice (Fukaya et al. 2014).
 
     Equals `retract_qr` to rounding while the condition number of X + ξ stays below about
-    1e3 in float32; beyond it the Cholesky factor does not exist and the result is NaN.
+    1e3 in float32. Beyond it the first pass fails or leaves a matrix far from orthonormal;
+    the Gram matrix of the second pass shows that, and Householder QR takes over.
     """
-    return _cholesky_qr(_cholesky_qr(x + xi))
+    y = x + xi
+
+    def inverse(g: Array) -> Array:
+        lower = jnp.linalg.cholesky(g)
+        return jax.scipy.linalg.solve_triangular(lower, _eye_like(g), lower=True).mT
+
+    once = _mm(y, inverse(gram(y)))
+    g = gram(once)
+    twice = _mm(once, inverse(g))
+    near = jnp.max(jnp.sum(jnp.abs(g - _eye_like(g)), axis=-1)) < 0.1
+    return jax.lax.cond(near, lambda: twice, lambda: _q_factor(y))
 
 
 def retract_cayley(x: Array, xi: Array) -> Array:
     """Cayley retraction: Y = (I - A/2)⁻¹ (I + A/2) X with A = P ξ Xᵀ - X ξᵀ P, P = I - XXᵀ/2.
 
     A is skew of rank at most 2r, so the inverse is taken of a (2r, 2r) matrix by the
-    Sherman-Morrison-Woodbury formula (Wen & Yin 2013).
+    Sherman-Morrison-Woodbury formula (Wen & Yin 2013). The transform conserves XᵀX with its
+    rounding errors, which would pile up over many steps: an `orthonormalize` removes them.
     """
-    p = xi - 0.5 * x @ (x.T @ xi)
-    left = jnp.concatenate([p, x], axis=1)
-    right = jnp.concatenate([x, -p], axis=1)
-    small = jnp.eye(left.shape[1], dtype=x.dtype) - 0.5 * right.T @ left
-    return x + left @ jnp.linalg.solve(small, right.T @ x)
+    p = xi - 0.5 * _mm(x, _mm(x.mT, xi))
+    left = jnp.concatenate([p, x], axis=-1)
+    right = jnp.concatenate([x, -p], axis=-1)
+    inner = _mm(right.mT, left)
+    small = _eye_like(inner) - 0.5 * inner
+    return orthonormalize(x + _mm(left, jnp.linalg.solve(small, _mm(right.mT, x))))
 
 
 def retract_none(x: Array, xi: Array) -> Array:
     """No retraction: X + ξ."""
     return x + xi
+
+
+def msign(m: Array, steps: int = 5) -> Array:
+    """Approximate orthogonal factor of (..., n, r): singular values pulled towards one.
+
+    Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): five steps take every
+    singular value above about 1e-3 of the Frobenius norm into [0.7, 1.2]; zero stays zero,
+    unlike in `orthonormalize`.
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(m), axis=(-2, -1), keepdims=True))
+    m = m / jnp.maximum(norm, jnp.finfo(m.dtype).tiny)
+    for _ in range(steps):
+        g = gram(m)
+        m = 3.4445 * m + _mm(m, -4.7750 * g + 2.0315 * _mm(g, g))
+    return m
 
 
 PROJECTIONS: dict[str, Callable[[Array, Array], Array]] = {
@@ -126,6 +256,7 @@ RETRACTIONS: dict[str, Callable[[Array, Array], Array]] = {
     "newton_schulz": retract_newton_schulz,
     "cholesky_qr2": retract_cholesky_qr2,
     "qr": retract_qr,
+    "polar": retract_polar,
     "cayley": retract_cayley,
     "none": retract_none,
 }
@@ -182,39 +313,53 @@ def truncated_svd(w: Array, rank: int, key: Array | None = None) -> tuple[Array,
 
 
 def hoyer(s: Array) -> Array:
-    """Hoyer ratio ‖s‖₁ / ‖s‖₂ of a spectrum (r,), between 1 and √r; 0 for a zero spectrum.
+    """Hoyer ratio ‖s‖₁ / ‖s‖₂ of spectra (..., r), between 1 and √r; 0 for a zero spectrum.
 
     Its gradient is sign(s)/‖s‖₂ - ‖s‖₁ s/‖s‖₂³ (Yang et al. 2020, eq. 5).
     """
-    norm2 = jnp.sum(jnp.square(s))
+    norm2 = jnp.sum(jnp.square(s), axis=-1)
     safe = jnp.where(norm2 > 0, norm2, 1.0)
-    return jnp.where(norm2 > 0, jnp.sum(jnp.abs(s)) * jax.lax.rsqrt(safe), 0.0)
+    return jnp.where(norm2 > 0, jnp.sum(jnp.abs(s), axis=-1) * jax.lax.rsqrt(safe), 0.0)
 
 
 def smaller_than(s: Array) -> Array:
-    """Which entries come after which in descending order of |s|, ties by index: (r, r) bool.
+    """Which entries follow which in descending order of |s|, ties by index.
 
-    Entry (i, j) says that s_j comes after s_i. Compared pair by pair: at the ranks of layers as
-    fast as a sort, which takes the compiler a second.
+    Compared pair by pair: at the ranks of layers as fast as a sort, which takes the compiler a
+    second.
+
+    Args:
+      s: (..., r).
+
+    Returns:
+      (..., r, r) bool; entry (i, j) says that s_j follows s_i.
     """
-    power, index = jnp.abs(s), jnp.arange(s.size)
-    return (power[None, :] < power[:, None]) | (
-        (power[None, :] == power[:, None]) & (index[None, :] > index[:, None])
-    )
+    size, index = jnp.abs(s), jnp.arange(s.shape[-1])
+    one, other = size[..., :, None], size[..., None, :]
+    later = jnp.broadcast_to(index[None, :] > index[:, None], one.shape[:-1] + index.shape)
+    return (other < one) | ((other == one) & later)
 
 
 def energy_rank(s: Array, energy: Array | float) -> Array:
-    """Smallest k whose k largest entries hold the share `energy` of Σ s²; int32 scalar, >= 1."""
+    """Smallest k >= 1 whose k largest entries of s (..., r) hold `energy` of Σ s²; int32 (...,)."""
     power = jnp.square(s)
     # What is lost when the entry of this row is the last one kept.
-    lost = jnp.sum(jnp.where(smaller_than(s), power[None, :], 0), axis=1)
-    too_much = lost > (1 - energy) * jnp.sum(power)
-    return jnp.minimum(1 + jnp.sum(too_much), s.size).astype(jnp.int32)
+    lost = jnp.sum(jnp.where(smaller_than(s), power[..., None, :], 0), axis=-1)
+    too_much = lost > (1 - energy) * jnp.sum(power, axis=-1, keepdims=True)
+    k = jnp.minimum(1 + jnp.sum(too_much, axis=-1), s.shape[-1])
+    return k.astype(jnp.int32)
 
 
 def orthogonality_error(x: Array) -> Array:
-    """Max |XᵀX - I| of a matrix (n, r): the distance from the Stiefel manifold, a scalar."""
-    return jnp.max(jnp.abs(x.T @ x - jnp.eye(x.shape[1], dtype=x.dtype)))
+    """Max |XᵀX - I| over (..., n, r): the distance from the Stiefel manifold, a scalar."""
+    g = gram(x)
+    return jnp.max(jnp.abs(g - _eye_like(g)))
+
+
+def orthogonality_gradient(x: Array) -> Array:
+    """Gradient 4 X(XᵀX - I) of ‖XᵀX - I‖² at (..., n, r)."""
+    g = gram(x)
+    return 4 * _mm(x, g - _eye_like(g))
 
 
 def angle(a: Array, b: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The optimiser's chain and its order, written here only."""
+"""The optimiser of a configuration: schedules and names made into one chain."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class OptimizerConfig(NamedTuple):
     Attributes:
       learning_rate: peak of the schedule.
       total_steps: length of training.
-      steps_per_epoch: the energy rule applies once an epoch.
+      steps_per_epoch: ranks are chosen anew at the end of every epoch.
       optimizer: a name in `OPTIMIZERS`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
         it back to zero.
@@ -63,11 +63,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Hoyer -> clip -> tangent -> Adam or momentum -> tangent -> rate -> truncate -> retract.
-
-    Projected before the adaptive step, so that its moments see tangent gradients, and after
-    it, since an elementwise rescaling leaves the tangent space. Truncation changes s alone,
-    so the retraction of U and V may follow it.
+    """The chain `transforms.ssa`, whose order is written there, with the settings of a config.
 
     Raises:
       ValueError: an unknown name or a value out of range, from the transforms.
@@ -77,18 +73,16 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def target(count: Array) -> ranks.Target:
         return schedule(jnp.minimum(count / config.total_steps, 1.0), config.energy)
 
-    return optax.chain(
-        transforms.add_hoyer(lambda count: config.hoyer * target(count).hoyer),
-        optax.clip_by_block_rms(config.clip),
-        transforms.project_to_tangent(config.projection),
-        OPTIMIZERS[config.optimizer](),
-        transforms.project_to_tangent(config.projection),
-        optax.scale_by_learning_rate(learning_rate(config)),
-        transforms.truncate_rank(
-            lambda count: target(count)[:2],
-            config.rank_floor,
-            config.steps_per_epoch,
-            ranks.BUCKET,
-        ),
-        transforms.retract(config.retraction, config.retract_every),
+    return transforms.ssa(
+        learning_rate(config),
+        optimizer=OPTIMIZERS[config.optimizer](),
+        hoyer=lambda count: config.hoyer * target(count).hoyer,
+        clip=config.clip,
+        target=lambda count: target(count)[:2],
+        floor=config.rank_floor,
+        truncate_every=config.steps_per_epoch,
+        least_rank=ranks.BUCKET,
+        metric=config.projection,
+        retraction=config.retraction,
+        retract_every=config.retract_every,
     )

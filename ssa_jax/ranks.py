@@ -4,6 +4,7 @@ A schedule says how much rank to keep at a fraction of training; `transforms.tru
 zeroes the rest inside the step, and `compact` removes the zeroes between epochs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,6 +97,12 @@ def selection(params: Tree) -> dict[str, np.ndarray]:
     return chosen
 
 
+def _take(index: np.ndarray, x: Array) -> Array:
+    # A last axis of one is a moment that the whole factor shares. Sliced on the host: on the
+    # device every new shape would be compiled for.
+    return x if x.shape[-1] == 1 else jnp.asarray(np.asarray(x)[..., index])
+
+
 def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
     """Slices every `Factors` of a tree whose path ends with a chosen layer's path.
 
@@ -109,11 +116,6 @@ def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
 
     def slice_node(path: tuple[Any, ...], node: Any) -> Any:
         index = index_of(path) if is_factors(node) else None
-        # Sliced on the host: on the device every new shape would be compiled for.
-        return (
-            node
-            if index is None
-            else jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[..., index]), node)
-        )
+        return node if index is None else jax.tree.map(functools.partial(_take, index), node)
 
     return jax.tree_util.tree_map_with_path(slice_node, tree, is_leaf=is_factors)

@@ -1,21 +1,51 @@
-"""Optax transformations for factored weights, usable alone in any optax chain."""
+"""Optax transformations for orthonormal and factored weights, usable alone in any optax chain."""
 
+from ssa_jax.transforms.aliases import ssa, stiefel_adam, stiefel_muon, stiefel_sgd
 from ssa_jax.transforms.manifold import RetractState, project_to_tangent, retract
-from ssa_jax.transforms.spectrum import (
-    HoyerState,
-    TruncateState,
-    add_hoyer,
-    keep_largest,
-    truncate_rank,
+from ssa_jax.transforms.monitor import DriftState, orthogonality_drift
+from ssa_jax.transforms.optimizers import (
+    RiemannianAdamState,
+    StiefelMuonState,
+    TraceState,
+    scale_by_riemannian_adam,
+    scale_by_stiefel_muon,
+    trace,
 )
+from ssa_jax.transforms.penalties import (
+    AlignmentState,
+    HoyerState,
+    OrthogonalityPenaltyState,
+    add_alignment,
+    add_hoyer,
+    add_orthogonality_penalty,
+)
+from ssa_jax.transforms.selection import label_paths
+from ssa_jax.transforms.spectrum import TruncateState, keep_largest, truncate_rank
 
 __all__ = [
+    "AlignmentState",
+    "DriftState",
     "HoyerState",
+    "OrthogonalityPenaltyState",
     "RetractState",
+    "RiemannianAdamState",
+    "StiefelMuonState",
+    "TraceState",
     "TruncateState",
+    "add_alignment",
     "add_hoyer",
+    "add_orthogonality_penalty",
     "keep_largest",
+    "label_paths",
+    "orthogonality_drift",
     "project_to_tangent",
     "retract",
+    "scale_by_riemannian_adam",
+    "scale_by_stiefel_muon",
+    "ssa",
+    "stiefel_adam",
+    "stiefel_muon",
+    "stiefel_sgd",
+    "trace",
     "truncate_rank",
 ]

@@ -1,5 +1,7 @@
-"""Optax transformations that keep the U and V of `Factors` on the Stiefel manifold."""
+"""Optax transformations that keep orthonormal matrices on the Stiefel manifold."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -8,7 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax import linalg
-from ssa_jax.factors import Factors, map_factors
+from ssa_jax.transforms.selection import Mask, kinds_of, map_matrices, need_params
+
+Array = jax.Array
 
 
 class RetractState(NamedTuple):
@@ -17,74 +21,157 @@ class RetractState(NamedTuple):
     count: chex.Array
 
 
-def _choose(table: dict[str, Any], name: str, what: str) -> Any:
+def choose(table: dict[str, Any], name: str, what: str) -> Any:
+    """The entry of a table by name.
+
+    Raises:
+      ValueError: no such entry; names those there are.
+    """
     if name not in table:
         raise ValueError(f"{what} must be one of {', '.join(table)}, got {name!r}")
     return table[name]
 
 
-def project_to_tangent(projection: str = "stiefel") -> optax.GradientTransformation:
-    """Projects the updates of U and V to the tangent space at the parameters.
+def check_every(every: int, what: str) -> None:
+    """Raises ValueError unless a period in steps is at least one."""
+    if every < 1:
+        raise ValueError(f"{what} every must be at least 1, got {every}")
 
-    ``stiefel``: G - U sym(UᵀG); ``horizontal``: G - U(UᵀG); ``none``: G. Applied once before
-    an adaptive rescaling, which leaves the tangent space, and once after it.
+
+def when_due(count: Array, every: int, due: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """due() in every k-th step, otherwise() in the others; static when k is one."""
+    if every == 1:
+        return due()
+    return jax.lax.cond(count % every == 0, due, otherwise)
+
+
+def project_to_tangent(
+    metric: str = "stiefel", *, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Projects the updates of orthonormal matrices to the tangent space at the parameters.
+
+    ``stiefel``: ξ = G - X sym(XᵀG), the orthogonal projection to {ξ: Xᵀξ skew};
+    ``horizontal``: ξ = G - X(XᵀG), which moves only the span of X; ``none``: G. Apply it
+    before an adaptive rescaling, so that its moments see tangent gradients, and once more
+    after it, since an elementwise rescaling leaves the tangent space.
 
     Args:
-      projection: a name in `linalg.PROJECTIONS`.
+      metric: a name in `linalg.PROJECTIONS`.
+      mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
+        (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
     Returns:
-      A stateless transformation; leaves outside `Factors` pass unchanged.
+      A stateless transformation; other leaves pass unchanged.
 
     Raises:
-      ValueError: an unknown projection; or no params at update.
+      ValueError: an unknown metric; no params at update; a leaf that does not fit its label.
+
+    References:
+      Edelman, Arias & Smith, The geometry of algorithms with orthogonality constraints, 1998.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.eye(3, 2)
+    >>> tangent = project_to_tangent(mask=True)
+    >>> xi, _ = tangent.update(jnp.arange(6.0).reshape(3, 2), tangent.init(x), x)
+    >>> print(x.T @ xi)
+    [[ 0.  -0.5]
+     [ 0.5  0. ]]
     """
-    project = _choose(linalg.PROJECTIONS, projection, "projection")
+    project = choose(linalg.PROJECTIONS, metric, "metric")
 
-    def one(g: Factors, w: Factors) -> Factors:
-        return Factors(project(w.u, g.u), g.s, project(w.v, g.v))
+    def init(params: optax.Params) -> optax.EmptyState:
+        kinds_of(params, mask)
+        return optax.EmptyState()
 
-    def update(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        return map_factors(one, updates, params)
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        need_params(params, updates)
+        return map_matrices(project, kinds_of(params, mask), updates, params), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def retract(retraction: str = "newton_schulz", every: int = 1) -> optax.GradientTransformation:
-    """Rewrites the updates of U and V to R(x + u) - x, so that they land on the manifold.
+def retract(
+    method: str = "newton_schulz",
+    every: int = 1,
+    steps: int | None = None,
+    *,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rewrites the updates of orthonormal matrices so that they land on the manifold.
 
-    The last link of a chain: `optax.apply_updates` then adds the difference back.
+    u <- R_x(u) - x, the last link of a chain: `optax.apply_updates` adds x back. R_x(u) is
+
+    ``newton_schulz``: the polar factor of x + u by matrix products alone, in as many steps as
+    the distance asks for (one or two in training), with QR where that fails;
+    ``polar``: the same by an eigendecomposition of the Gram matrix;
+    ``qr``, ``cholesky_qr2``: the Q factor of x + u, by Householder or by Cholesky;
+    ``cayley``: (I - A/2)⁻¹(I + A/2) x with the skew A that u defines;
+    ``none``: x + u.
+
+    All agree with x + u to first order in a tangent u, and land for a u of any size.
 
     Args:
-      retraction: a name in `linalg.RETRACTIONS`.
+      method: a name in `linalg.RETRACTIONS`.
       every: retract in every k-th step only.
+      steps: most iterations of ``newton_schulz`` before its fallback to QR.
+      mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
+        (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
     Raises:
-      ValueError: an unknown retraction, `every` below one; or no params at update.
+      ValueError: an unknown method, `every` or `steps` below one, `steps` with a method that
+        has none; no params at update; a leaf that does not fit its label.
+
+    References:
+      Absil & Malick, Projection-like retractions on matrix manifolds, 2012.
+      Björck & Bowie, An iterative algorithm for computing the best estimate of an orthogonal
+      matrix, 1971.
+      Wen & Yin, A feasible method for optimization with orthogonality constraints, 2013.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> x = jnp.eye(3, 2)
+    >>> landing = retract("qr", mask=True)
+    >>> u, state = landing.update(jnp.ones((3, 2)), landing.init(x), x)
+    >>> y = optax.apply_updates(x, u)
+    >>> bool(jnp.allclose(y.T @ y, jnp.eye(2), atol=1e-6))
+    True
     """
-    retraction_fn = _choose(linalg.RETRACTIONS, retraction, "retraction")
-    if every < 1:
-        raise ValueError(f"retract every must be at least 1, got {every}")
+    retraction = choose(linalg.RETRACTIONS, method, "retraction method")
+    check_every(every, "retract")
+    if steps is not None:
+        if method != "newton_schulz":
+            raise ValueError(f"retraction method {method!r} takes no steps")
+        if steps < 1:
+            raise ValueError(f"retract steps must be at least 1, got {steps}")
+        retraction = functools.partial(retraction, steps=steps)
 
     def init(params: optax.Params) -> RetractState:
-        del params
+        kinds_of(params, mask)
         return RetractState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates, state: RetractState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: RetractState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, RetractState]:
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+        del extra_args
+        need_params(params, updates)
+        kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
 
-        def one(g: Factors, w: Factors) -> Factors:
-            return Factors(retraction_fn(w.u, g.u) - w.u, g.s, retraction_fn(w.v, g.v) - w.v)
+        def land(x: Array, u: Array) -> Array:
+            return retraction(x, u) - x
 
-        if every == 1:
-            return map_factors(one, updates, params), RetractState(count)
-        due = count % every == 0
-        landed = jax.lax.cond(due, lambda: map_factors(one, updates, params), lambda: updates)
+        landed = when_due(
+            count, every, lambda: map_matrices(land, kinds, updates, params), lambda: updates
+        )
         return landed, RetractState(count)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

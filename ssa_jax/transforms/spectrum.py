@@ -1,4 +1,4 @@
-"""Optax transformations on the spectra s of `Factors`: Hoyer sparsity and rank truncation."""
+"""An optax transformation that truncates the spectra s of `Factors`, with static shapes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,16 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax import linalg
-from ssa_jax.factors import Factors, is_factors, map_factors
+from ssa_jax.factors import Factors, is_factors
+from ssa_jax.transforms.manifold import check_every
+from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_of, need_params
 
 Array = jax.Array
-ScalarOrSchedule = float | Callable[[Array], Array]
-
-
-class HoyerState(NamedTuple):
-    """Steps done."""
-
-    count: chex.Array
+Target = float | Array | Callable[[Array], Any]
 
 
 class TruncateState(NamedTuple):
@@ -26,9 +22,10 @@ class TruncateState(NamedTuple):
 
     Attributes:
       count: steps done.
-      masks: the parameter tree with `Factors(None, mask, None)`, mask (r,) bool, at every
+      masks: the parameter tree with `Factors(None, mask, None)`, mask (..., r) bool, at every
         `Factors`, and None elsewhere.
-      initial_ranks: a list of int32 scalars, the rank at init of every `Factors`.
+      initial_ranks: the parameter tree with an int32 scalar, the rank at init, at every
+        `Factors`, and None elsewhere.
     """
 
     count: chex.Array
@@ -36,109 +33,132 @@ class TruncateState(NamedTuple):
     initial_ranks: Any
 
 
-def add_hoyer(weight: ScalarOrSchedule) -> optax.GradientTransformation:
-    """Adds w ∇(‖s‖₁/‖s‖₂) to the gradient of every spectrum (Yang et al. 2020).
+def keep_largest(s: Array, mask: Array, k: Array) -> Array:
+    """Mask (..., r) of the k largest |s| among those `mask` keeps; ties go to the first.
 
     Args:
-      weight: w, a number or a function of the step count.
+      s: (..., r).
+      mask: (..., r) bool.
+      k: (...,) or a scalar.
     """
-
-    def init(params: optax.Params) -> HoyerState:
-        del params
-        return HoyerState(jnp.zeros([], jnp.int32))
-
-    def update(
-        updates: optax.Updates, state: HoyerState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, HoyerState]:
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        w = weight(state.count) if callable(weight) else weight
-
-        def one(g: Factors, p: Factors) -> Factors:
-            return g._replace(s=g.s + jnp.asarray(w * jax.grad(linalg.hoyer)(p.s), g.s.dtype))
-
-        return map_factors(one, updates, params), HoyerState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(init, update)
-
-
-def _is_mask(node: Any) -> bool:
-    return node is None or is_factors(node)
-
-
-def keep_largest(s: Array, mask: Array, k: Array) -> Array:
-    """Mask (r,) of the k largest |s| among those `mask` keeps; ties go to the first."""
     # The dropped ones are zero and come last, so that they never displace a kept one.
-    larger = jnp.sum(linalg.smaller_than(jnp.where(mask, s, 0)), axis=0)
-    return mask & (larger < k)
+    position = jnp.sum(linalg.smaller_than(jnp.where(mask, s, 0)), axis=-2)
+    return mask & (position < jnp.broadcast_to(k, s.shape[:-1])[..., None])
+
+
+def _target_at(target: Target, count: Array) -> tuple[Any, Any]:
+    """(rank fraction, energy share) that a target asks for after `count` steps."""
+    if not callable(target):
+        return 1.0, target
+    asked = target(count)
+    return asked if isinstance(asked, tuple) else (asked, 1.0)
+
+
+def _ranks_to_keep(s: Array, r0: Array, ask: tuple[Any, Any], floor: float, due: Array) -> Array:
+    """How many (...,) of the live spectrum s (..., r) stay; the energy rule counts when due."""
+    rank, energy = ask
+    full = r0.astype(jnp.float32)
+    by_rank = jnp.ceil(rank * full - 1e-4)
+    by_energy = jnp.maximum(linalg.energy_rank(s, energy), jnp.ceil(floor * full - 1e-4))
+    return jnp.where(due, jnp.minimum(by_rank, by_energy), by_rank)
 
 
 def truncate_rank(
-    target: Callable[[Array], tuple[Array, Array]],
+    target: Target,
     floor: float = 0.3,
     every: int = 1,
     least: int = 1,
-) -> optax.GradientTransformation:
-    """Zeroes the smallest singular values, for good, with static shapes.
+    *,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Zeroes the smallest singular values of every `Factors`, for good, with static shapes.
 
-    With r₀ the rank at init and (ρ, ε) = target(step), the k largest |s| of those still alive
+    With r₀ the rank at init and (ρ, ε) the target, the k largest |s| of those still alive
     stay: k = ⌈ρ r₀⌉ in every step, and in the first step of every period also at most
-    max(smallest k with Σ_{j≤k} s_j² ≥ ε Σ s_j², ⌈floor r₀⌉). A period leaves training the time
+    max(smallest k with Σ_{j≤k} s_j² >= ε Σ s_j², ⌈floor r₀⌉). A period leaves training the time
     to recover before the energy rule, which empties any spectrum in the end, bites again. The
     update of a dropped value is -s, so `optax.apply_updates` makes it exactly zero; masks
-    never grow back. Slicing the zeroes away is left to the caller.
+    never grow back. Slicing the zeroes away is left to the caller. `add_hoyer`, earlier in
+    the chain, moves energy into the values that stay.
 
     Args:
-      target: step count after this step -> (rank as a fraction of r₀, energy share).
+      target: ε, a number; or a function of the step count after this step that gives ρ
+        or a pair (ρ, ε).
       floor: the energy rule never goes below this fraction of r₀.
       every: period of the energy rule in steps.
       least: no rank goes below this number, or r₀ where that is smaller.
+      mask: False at a `Factors` leaves it whole; see `ssa_jax.transforms.selection`.
 
     Raises:
-      ValueError: floor outside [0, 1], `every` below one; or no params at update.
+      ValueError: floor or ε outside [0, 1], `every` or `least` below one; no params at
+        update; a tree that does not fit the mask.
+
+    References:
+      Yang et al., Learning low-rank deep neural networks via singular vector orthogonality
+      regularization and singular value sparsification, 2020.
+
+    >>> import jax.numpy as jnp
+    >>> from ssa_jax.factors import Factors
+    >>> f = Factors(jnp.eye(4, 3), jnp.array([3.0, 0.1, 2.0]), jnp.eye(3))
+    >>> cut = truncate_rank(0.95)
+    >>> u, state = cut.update(jax.tree.map(jnp.zeros_like, f), cut.init(f), f)
+    >>> print(optax.apply_updates(f, u).s, state.masks.s)
+    [3. 0. 2.] [ True False  True]
     """
-    if not 0 <= floor <= 1:
-        raise ValueError(f"rank floor must lie in [0, 1], got {floor}")
-    if every < 1:
-        raise ValueError(f"truncate every must be at least 1, got {every}")
+    for name, value in (("rank floor", floor), ("energy share", target)):
+        if isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    check_every(every, "truncate")
+    if least < 1:
+        raise ValueError(f"least rank must be at least 1, got {least}")
 
     def init(params: optax.Params) -> TruncateState:
-        masks = jax.tree.map(
-            lambda p: Factors(None, jnp.ones(p.s.shape, bool), None) if is_factors(p) else None,  # type: ignore[arg-type]
-            params,
-            is_leaf=is_factors,
-        )
-        initial = [
-            jnp.int32(p.s.shape[0])
-            for p in jax.tree.leaves(params, is_leaf=is_factors)
-            if is_factors(p)
-        ]
+        def at_factors(make: Callable[[Factors], Any]) -> Any:
+            return jax.tree.map(
+                lambda kind, p: make(p) if _has_spectrum(kind) else None,
+                kinds_of(params, mask),
+                params,
+                is_leaf=is_factors,
+            )
+
+        masks = at_factors(lambda f: Factors(None, jnp.ones(f.s.shape, bool), None))  # type: ignore[arg-type]
+        initial = at_factors(lambda f: jnp.int32(f.s.shape[-1]))
         return TruncateState(jnp.zeros([], jnp.int32), masks, initial)
 
     def update(
-        updates: optax.Updates, state: TruncateState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: TruncateState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, TruncateState]:
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+        del extra_args
+        need_params(params, updates)
         count = optax.safe_increment(state.count)
-        rank, energy = target(count)
-        initial = iter(state.initial_ranks)
+        ask = _target_at(target, count)
 
-        def new_mask(mask: Factors | None, g: Any, p: Any) -> Factors | None:
-            if mask is None:
+        def new_mask(m: Factors | None, r0: Any, g: Any, p: Any) -> Factors | None:
+            if m is None:
                 return None
-            r0 = next(initial).astype(jnp.float32)
-            s = jnp.where(mask.s, p.s + g.s, 0)
-            k = jnp.ceil(rank * r0 - 1e-4)
-            lowest = jnp.maximum(linalg.energy_rank(s, energy), jnp.ceil(floor * r0))
-            k = jnp.where(count % every == 1 % every, jnp.minimum(k, lowest), k)
-            return mask._replace(s=keep_largest(s, mask.s, jnp.maximum(k, jnp.minimum(least, r0))))
+            dtype = compute_dtype(p.s, g.s)
+            s = jnp.where(m.s, p.s.astype(dtype) + g.s.astype(dtype), 0)
+            k = _ranks_to_keep(s, r0, ask, floor, count % every == 1 % every)
+            return m._replace(s=keep_largest(s, m.s, jnp.maximum(k, jnp.minimum(least, r0))))
 
-        def cut(mask: Factors | None, g: Any, p: Any) -> Any:
-            return g if mask is None else g._replace(s=jnp.where(mask.s, g.s, -p.s))
+        def cut(m: Factors | None, g: Any, p: Any) -> Any:
+            return g if m is None else g._replace(s=jnp.where(m.s, g.s, -p.s.astype(g.s.dtype)))
 
-        masks = jax.tree.map(new_mask, state.masks, updates, params, is_leaf=_is_mask)
-        cut_updates = jax.tree.map(cut, masks, updates, params, is_leaf=_is_mask)
+        masks = jax.tree.map(
+            new_mask, state.masks, state.initial_ranks, updates, params, is_leaf=_is_entry
+        )
+        cut_updates = jax.tree.map(cut, masks, updates, params, is_leaf=_is_entry)
         return cut_updates, TruncateState(count, masks, state.initial_ranks)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_spectrum(kind: Any) -> bool:
+    return is_factors(kind) and kind.s == SPECTRUM
+
+
+def _is_entry(node: Any) -> bool:
+    return node is None or is_factors(node)

@@ -1,0 +1,47 @@
+"""Wall-clock times of several contestants, measured side by side."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median and least over so many rounds."""
+
+    median_ms: float
+    min_ms: float
+    rounds: int
+
+
+def side_by_side(
+    contestants: list[tuple[Callable[[], Any], Callable[[], Any]]],
+    rounds: int,
+    budget_s: float = 10.0,
+) -> list[Timing]:
+    """Times every contestant once a round, in turn, so that noise falls on all of them alike.
+
+    Args:
+      contestants: pairs (prepare, call): prepare runs off the clock before every call; a call
+        returns when its work is done, not merely queued. The first call, which compiles, is
+        not measured.
+      rounds: measured rounds.
+      budget_s: a contestant whose calls took this long rests after its third round.
+    """
+    for prepare, call in contestants:
+        prepare()
+        call()
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for _ in range(rounds):
+        for times, (prepare, call) in zip(seconds, contestants, strict=True):
+            if len(times) >= 3 and sum(times) > budget_s:
+                continue
+            if not times or times[-1] < 0.1:
+                # Its predecessor left the caches and the threads in another state.
+                prepare()
+                call()
+            prepare()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return [Timing(1e3 * statistics.median(s), 1e3 * min(s), len(s)) for s in seconds]

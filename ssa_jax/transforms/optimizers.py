@@ -1,0 +1,291 @@
+"""Momentum, Adam and Muon whose moments live in the tangent space of the Stiefel manifold.
+
+Their updates are tangent; `retract`, at the end of the chain, makes a step on the manifold of
+them. Leaves that are not orthonormal get the ordinary Euclidean rule.
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from ssa_jax import linalg
+from ssa_jax.transforms.manifold import choose
+from ssa_jax.transforms.selection import ROWS, Mask, is_matrix, kinds_of, map_matrices, need_params
+
+Array = jax.Array
+
+SECOND_MOMENTS = ("elementwise", "column", "matrix")
+
+
+class TraceState(NamedTuple):
+    """Steps done and the tangent momentum, shaped like the parameters."""
+
+    count: chex.Array
+    trace: optax.Updates
+
+
+class RiemannianAdamState(NamedTuple):
+    """Moments of the tangent gradient.
+
+    Attributes:
+      count: steps done.
+      mu: first moment, tangent, shaped like the parameters.
+      nu: second moment: elementwise, or with axes of length one where it is shared.
+    """
+
+    count: chex.Array
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+class StiefelMuonState(NamedTuple):
+    """Steps done and the tangent momentum, shaped like the parameters."""
+
+    count: chex.Array
+    mu: optax.Updates
+
+
+def _accumulate(moment: Any, decay: Any, updates: Any, weight: Any) -> Any:
+    """The sum decay · moment + weight · updates in the moment's dtype."""
+    return jax.tree.map(lambda m, g: (decay * m + weight * g).astype(m.dtype), moment, updates)
+
+
+def trace(
+    decay: float = 0.9,
+    nesterov: bool = False,
+    metric: str = "stiefel",
+    *,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum in the tangent space, carried from point to point by projection.
+
+    m <- P_x(d m + g), the update is m, or P_x(d m + g) with the new m for Nesterov. P_x is the
+    projection to the tangent space at the present x: applied to the old m it is a vector
+    transport.
+
+    Args:
+      decay: d.
+      nesterov: whether to look ahead.
+      metric: a name in `linalg.PROJECTIONS`.
+      mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
+        (..., r, n) by rows; see `ssa_jax.transforms.selection`.
+
+    Raises:
+      ValueError: an unknown metric; no params at update; a leaf that does not fit its label.
+
+    References:
+      Absil, Mahony & Sepulchre, Optimization algorithms on matrix manifolds, 2008, section 8.1.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.eye(3, 2)
+    >>> momentum = trace(0.9, mask=True)
+    >>> m, state = momentum.update(jnp.ones((3, 2)), momentum.init(x), x)
+    >>> print(m)
+    [[0. 0.]
+     [0. 0.]
+     [1. 1.]]
+    """
+    project = choose(linalg.PROJECTIONS, metric, "metric")
+
+    def init(params: optax.Params) -> TraceState:
+        kinds_of(params, mask)
+        return TraceState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update(
+        updates: optax.Updates,
+        state: TraceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TraceState]:
+        del extra_args
+        need_params(params, updates)
+        kinds = kinds_of(params, mask)
+        m = map_matrices(project, kinds, _accumulate(state.trace, decay, updates, 1), params)
+        out = m
+        if nesterov:
+            ahead = _accumulate(m, decay, updates, 1)
+            out = map_matrices(project, kinds, ahead, params)
+        out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
+        return out, TraceState(optax.safe_increment(state.count), m)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shared_axes(kind: str, second_moment: str) -> tuple[int, ...]:
+    """Axes over which entries of one leaf share a second moment."""
+    if not is_matrix(kind) or second_moment == "elementwise":
+        return ()
+    if second_moment == "matrix":
+        return (-2, -1)
+    return (-1,) if kind == ROWS else (-2,)
+
+
+def scale_by_riemannian_adam(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    second_moment: str = "elementwise",
+    metric: str = "stiefel",
+    *,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam whose first moment and update are tangent.
+
+    With ξ = P_x(g): μ <- P_x(b₁ μ + (1 - b₁) ξ), ν <- b₂ ν + (1 - b₂) ⟨ξ²⟩ and the update
+    P_x(μ̂ / (√ν̂ + ε)), hats for the usual correction of the bias. The projection P_x at the
+    present x carries μ along. ν is a scale, no tangent vector, and is never transported. The mean
+    ⟨·⟩ is over nothing, a column, or the whole matrix: one scalar a matrix keeps the direction
+    of μ̂, so that the update needs no second projection (and does not depend on a rotation of
+    the coordinates); the others are projected again.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: ε.
+      second_moment: ``elementwise``, ``column`` (of the tall matrix) or ``matrix``.
+      metric: a name in `linalg.PROJECTIONS`.
+      mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
+        (..., r, n) by rows; see `ssa_jax.transforms.selection`. ν has shape (..., 1, r) or
+        (..., r, 1) by column and (..., 1, 1) by matrix.
+
+    Raises:
+      ValueError: an unknown metric or second moment; no params at update; a leaf that does
+        not fit its label.
+
+    References:
+      Bécigneul & Ganea, Riemannian adaptive optimization methods, 2019.
+      Li, Li & Todorovic, Efficient Riemannian optimization on the Stiefel manifold via the
+      Cayley transform, 2020.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.eye(3, 2)
+    >>> adam = scale_by_riemannian_adam(second_moment="column", mask=True)
+    >>> state = adam.init(x)
+    >>> state.nu.shape
+    (1, 2)
+    >>> u, state = adam.update(jnp.ones((3, 2)), state, x)
+    >>> print((u**2).round(2))
+    [[0. 0.]
+     [0. 0.]
+     [3. 3.]]
+    """
+    project = choose(linalg.PROJECTIONS, metric, "metric")
+    if second_moment not in SECOND_MOMENTS:
+        raise ValueError(
+            f"second moment must be one of {', '.join(SECOND_MOMENTS)}, got {second_moment!r}"
+        )
+
+    def init(params: optax.Params) -> RiemannianAdamState:
+        def second(kind: str, x: Array) -> Array:
+            return jnp.mean(
+                jnp.zeros_like(x), axis=_shared_axes(kind, second_moment), keepdims=True
+            )
+
+        nu = jax.tree.map(second, kinds_of(params, mask), params)
+        return RiemannianAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), nu)
+
+    def update(
+        updates: optax.Updates,
+        state: RiemannianAdamState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RiemannianAdamState]:
+        del extra_args
+        need_params(params, updates)
+        kinds = kinds_of(params, mask)
+        count = optax.safe_increment(state.count)
+        xi = map_matrices(project, kinds, updates, params)
+        moved = _accumulate(state.mu, b1, xi, 1 - b1)
+        mu = map_matrices(project, kinds, moved, params)
+
+        def second(kind: str, n: Array, g: Array) -> Array:
+            power = jnp.mean(jnp.square(g), axis=_shared_axes(kind, second_moment), keepdims=True)
+            return (b2 * n + (1 - b2) * power).astype(n.dtype)
+
+        nu = jax.tree.map(second, kinds, state.nu, xi)
+        # The corrections stay outside the moments' dtype: 1 - b2 is lost in bfloat16.
+        correct1 = 1 - jnp.asarray(b1, float) ** count
+        correct2 = 1 - jnp.asarray(b2, float) ** count
+
+        def scaled(m: Array, n: Array, g: Array) -> Array:
+            return (m / correct1 / (jnp.sqrt(n / correct2) + eps)).astype(g.dtype)
+
+        out = jax.tree.map(scaled, mu, nu, updates)
+        if second_moment != "matrix":
+            out = map_matrices(project, kinds, out, params)
+        return out, RiemannianAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_stiefel_muon(
+    decay: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    metric: str = "stiefel",
+    *,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon on the tangent space: the orthogonalised momentum, projected to be tangent.
+
+    m <- P_x(d m + g), the update is P_x(msign(m)), with msign(U Σ Vᵀ) ≈ U Vᵀ by Newton-Schulz.
+    Since m is tangent and P_x self-adjoint, ⟨P_x(msign(m)), m⟩ = ⟨msign(m), m⟩ = ‖m‖_* up to
+    Newton-Schulz: a descent direction. Its singular values are at most about one, so the
+    learning rate bounds the angle by which a step turns the columns. Leaves that are not
+    orthonormal get plain momentum: put them under another rule with `optax.partition`.
+
+    Args:
+      decay: d.
+      nesterov: whether to orthogonalise P_x(d m + g) with the new m instead.
+      steps: Newton-Schulz iterations.
+      metric: a name in `linalg.PROJECTIONS`.
+      mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
+        (..., r, n) by rows; see `ssa_jax.transforms.selection`.
+
+    Raises:
+      ValueError: an unknown metric, `steps` below one; no params at update; a leaf that does
+        not fit its label.
+
+    References:
+      Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
+      Bernstein, Modular manifolds, 2025.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.eye(3, 2)
+    >>> muon = scale_by_stiefel_muon(mask=True)
+    >>> u, state = muon.update(100 * jnp.eye(3, 2, k=-1), muon.init(x), x)
+    >>> bool(jnp.linalg.norm(u, 2) < 1.3)
+    True
+    """
+    project = choose(linalg.PROJECTIONS, metric, "metric")
+    if steps < 1:
+        raise ValueError(f"muon steps must be at least 1, got {steps}")
+
+    def init(params: optax.Params) -> StiefelMuonState:
+        kinds_of(params, mask)
+        return StiefelMuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update(
+        updates: optax.Updates,
+        state: StiefelMuonState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, StiefelMuonState]:
+        del extra_args
+        need_params(params, updates)
+        kinds = kinds_of(params, mask)
+        mu = map_matrices(project, kinds, _accumulate(state.mu, decay, updates, 1), params)
+        ahead = _accumulate(mu, decay, updates, 1) if nesterov else mu
+
+        def orthogonalised(x: Array, m: Array) -> Array:
+            tangent = project(x, m) if nesterov else m
+            return project(x, linalg.msign(tangent, steps))
+
+        out = map_matrices(orthogonalised, kinds, ahead, params)
+        out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
+        return out, StiefelMuonState(optax.safe_increment(state.count), mu)
+
+    return optax.GradientTransformationExtraArgs(init, update)

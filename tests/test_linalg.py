@@ -1,0 +1,108 @@
+"""Truncated SVD, spectra and angles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stiefel_cases import drift, normal, orthonormal
+
+from ssa_jax import linalg
+
+
+def test_truncated_svd_is_the_best_approximation():
+    rng = np.random.default_rng(0)
+    w = normal(rng, (9, 6))
+    u, s, v = linalg.truncated_svd(w, 4)
+    assert max(drift(u), drift(v)) < 1e-5
+    values = np.linalg.svd(np.asarray(w), compute_uv=False)
+    np.testing.assert_allclose(s, values[:4], rtol=1e-5)
+    rest = np.linalg.norm(w - (u * s[None, :]) @ v.T)
+    np.testing.assert_allclose(rest, np.sqrt(np.sum(values[4:] ** 2)), rtol=1e-5)
+
+
+def test_randomized_svd_finds_a_decaying_spectrum():
+    rng = np.random.default_rng(1)
+    left, right = orthonormal(rng, (80, 30)), orthonormal(rng, (60, 30))
+    values = 2.0 ** -jnp.arange(30.0)
+    w = (left * values[None, :]) @ right.T
+    u, s, v = linalg.randomized_svd(w, 8, jax.random.key(0))
+    np.testing.assert_allclose(s, values[:8], rtol=1e-4)
+    assert max(drift(u), drift(v)) < 1e-5
+    assert np.linalg.norm(w - (u * s[None, :]) @ v.T, 2) < 1.01 * values[8]
+
+
+def test_a_large_matrix_needs_a_key_and_takes_the_randomised_way(monkeypatch):
+    monkeypatch.setattr(linalg, "EXACT_SVD_LIMIT", 10)
+    w = normal(np.random.default_rng(2), (8, 6))
+    with pytest.raises(ValueError, match="PRNG key"):
+        linalg.truncated_svd(w, 3)
+    _, s, _ = linalg.truncated_svd(w, 3, jax.random.key(0))
+    np.testing.assert_allclose(s, np.linalg.svd(w, compute_uv=False)[:3], rtol=1e-4)
+    with pytest.raises(ValueError, match="rank 7 does not fit"):
+        linalg.truncated_svd(w, 7)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    s=st.lists(st.floats(0.125, 100, width=32), min_size=1, max_size=6),
+    scale=st.floats(0.125, 8, width=32),
+)
+def test_hoyer_ignores_scale_and_lies_between_one_and_the_root_of_r(s, scale):
+    s = jnp.asarray(s, jnp.float32)
+    h = float(linalg.hoyer(s))
+    assert 1 - 1e-5 <= h <= np.sqrt(s.size) * (1 + 1e-5)
+    np.testing.assert_allclose(linalg.hoyer(scale * s), h, rtol=1e-5)
+
+
+def test_hoyer_of_a_zero_spectrum_is_zero_with_a_finite_gradient():
+    assert linalg.hoyer(jnp.zeros(3)) == 0
+    np.testing.assert_array_equal(jax.grad(linalg.hoyer)(jnp.zeros(3)), 0)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    s=st.lists(st.floats(0, 100, width=32), min_size=5, max_size=5),
+    energy=st.floats(0, 1, width=32),
+)
+def test_energy_rank_is_the_smallest_that_suffices(s, energy):
+    power = np.sort(np.asarray(s, np.float32) ** 2)[::-1].astype(np.float64)
+    k = int(linalg.energy_rank(jnp.asarray(s, jnp.float32), energy))
+    slack = 1e-5 * power.sum()
+    assert 1 <= k <= 5
+    assert power[:k].sum() >= energy * power.sum() - slack
+    assert k == 1 or power[: k - 1].sum() <= energy * power.sum() + slack
+
+
+def test_spectra_may_be_stacked():
+    s = jnp.array([[3.0, 0.1, 2.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(linalg.energy_rank(s, 0.95), [2, 3])
+    np.testing.assert_allclose(linalg.hoyer(s), [linalg.hoyer(row) for row in s], rtol=1e-6)
+
+
+def test_gram_of_a_tall_matrix_is_summed_to_the_last_digit():
+    rng = np.random.default_rng(3)
+    for n in (255, 256, 2304):
+        x = orthonormal(rng, (n, 16))
+        exact = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+        assert np.abs(linalg.gram(x) - exact).max() < 3e-7
+
+
+def test_principal_angles_of_a_turned_basis():
+    x = jnp.eye(4, 2)
+    c, s = np.cos(0.3), np.sin(0.3)
+    y = jnp.array([[1, 0], [0, c], [0, s], [0, 0]], jnp.float32)
+    np.testing.assert_allclose(linalg.principal_angles(x, y), [0, np.degrees(0.3)], atol=0.05)
+
+
+def test_msign_keeps_the_singular_vectors_and_nears_one():
+    rng = np.random.default_rng(4)
+    left, right = orthonormal(rng, (9, 4)), orthonormal(rng, (4, 4))
+    m = (left * jnp.array([8.0, 2.0, 0.5, 0.0])[None, :]) @ right.T
+    o = left.T @ linalg.msign(m) @ right
+    values = np.diag(o)
+    np.testing.assert_allclose(o, np.diag(values), atol=1e-5)
+    assert np.all((values[:3] > 0.65) & (values[:3] < 1.25))
+    assert abs(values[3]) < 1e-5
+    np.testing.assert_array_equal(linalg.msign(jnp.zeros((3, 2))), 0)

@@ -1,0 +1,147 @@
+"""Theorems of the retractions: they land, agree to first order, and survive any step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stiefel_cases import RETRACTIONS, SHAPES, drift, normal, orthonormal
+
+from ssa_jax import linalg, transforms
+
+COMPILED = {name: jax.jit(linalg.RETRACTIONS[name]) for name in RETRACTIONS}
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_lands_on_the_manifold_from_a_tangent_step_of_any_size(name, shape, size):
+    rng = np.random.default_rng(1)
+    x = orthonormal(rng, shape)
+    xi = linalg.project_stiefel(x, size * normal(rng, shape))
+    assert drift(COMPILED[name](x, xi)) < 1e-6
+
+
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_lands_on_the_manifold_at_the_size_of_a_layer(name):
+    rng = np.random.default_rng(2)
+    x = orthonormal(rng, (576, 64))
+    xi = linalg.project_stiefel(x, 0.1 * normal(rng, x.shape))
+    assert drift(COMPILED[name](x, xi)) < 1e-6
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(RETRACTIONS),
+    shape=st.sampled_from([(4, 2), (5, 5), (2, 6, 3), (7, 1)]),
+    size=st.floats(1e-6, 1e4),
+    seed=st.integers(0, 2**31),
+)
+def test_lands_on_the_manifold_for_drawn_steps(name, shape, size, seed):
+    rng = np.random.default_rng(seed)
+    x = orthonormal(rng, shape)
+    xi = linalg.project_stiefel(x, size * normal(rng, shape))
+    assert drift(COMPILED[name](x, xi)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (6, 6), (3, 7, 2)])
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_agrees_with_the_identity_to_first_order(name, shape):
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        retraction = linalg.RETRACTIONS[name]
+        x = linalg.orthonormalize(orthonormal(rng, shape, jnp.float64))
+        xi = linalg.project_stiefel(x, normal(rng, shape, jnp.float64))
+        np.testing.assert_allclose(retraction(x, 0 * xi), x, atol=1e-14)
+        errors = [np.abs(retraction(x, h * xi) - x - h * xi).max() for h in (1e-3, 1e-4)]
+    # Second order in the step: a tenth of it leaves a hundredth of the error.
+    assert errors[0] < 1e-4
+    assert errors[1] < 0.011 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["newton_schulz", "polar"])
+def test_polar_retractions_give_the_nearest_orthonormal_matrix(name):
+    rng = np.random.default_rng(4)
+    x, xi = orthonormal(rng, (8, 3)), 2 * normal(rng, (8, 3))
+    u, _, vt = np.linalg.svd(np.asarray(x + xi, np.float64), full_matrices=False)
+    np.testing.assert_allclose(COMPILED[name](x, xi), u @ vt, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["qr", "cholesky_qr2"])
+def test_qr_retractions_agree_with_geoopt(name):
+    torch = pytest.importorskip("torch")
+    geoopt = pytest.importorskip("geoopt")
+    rng = np.random.default_rng(5)
+    x = orthonormal(rng, (9, 4))
+    xi = linalg.project_stiefel(x, normal(rng, (9, 4)))
+    peer = geoopt.Stiefel(canonical=False).retr(
+        torch.tensor(np.asarray(x)), torch.tensor(np.asarray(xi))
+    )
+    np.testing.assert_allclose(COMPILED[name](x, xi), peer.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["newton_schulz", "cholesky_qr2", "qr", "polar"])
+@pytest.mark.parametrize("start", [1e-4, 1e4, "ill-conditioned", "rank-deficient", "huge"])
+def test_lands_from_far_outside_the_tangent_space(name, start):
+    rng = np.random.default_rng(6)
+    y = np.array(normal(rng, (8, 3)))
+    if start == "ill-conditioned":
+        y = y * np.array([1.0, 1e-3, 1e-6], np.float32)
+    elif start == "rank-deficient":
+        y[:, 2] = y[:, 1]
+    elif start == "huge":
+        y = y * np.float32(1e25)
+    else:
+        y = y * np.float32(start)
+    landed = COMPILED[name](jnp.zeros((8, 3)), jnp.asarray(y))
+    assert drift(landed) < 1e-6
+
+
+def test_newton_schulz_lands_within_the_steps_it_is_given():
+    rng = np.random.default_rng(7)
+    x = orthonormal(rng, (8, 3))
+    xi = linalg.project_stiefel(x, 10 * normal(rng, (8, 3)))
+    for steps in (1, 2, 30):
+        assert drift(linalg.retract_newton_schulz(x, xi, steps)) < 1e-6
+
+
+def test_newton_schulz_shows_a_nan():
+    y = jnp.ones((4, 2)).at[0, 0].set(jnp.nan)
+    assert np.isnan(COMPILED["newton_schulz"](jnp.zeros((4, 2)), y)).any()
+
+
+def test_small_steps_take_one_iteration_and_no_fallback():
+    """The loop of the compiled program runs not once for a step as training takes them."""
+    rng = np.random.default_rng(8)
+    x = orthonormal(rng, (64, 8))
+    xi = linalg.project_stiefel(x, 0.01 * normal(rng, x.shape))
+    one = linalg.orthonormalize(x + xi, steps=1)
+    qr = linalg.retract_qr(x, xi)
+    assert drift(one) < 1e-6
+    assert np.abs(one - linalg.orthonormalize(x + xi)).max() == 0
+    assert np.abs(one - qr).max() > 1e-5
+
+
+@pytest.mark.parametrize("name", RETRACTIONS)
+def test_ten_thousand_large_steps_stay_on_the_manifold(name):
+    rng = np.random.default_rng(9)
+    x = {"tall": orthonormal(rng, (6, 3)), "stack": orthonormal(rng, (2, 4, 2))}
+    pull = jax.tree.map(lambda a: normal(rng, a.shape), x)
+    chain = transforms.stiefel_sgd(5.0, 0.9, retraction=name, mask=True)
+
+    def step(carry, i):
+        x, state = carry
+        g = jax.tree.map(lambda p, a: p * jnp.cos(i.astype(jnp.float32) + a), pull, x)
+        u, state = chain.update(g, state, x)
+        x = optax.apply_updates(x, u)
+        return (x, state), jax.tree.map(linalg.orthogonality_error, x)
+
+    (x, _), errors = jax.jit(lambda x: jax.lax.scan(step, (x, chain.init(x)), jnp.arange(10_000)))(
+        x
+    )
+    for leaf in jax.tree.leaves((x, errors)):
+        assert np.isfinite(leaf).all()
+    assert max(drift(leaf) for leaf in jax.tree.leaves(x)) < 1e-6
+    assert max(np.max(e) for e in jax.tree.leaves(errors)) < 2e-6

@@ -1,0 +1,165 @@
+"""Which leaves a transformation touches, and what a wrong tree is told."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from stiefel_cases import TRANSFORMS, drift, normal, orthonormal
+
+from ssa_jax import transforms
+from ssa_jax.factors import Factors
+
+TAKES_MASK = [name for name in TRANSFORMS if name != "add_alignment"]
+
+
+def factors(rng=None):
+    rng = rng or np.random.default_rng(0)
+    return Factors(orthonormal(rng, (4, 2)), jnp.ones(2), orthonormal(rng, (3, 2)))
+
+
+def land(mask, params, seed=1):
+    """The parameters after a random step and a retraction under a mask."""
+    rng = np.random.default_rng(seed)
+    retract = transforms.retract("qr", mask=mask)
+    updates = jax.tree.map(lambda x: normal(rng, x.shape), params)
+    landed, _ = jax.jit(retract.update)(updates, retract.init(params), params)
+    return optax.apply_updates(params, landed), optax.apply_updates(params, updates)
+
+
+def test_the_mask_may_be_a_tree_a_prefix_or_a_function():
+    rng = np.random.default_rng(0)
+    block = {"q": orthonormal(rng, (5, 2)), "k": orthonormal(rng, (2, 4, 3))}
+    params = {"block": block, "wide": orthonormal(rng, (5, 2)).T, "bias": jnp.zeros(3)}
+    masks = [
+        {"block": {"q": True, "k": "columns"}, "wide": "rows", "bias": False},
+        {"block": True, "wide": "rows"},
+        lambda p: {"block": jax.tree.map(lambda _: True, p["block"]), "wide": "rows"},
+        transforms.label_paths(
+            lambda path, x: x.ndim > 1 and ("rows" if path == "wide" else "columns")
+        ),
+    ]
+    results = [land(mask, params) for mask in masks]
+    for moved, unconstrained in results:
+        assert drift(moved["block"]["q"]) < 1e-6
+        assert drift(moved["block"]["k"]) < 1e-6
+        assert drift(moved["wide"].T) < 1e-6
+        np.testing.assert_array_equal(moved["bias"], unconstrained["bias"])
+        np.testing.assert_array_equal(moved["block"]["q"], results[0][0]["block"]["q"])
+
+
+def test_factors_need_no_mask_and_can_be_left_out():
+    params = {"a": factors(), "b": factors()}
+    moved, unconstrained = land(None, params)
+    assert max(drift(x) for f in moved.values() for x in (f.u, f.v)) < 1e-6
+    np.testing.assert_array_equal(moved["a"].s, unconstrained["a"].s)
+    moved, unconstrained = land({"a": False}, params)
+    np.testing.assert_array_equal(moved["a"].u, unconstrained["a"].u)
+    assert drift(moved["b"].u) < 1e-6
+
+
+def test_stacked_factors_move_as_each_of_them_alone():
+    rng = np.random.default_rng(3)
+    layers = [factors(rng) for _ in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    grads = [jax.tree.map(lambda x: normal(rng, x.shape), f) for f in layers]
+    chain = transforms.ssa(0.1, hoyer=0.1, target=0.9, clip=1e6)
+    update = jax.jit(chain.update)
+    one = [update(g, chain.init(f), f)[0] for f, g in zip(layers, grads, strict=True)]
+    together, _ = update(
+        jax.tree.map(lambda *x: jnp.stack(x), *grads), chain.init(stacked), stacked
+    )
+    alone = jax.tree.map(lambda *x: jnp.stack(x), *one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), together, alone)
+
+
+BAD = {
+    "wide matrix": ({"net": {"w": jnp.ones((2, 5))}}, {"net": {"w": True}}, r"net/w: .*\"rows\""),
+    "tall as rows": ({"w": jnp.ones((5, 2))}, {"w": "rows"}, r"w: .*\"columns\""),
+    "stack of wide": ({"w": jnp.ones((9, 2, 5))}, {"w": "columns"}, "w: 5 columns of length 2"),
+    "vector": ({"net": [jnp.ones(3)]}, {"net": [True]}, r"net/0: .*matrix"),
+    "integers": ({"w": jnp.ones((5, 2), int)}, {"w": True}, "w: .*floating.*int32"),
+    "complex": ({"w": jnp.ones((5, 2), complex)}, {"w": True}, "w: .*real floating"),
+    "unknown label": ({"w": jnp.ones((5, 2))}, {"w": "diagonal"}, "w: unknown label 'diagonal'"),
+    "no such leaf": ({"w": jnp.ones((5, 2))}, {"v": True}, "v: the mask labels no parameter"),
+    "below a leaf": ({"w": jnp.ones((5, 2))}, {"w": {"x": True}}, "w/x: .*inside a parameter"),
+    "inside factors": (
+        {"layer": factors()},
+        {"layer": Factors(True, False, True)},
+        "layer/.*u: the mask reaches inside Factors",
+    ),
+    "factors as rows": ({"layer": factors()}, {"layer": "rows"}, "layer: .*True or False"),
+    "wide factors": (
+        {"layer": Factors(jnp.ones((2, 3)), jnp.ones(3), jnp.ones((4, 3)))},
+        None,
+        "layer/u: 3 columns of length 2",
+    ),
+    "integer spectrum": (
+        {"layer": factors()._replace(s=jnp.ones(2, int))},
+        None,
+        "layer/s: .*floating",
+    ),
+    "optax mask inside factors": (
+        {"layer": Factors(jnp.ones((4, 2)), optax.MaskedNode(), jnp.ones((3, 2)))},
+        None,
+        "layer: a mask reaches inside Factors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("name", TAKES_MASK)
+def test_a_wrong_tree_is_refused_by_name_at_init(name, case):
+    params, mask, message = BAD[case]
+    factory, kwargs, _ = TRANSFORMS[name]
+    with pytest.raises(ValueError, match=message):
+        factory(**kwargs, mask=mask).init(params)
+
+
+def test_a_wrong_tree_is_refused_at_update_too():
+    retract = transforms.retract(mask={"w": True})
+    state = retract.init({"w": jnp.ones((5, 2))})
+    wide = {"w": jnp.ones((2, 5))}
+    with pytest.raises(ValueError, match=r"w: .*\"rows\""):
+        retract.update(wide, state, wide)
+
+
+def test_an_optax_mask_that_reaches_inside_factors_is_refused():
+    params = {"layer": factors()}
+    inside = optax.masked(transforms.retract("qr"), {"layer": Factors(True, False, True)})
+    with pytest.raises(ValueError, match="layer: a mask reaches inside Factors"):
+        inside.init(params)
+
+
+def test_a_target_of_another_shape_is_refused_by_name():
+    params = {"net": {"w": jnp.ones((5, 2))}}
+    pull = transforms.add_alignment({"net": {"w": jnp.ones((5, 3))}})
+    with pytest.raises(ValueError, match=r"net/w: a target of shape \(5, 3\)"):
+        pull.update(params, pull.init(params), params)
+    pull = transforms.add_alignment()
+    with pytest.raises(ValueError, match="needs a target"):
+        pull.update(params, pull.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: transforms.retract("bogus"), "retraction method must be one of newton_schulz"),
+        (lambda: transforms.retract(every=0), "at least 1"),
+        (lambda: transforms.retract(steps=0), "at least 1"),
+        (lambda: transforms.retract("qr", steps=2), "takes no steps"),
+        (lambda: transforms.project_to_tangent("flat"), "metric must be one of stiefel"),
+        (lambda: transforms.trace(metric="flat"), "metric must be one of"),
+        (lambda: transforms.scale_by_riemannian_adam(second_moment="row"), "second moment must"),
+        (lambda: transforms.scale_by_stiefel_muon(steps=0), "at least 1"),
+        (lambda: transforms.add_hoyer(1.0, "l0"), "kind of Hoyer term must be one of l1_l2"),
+        (lambda: transforms.truncate_rank(1.5), r"energy share must lie in \[0, 1\]"),
+        (lambda: transforms.truncate_rank(0.9, floor=-1), "rank floor must lie"),
+        (lambda: transforms.truncate_rank(0.9, every=0), "at least 1"),
+        (lambda: transforms.truncate_rank(0.9, least=0), "least rank must be at least 1"),
+        (lambda: transforms.orthogonality_drift(0), "at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
