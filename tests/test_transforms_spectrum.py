@@ -92,7 +92,7 @@ def test_hoyer_drives_the_rank_down():
             optax.scale(-0.1),
             transforms.truncate_rank(0.95, floor=0.25, every=20),
         )
-        return np.count_nonzero(run(chain, f, zero, steps=20)[0].s)
+        return np.count_nonzero(run(chain, f, zero, steps=21)[0].s)
 
     assert kept(0.0) == 4
     assert kept(1.0) == 2
