@@ -11,7 +11,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-HEADER = ("method", "test accuracy", "hidden angle", "parameters", "rank", "MACs", "time", "state")
+HEADER = ("method", "test accuracy", "hidden angles", "parameters", "rank", "MACs", "time", "state")
 
 
 def label(summary: Row) -> str:
@@ -30,7 +30,7 @@ def _cells(s: Row) -> tuple[str, ...]:
     return (
         label(s),
         "-" if accuracy is None else f"{100 * accuracy:.2f} %",
-        f"{sum(hidden) / len(hidden):.1f}°" if hidden else "-",
+        " ".join(f"{angle:.0f}°" for angle in hidden) or "-",
         f"{s['params'] / 1e6:.3f} M ({100 * s['params_ratio']:.0f} %)",
         f"{100 * s['rank_fraction']:.0f} %" if s["factorized"] else "dense",
         f"{s['macs'] / 1e6:.2f} M ({100 * s['macs_ratio']:.0f} %)",
@@ -40,7 +40,11 @@ def _cells(s: Row) -> tuple[str, ...]:
 
 
 def table(summaries: Sequence[Row]) -> str:
-    """One line a run; ratios are to the dense network of the same name."""
+    """One line a run.
+
+    Angles are between the local and the true gradient of each hidden unit, first to last; ratios
+    are to the dense network of the same name.
+    """
     rows = [HEADER, *(_cells(s) for s in summaries)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [

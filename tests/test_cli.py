@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def test_table_has_the_summary_numbers(finished, capsys):
     assert f"{100 * summary['test_accuracy']:.2f} %" in text
     assert "ssa (hybrid ranks)" in text
     assert table.main([str(folder.parent)]) == 2
+
+
+STORED = sorted((ROOT / "results").glob("*"))
+
+
+@pytest.mark.parametrize("folder", STORED, ids=[f.name for f in STORED])
+def test_readme_shows_the_stored_results(folder):
+    summaries = [json.loads((run / "summary.json").read_text()) for run in folder.iterdir()]
+    readme = (ROOT / "README.md").read_text()
+    for line in table.table(summaries).splitlines()[2:]:
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        assert re.search(r"\s*\|\s*".join(map(re.escape, cells)), readme), line
 
 
 def test_same_seed_same_run_and_another_seed_another(tmp_path):
@@ -299,3 +312,20 @@ def test_ctrl_c_leaves_a_workdir_to_go_on_with(tmp_path):
                    f"--max_steps={summary['steps'] + 30}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert rows(folder)[-1]["epoch"] > summary["epochs"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
+@pytest.mark.parametrize("model", ["smallconv", "vgg13"])
+def test_a_few_steps_on_real_cifar10_learn(model, tmp_path):
+    """The loss of the last steps of a short run is below that of a network that knows nothing."""
+    batch, steps = (128, 60) if model == "smallconv" else (32, 20)
+    config = Config(model=model, rank_init=0.25, batch_size=batch, workdir=str(tmp_path / "run"),
+                    rank_schedule="hybrid", max_steps=steps, epochs=1)  # fmt: skip
+    summary = run(config)
+    assert summary["status"] == "stopped"
+    assert summary["steps"] == steps
+    assert summary["params_ratio"] < 0.6
+    if model == "smallconv":
+        assert rows(tmp_path / "run")[0]["train_accuracy"] > 0.2
+    assert all(a < 90 for a in summary["angles"])
