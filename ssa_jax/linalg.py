@@ -49,11 +49,6 @@ def sym(a: Array) -> Array:
     return (a + a.mT) / 2
 
 
-def skew(a: Array) -> Array:
-    """Skew-symmetric part (A - Aᵀ) / 2 of (..., r, r)."""
-    return (a - a.mT) / 2
-
-
 def project_stiefel(x: Array, g: Array) -> Array:
     """Orthogonal projection of g onto the tangent space of St(n, r) at x: G - X sym(XᵀG).
 
