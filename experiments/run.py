@@ -13,6 +13,7 @@ from tqdm import tqdm
 from experiments import build, plots, workdir
 from experiments.config import Config
 from experiments.flags import NotFiniteError
+from experiments.interrupt import Interruptible
 from experiments.workdir import Workdir
 from ssa_jax import data as data_lib
 from ssa_jax import metrics, ranks, train
@@ -60,10 +61,11 @@ def run(config: Config) -> Row:
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints)
-    try:
-        return _Run(config, data, built, folder, checkpoints).go()
-    finally:
-        checkpoints.close()
+    with Interruptible() as interrupt:
+        try:
+            return _Run(config, data, built, folder, checkpoints, interrupt).go()
+        finally:
+            checkpoints.close()
 
 
 class _Run:
@@ -76,9 +78,10 @@ class _Run:
         built: build.Built,
         folder: Workdir,
         checkpoints: Checkpoints,
+        interrupt: Interruptible,
     ):
         self.config, self.data, self.built = config, data, built
-        self.folder, self.checkpoints = folder, checkpoints
+        self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
         self.compiles = Counter()
         self.programs = Programs(
             train.make_step(
@@ -161,6 +164,7 @@ class _Run:
             leave=False,
         ) as bar:
             for step in range(first, last):
+                self.interrupt.check()
                 if every and step % every == 0:
                     self.state = self.programs.refresh(self.state)
                 index = order[(step - first) * size : (step - first + 1) * size]

@@ -109,7 +109,8 @@ def truncate_rank(
         if isinstance(value, int | float) and not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
     check_every(every, "truncate")
-    if least < 1:
+    # Under `optax.inject_hyperparams` it is a traced number.
+    if isinstance(least, int) and least < 1:
         raise ValueError(f"least rank must be at least 1, got {least}")
 
     def init(params: optax.Params) -> TruncateState:
