@@ -129,7 +129,7 @@ class _Run:
         row |= self._evaluate()
         self._check_finite(row["test_loss"], train.all_finite(self.state))
         row |= self._probe()
-        row |= self._compact()
+        row |= self._compact(row)
         row |= {
             "epoch": self.epoch + 1,
             "step": int(self.state.step),
@@ -213,16 +213,15 @@ class _Run:
             **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
         }
 
-    def _compact(self) -> Row:
+    def _compact(self, evaluated: Row) -> Row:
         """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
         chosen = ranks.selection(self.state.params)
         if not chosen:
             return {}
-        before = self._evaluate()
         self.state = ranks.compact(self.state, chosen)
         return {
-            "test_accuracy_before_compaction": before["test_accuracy"],
-            "test_loss_before_compaction": before["test_loss"],
+            "test_accuracy_before_compaction": evaluated["test_accuracy"],
+            "test_loss_before_compaction": evaluated["test_loss"],
             **self._evaluate(),
         }
 

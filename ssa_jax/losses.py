@@ -53,7 +53,7 @@ def alignment_term(params: Tree, twins: Tree) -> Array:
 def orthogonality_term(params: Tree) -> Array:
     """Σ ‖UᵀU-I‖² + ‖VᵀV-I‖² over the `Factors` of a unit."""
     return _total(
-        jnp.sum(jnp.square(x.T @ x - jnp.eye(x.shape[1], dtype=x.dtype)))
+        jnp.sum(jnp.square(linalg.gram(x) - jnp.eye(x.shape[1], dtype=x.dtype)))
         for f in factors.leaves(params)
         for x in (f.u, f.v)
     )

@@ -51,8 +51,8 @@ def _conv_stack(
 ) -> tuple[list[Plain], int]:
     """3x3 conv + batch norm + ReLU units; "M" after a width pools 2x2. Units and features out.
 
-    The first convolution starts at full rank (9 for colour images): half of it would save a
-    thousandth of the network and starve all that follows.
+    The first convolution starts at full rank (9 for colour images): half of it would save
+    less than a thousandth of the parameters and starve all that follows.
     """
     height, width, c_in = input_shape
     units: list[Plain] = []
