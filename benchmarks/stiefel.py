@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.environment import environment
 from benchmarks.timing import side_by_side
 
 Matrices = dict[str, np.ndarray]
@@ -250,17 +251,6 @@ def in_process(threads: int, quick: bool, chosen: list[str]) -> list[dict[str, A
         return json.load(out)["rows"]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what was measured."""
-    found = {}
-    for name in ("jax", "optax", "torch", "geoopt", "riemannax"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     head = list(rows[0])
@@ -291,11 +281,10 @@ def main() -> None:
         for skipped in sorted(set(args.threads) - set(counts)):
             print(f"skipping {skipped} threads: only {len(cpus)} CPUs", file=sys.stderr)
         rows = [row for n in counts for row in in_process(n, args.quick, args.cases)]
-        print(versions())
         print(table(rows))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"versions": versions(), "rows": rows}, file, indent=1)
+            json.dump({**environment("torch", "geoopt", "riemannax"), "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
