@@ -10,10 +10,11 @@ from ssa_jax import costs, factors, optim
 from ssa_jax.data import Dataset
 from ssa_jax.forward import output_shapes, predict
 from ssa_jax.losses import LossWeights
-from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
+from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network, blend
 from ssa_jax.models import MODELS
+from ssa_jax.models.blocks import add_mean_slopes
 from ssa_jax.train import TrainState, init_state
-from ssa_jax.units import Unit, split_units
+from ssa_jax.units import Unit, group_units, split_units
 
 Array = jax.Array
 Tree = Any
@@ -52,10 +53,6 @@ def build(config: Config, data: Dataset) -> Built:
         )
     units, params, mstate = _split(config, data, config.rank_init if config.factorized else None)
     shapes = output_shapes(units, params, mstate, data.image_shape)
-    options = FeedbackOptions(
-        config.feedback, config.feedback_update, config.feedback_every, config.feedback_rate
-    )
-    method = METHODS[config.method](Network(units, shapes), options)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate,
         total_steps=config.epochs * steps_per_epoch,
@@ -70,16 +67,42 @@ def build(config: Config, data: Dataset) -> Built:
         retract_every=config.retract_every,
     )
     optimizer = optim.make_optimizer(chain)
-    state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
+    try:
+        method = make_method(config, Network(units, shapes))
+        state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
+    except ValueError as e:
+        raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     return Built(
         units=units,
         method=method,
         optimizer=optimizer,
-        weights=LossWeights(config.alpha, config.beta, config.gamma),
+        weights=LossWeights(
+            config.alpha, config.beta, config.gamma, config.kappa, config.label_smoothing
+        ),
         learning_rate=optim.learning_rate(chain),
         steps_per_epoch=steps_per_epoch,
         state=state,
     )
+
+
+def make_method(config: Config, network: Network) -> Method:
+    """The method that a config names, blended with local readouts where it asks for them."""
+    options = FeedbackOptions(
+        path=config.feedback,
+        update=config.feedback_update,
+        every=config.feedback_every,
+        rate=config.feedback_rate,
+        form=config.feedback_form,
+        limit=config.feedback_limit_mib * 2**20,
+        lookahead=config.feedback_lookahead,
+        readout=config.readout,
+        readout_update=config.readout_update,
+        readout_rate=config.readout_rate,
+    )
+    method = METHODS[config.method](network, options)
+    if config.method == "ssa" and config.local_weight:
+        return blend(method, METHODS["local"](network, options), config.local_weight)
+    return method
 
 
 def _split(
@@ -91,7 +114,9 @@ def _split(
         )
     except ValueError as e:
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
-    return split_units(model)
+    if config.mean_gates:
+        add_mean_slopes(model)
+    return group_units(*split_units(model), config.unit_size)
 
 
 def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dataset) -> Costs:

@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 from ssa_jax.data import DATASETS
+from ssa_jax.feedback import FORMS
 from ssa_jax.linalg import PROJECTIONS, RETRACTIONS
-from ssa_jax.methods import METHODS
+from ssa_jax.methods import METHODS, ON_FACTORS
+from ssa_jax.methods.local import READOUT_UPDATES, READOUTS
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
 from ssa_jax.optim import OPTIMIZERS
@@ -30,7 +32,7 @@ class Config:
     dataset: str = setting("cifar10", "Data set.", choices=tuple(DATASETS))
     data_dir: str | None = setting(None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.")
     factorize: str = setting(
-        "auto", "Layers on factors; auto: on for ssa alone.", choices=("auto", "on", "off")
+        "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
     )
     epochs: int = setting(10, "Passes over the training set.", low=1)
     max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
@@ -43,6 +45,8 @@ class Config:
     alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
     beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
     gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
+    kappa: float = setting(0.0, "Coefficient of the cosine term.", low=0.0)
+    label_smoothing: float = setting(0.0, "Label smoothing of the output loss.", low=0.0, high=0.9)
     hoyer: float = setting(
         1e-4, "Coefficient of the Hoyer term, where the schedule has it.", low=0.0
     )
@@ -53,7 +57,20 @@ class Config:
     feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)
     feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)
     feedback_every: int = setting(10, "Steps between refreshes of the feedback.", low=1)
-    feedback_rate: float = setting(0.01, "Rate of mutual twins.", low=0.0, high=0.5)
+    feedback_rate: float = setting(
+        0.01, "Rate of mutual twins, and decay of kp's difference.", low=0.0, high=0.5
+    )
+    feedback_form: str = setting("auto", "Direct paths: full or per channel.", choices=FORMS)
+    feedback_limit_mib: int = setting(256, "Most MiB of full paths under auto.", low=0)
+    feedback_lookahead: int = setting(
+        0, "Units that a direct signal of ssa is pulled back through exactly.", low=0
+    )
+    mean_gates: bool = setting(False, "Composed paths carry the mean slope of activations.")
+    unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
+    readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
+    readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
+    readout_rate: float = setting(2e-3, "Adam's rate of learned readouts.", above=0.0)
+    local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
     projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
     retraction: str = setting("newton_schulz", "Retraction.", choices=tuple(RETRACTIONS))
     retract_every: int = setting(1, "Steps between retractions.", low=1)
@@ -61,7 +78,7 @@ class Config:
     @property
     def factorized(self) -> bool:
         """Whether the layers hold factors."""
-        return self.factorize == "on" or (self.factorize == "auto" and self.method == "ssa")
+        return self.factorize == "on" or (self.factorize == "auto" and self.method in ON_FACTORS)
 
     def validate(self) -> None:
         """Checks every field against its limits.

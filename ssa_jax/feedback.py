@@ -1,86 +1,123 @@
-"""Feedback: twins of the weights, the paths that carry the error, and how twins move.
+"""Feedback paths: how the error reaches every unit.
 
-A *twin* is a parameter tree of the shapes and ranks of the weights. A *path* D_i of shape
-(classes, *shape of h_i) turns the output error into the teaching signal δ_i = e · D_i.
+A *path* D_i of shape (classes, *shape of h_i) turns the output error into the teaching signal
+δ_i = e · D_i. Its *per-channel* form is uniform over positions, (classes, 1, 1, channels), for
+networks whose full paths would not fit.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ssa_jax import factors
-from ssa_jax.factors import Factors
 from ssa_jax.forward import Tape
 from ssa_jax.units import Unit
 
 Array = jax.Array
 Tree = Any
+Shape = tuple[int, ...]
+
+FORMS = ("auto", "full", "channel")
+_FLOAT_BYTES = 4
 
 
-def init_twins(key: Array, params: Tree) -> Tree:
-    """Independent random twins of a parameter tree.
+class Plan(NamedTuple):
+    """How the direct paths of a network are stored and built.
 
-    The twin of `Factors` is the truncated SVD, of the same rank, of an independent Gaussian
-    matrix, scaled to the Frobenius norm of the weights: for He-initialised weights that is
-    He initialisation. A dense kernel gets an independent Gaussian of its own norm. Biases
-    and the scales of norms carry no random feedback and are copied.
+    Attributes:
+      per_channel: one value a class and channel instead of one a class and entry of the map.
+      rows: classes that are pushed down the network at a time.
+      size: bytes of all paths.
+      full_size: bytes that they would take in full form.
     """
-    flat, tree = jax.tree.flatten(params, is_leaf=factors.is_factors)
-    keys = jax.random.split(key, len(flat))
-    return jax.tree.unflatten(tree, [_twin(k, x) for k, x in zip(keys, flat, strict=True)])
+
+    per_channel: bool
+    rows: int
+    size: int
+    full_size: int
+
+    def __str__(self) -> str:
+        form = "per-channel" if self.per_channel else "full"
+        text = f"{form} paths of {self.size / 2**20:.2f} MiB"
+        return text + f" (full: {self.full_size / 2**20:.0f} MiB)" * self.per_channel
 
 
-def _twin(key: Array, weight: Factors | Array) -> Factors | Array:
-    if isinstance(weight, Factors):
-        key, key_svd = jax.random.split(key)
-        w = jax.random.normal(key, (weight.u.shape[0], weight.v.shape[0]), weight.u.dtype)
-        twin = factors.from_dense(w, weight.rank, key_svd)
-        return twin._replace(s=_scale_to(twin.s, weight.s))
-    if weight.ndim > 1:
-        return _scale_to(jax.random.normal(key, weight.shape, weight.dtype), weight)
-    return jnp.copy(weight)
+def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
+    """Chooses the form of the paths.
+
+    Args:
+      shapes: output shape of each unit for one example, the last one (classes,).
+      form: ``"full"``, ``"channel"``, or ``"auto"``: full if the paths take at most `limit`.
+      limit: bytes. In per-channel form it also bounds what building the paths takes, by the
+        number of classes that go down the network at a time.
+
+    Raises:
+      ValueError: an unknown form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"feedback_form must be one of {', '.join(FORMS)}, got {form!r}")
+    classes, hidden = shapes[-1][0], shapes[:-1]
+    full = _FLOAT_BYTES * classes * sum(math.prod(s) for s in hidden)
+    if form == "full" or (form == "auto" and full <= limit):
+        return Plan(False, classes, full, full)
+    size = _FLOAT_BYTES * classes * sum(s[-1] for s in hidden)
+    largest = _FLOAT_BYTES * max((math.prod(s) for s in hidden), default=1)
+    return Plan(True, min(classes, max(1, limit // largest)), size, full)
 
 
-def _scale_to(x: Array, reference: Array) -> Array:
-    return x * (jnp.linalg.norm(reference) / jnp.linalg.norm(x))
+def _channel_shape(shape: Shape) -> Shape:
+    return (1,) * (len(shape) - 1) + shape[-1:]
 
 
 def composed_paths(
-    units: Sequence[Unit], twins: Tree, mstate: Tree, shapes: Sequence[tuple[int, ...]]
+    units: Sequence[Unit], twins: Tree, mstate: Tree, shapes: Sequence[Shape], plan: Plan
 ) -> tuple[Array, ...]:
     """D_i for every hidden unit: the identity pushed down the twins' linear network.
 
     D_{n-1} = I (classes, classes) at the logits, and D_i is the vjp of unit i+1's linear path
-    at D_{i+1}: one batch of `classes` rows goes down the network once a refresh.
+    at D_{i+1}: one batch of `classes` rows goes down the network once a refresh. The per-channel
+    form is the mean of D_i over positions.
 
     Args:
       units: n units.
       twins: parameter trees in place of the weights.
       mstate: model state; norms enter by scale over their running deviation.
       shapes: output shape of each unit for one example, the last one (classes,).
+      plan: how they are stored.
 
     Returns:
-      n - 1 arrays (classes, *shapes[i]).
+      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
     """
     classes = shapes[-1][0]
-    path = jnp.eye(classes, dtype=jnp.float32)
-    paths: list[Array] = []
-    for i in range(len(units) - 1, 0, -1):
 
-        def linear(x: Array, i: int = i) -> Array:
-            return units[i].linear(twins[i], mstate[i], x)
+    def push(path: Array) -> tuple[Array, ...]:
+        paths: list[Array] = []
+        for i in range(len(units) - 1, 0, -1):
 
-        _, pullback = jax.vjp(linear, jnp.zeros((classes, *shapes[i - 1]), jnp.float32))
-        (path,) = pullback(path)
-        paths.insert(0, path)
-    return tuple(paths)
+            def linear(x: Array, i: int = i) -> Array:
+                return units[i].linear(twins[i], mstate[i], x)
+
+            _, pullback = jax.vjp(linear, jnp.zeros((len(path), *shapes[i - 1]), jnp.float32))
+            (path,) = pullback(path)
+            positions = tuple(range(1, path.ndim - 1)) if plan.per_channel else ()
+            paths.insert(0, jnp.mean(path, positions, keepdims=True) if positions else path)
+        return tuple(paths)
+
+    if plan.rows >= classes:
+        return push(jnp.eye(classes, dtype=jnp.float32))
+    # Rows of zeros fill the last chunk.
+    chunks = -(-classes // plan.rows)
+    rows = jnp.eye(chunks * plan.rows, classes, dtype=jnp.float32)
+    found = lax.map(push, rows.reshape(chunks, plan.rows, classes))
+    return tuple(x.reshape(-1, *x.shape[2:])[:classes] for x in found)
 
 
 def random_paths(
-    key: Array, shapes: Sequence[tuple[int, ...]], ranks: Sequence[int | None]
+    key: Array, shapes: Sequence[Shape], ranks: Sequence[int | None], plan: Plan
 ) -> tuple[Array, ...]:
     """Fixed random R_i for every hidden unit, Gaussian with variance 1/classes.
 
@@ -88,13 +125,15 @@ def random_paths(
       key: PRNG key.
       shapes: output shape of each unit, the last one (classes,).
       ranks: rank of R_i as a (classes, size) matrix in SVD form, or None for a full one.
+      plan: how they are stored; per channel, every position gets the same feedback.
 
     Returns:
-      n - 1 arrays (classes, *shapes[i]).
+      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
     """
     classes = shapes[-1][0]
+    stored = [_channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
     paths = []
-    for k, shape, rank in zip(jax.random.split(key, len(shapes)), shapes[:-1], ranks, strict=False):
+    for k, shape, rank in zip(jax.random.split(key, len(shapes)), stored, ranks, strict=False):
         k, k_svd = jax.random.split(k)
         path = jax.random.normal(k, (classes, math.prod(shape))) / jnp.sqrt(classes)
         if rank is not None and rank < min(path.shape):
@@ -103,17 +142,21 @@ def random_paths(
     return tuple(paths)
 
 
-def send(error: Array, paths: Sequence[Array]) -> tuple[Array, ...]:
-    """Teaching signals δ_i = e · D_i, and e itself for the last unit.
+def send(vectors: Array, paths: Sequence[Array], shapes: Sequence[Shape]) -> tuple[Array, ...]:
+    """Teaching signals of the hidden units δ_i = e · D_i.
 
     Args:
-      error: e (batch, classes).
-      paths: n - 1 arrays (classes, *shape of h_i).
+      vectors: e (batch, classes), or what else is sent down.
+      paths: n - 1 arrays (classes, *shape of h_i), or per channel.
+      shapes: output shape of each of the n units for one example.
 
     Returns:
-      n arrays (batch, *shape of h_i).
+      n - 1 arrays (batch, *shape of h_i).
     """
-    return (*(jnp.tensordot(error, path, 1) for path in paths), error)
+    return tuple(
+        jnp.broadcast_to(jnp.tensordot(vectors, path, 1), (len(vectors), *shape))
+        for path, shape in zip(paths, shapes[:-1], strict=True)
+    )
 
 
 def walk(
@@ -135,10 +178,19 @@ def walk(
     return tuple(signals)
 
 
-def meet(twins: Tree, params: Tree, rate: float) -> Tree:
-    """One step of the twins' own descent on the alignment term: B - rate · 2 (B - W).
+def look_ahead(tape: Tape, signals: Sequence[Array], units: int) -> tuple[Array, ...]:
+    """Moves every signal through the exact derivative of the units after its own.
 
-    Moves the `Factors` of the twins; dense kernels, which have no alignment term, follow by
-    the same rule so that the whole path meets the weights.
+    δ_i becomes (∂h_{i+k}/∂h_i)ᵀ δ_{i+k}: the signal that unit i+k receives, pulled back through
+    k units at the current example (fewer near the output). All units move at once, so nothing
+    waits for more than k others; with k of the network's depth this is backpropagation.
+
+    Args:
+      tape: of the forward pass.
+      signals: n arrays, the last one the output error.
+      units: k.
     """
-    return jax.tree.map(lambda b, w: b - 2 * rate * (b - w), twins, params)
+    for _ in range(min(units, len(signals) - 1)):
+        pulled = (p(s)[1] for p, s in zip(tape.pullbacks[1:], signals[1:], strict=True))
+        signals = (*pulled, signals[-1])
+    return tuple(signals)

@@ -7,6 +7,7 @@ XᵀX = I, with any leading axes of one matrix each, in float32 or float64.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,9 +144,48 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
     return jax.lax.cond(jnp.all(bound <= tolerance), lambda: z, lambda: _q_factor(y))
 
 
+def _one_by_one(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A factorisation of (..., n, r) that takes one matrix after the other on the CPU.
+
+    jaxlib splits a batched QR or Cholesky over XLA's thread pool and waits for the parts on one
+    of its threads; several at once can occupy every thread, and the program hangs (seen with
+    jaxlib 0.10.2 on two CPUs within some hundred calls). Elsewhere the batch stays a batch.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def single(matrix: Array) -> Any:
+        return factorise(matrix)
+
+    @single.def_vmap
+    def batched(size: int, is_batched: list[bool], matrices: Array) -> tuple[Any, Any]:
+        del size, is_batched
+        out = jax.lax.platform_dependent(
+            matrices, cpu=functools.partial(jax.lax.map, single), default=jax.vmap(factorise)
+        )
+        return out, jax.tree.map(lambda _: True, out)
+
+    def over_leading_axes(matrices: Array) -> Any:
+        function: Callable[[Array], Any] = single
+        for _ in range(matrices.ndim - 2):
+            function = jax.vmap(function)
+        return function(matrices)
+
+    return over_leading_axes
+
+
+_qr = _one_by_one(jnp.linalg.qr)
+
+
+@_one_by_one
+def _inverse_root(g: Array) -> Array:
+    """L⁻ᵀ (r, r) of the Cholesky factorisation G = LLᵀ."""
+    lower = jnp.linalg.cholesky(g)
+    return jax.scipy.linalg.solve_triangular(lower, _eye_like(g), lower=True).mT
+
+
 def _q_factor(y: Array) -> Array:
     """Q of the QR decomposition whose R has a positive diagonal."""
-    q, r = jnp.linalg.qr(y)
+    q, r = _qr(y)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     return q * jnp.where(diagonal < 0, -1, 1).astype(y.dtype)[..., None, :]
 
@@ -194,14 +234,9 @@ def retract_cholesky_qr2(x: Array, xi: Array) -> Array:
     the Gram matrix of the second pass shows that, and Householder QR takes over.
     """
     y = x + xi
-
-    def inverse(g: Array) -> Array:
-        lower = jnp.linalg.cholesky(g)
-        return jax.scipy.linalg.solve_triangular(lower, _eye_like(g), lower=True).mT
-
-    once = _mm(y, inverse(gram(y)))
+    once = _mm(y, _inverse_root(gram(y)))
     g = gram(once)
-    twice = _mm(once, inverse(g))
+    twice = _mm(once, _inverse_root(g))
     near = jnp.max(jnp.sum(jnp.abs(g - _eye_like(g)), axis=-1)) < 0.1
     return jax.lax.cond(near, lambda: twice, lambda: _q_factor(y))
 

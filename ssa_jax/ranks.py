@@ -84,17 +84,19 @@ def bucket(rank: int, stored: int) -> int:
 
 
 def selection(params: Tree) -> dict[str, np.ndarray]:
-    """Indices to keep of every factorised layer that can shrink, by its path.
+    """Indices to keep of every factorised layer, by its path; empty if none can shrink.
 
-    The non-zero singular values, largest first, filled up with zero ones to the bucket.
+    The non-zero singular values, largest first, filled up with zero ones to the bucket; all, in
+    their order, of a layer that cannot shrink.
     """
-    chosen = {}
+    chosen, shrinks = {}, False
     for name, f in named_leaves(params).items():
         s = np.abs(np.asarray(f.s))
         keep = bucket(max(1, int(np.count_nonzero(s))), s.size)
-        if keep < s.size:
-            chosen[name] = np.argsort(-s, kind="stable")[:keep]
-    return chosen
+        order = np.argsort(-s, kind="stable") if keep < s.size else np.arange(s.size)
+        chosen[name] = order[:keep]
+        shrinks |= keep < s.size
+    return chosen if shrinks else {}
 
 
 def _take(index: np.ndarray, x: Array) -> Array:
@@ -108,11 +110,17 @@ def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
 
     Works alike on parameters, twins, masks and optimiser moments, all of which hold
     `Factors` of the parameters' shapes at paths that end as the parameters' do.
+
+    Args:
+      tree: any tree.
+      chosen: of `selection`, every layer in it.
     """
+    # One layer's path may end with another's: "1/body/0/map/kernel" with "0/map/kernel".
+    layers = sorted(chosen, key=len, reverse=True)
 
     def index_of(path: tuple[Any, ...]) -> np.ndarray | None:
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
-        return next((i for layer, i in chosen.items() if name.endswith("/" + layer)), None)
+        return next((chosen[layer] for layer in layers if name.endswith("/" + layer)), None)
 
     def slice_node(path: tuple[Any, ...], node: Any) -> Any:
         index = index_of(path) if is_factors(node) else None

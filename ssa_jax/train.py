@@ -63,18 +63,21 @@ def init_state(
 def local_gradients(
     params: Tree, twins: Tree | None, tape: Tape, signals: Sequence[Array], weights: LossWeights
 ) -> Tree:
-    """Gradient of each unit's local loss: α pullback_i(δ_i) + ∇(β alignment + γ orthogonality).
+    """Gradient of each unit's local loss (see `losses`), the Hoyer term left out.
 
     Args:
       params: one parameter tree a unit.
       twins: their twins, or None for a method without any.
       tape: of the forward pass at `params`.
       signals: δ_i, one a unit, of the shapes of `tape.outputs`.
-      weights: α, β, γ.
+      weights: its coefficients.
     """
     gradients = []
-    for i, (pullback, signal) in enumerate(zip(tape.pullbacks, signals, strict=True)):
-        task = pullback(weights.alpha * signal)[0]
+    for i, (pullback, h, signal) in enumerate(
+        zip(tape.pullbacks, tape.outputs, signals, strict=True)
+    ):
+        last = i == len(signals) - 1
+        task = pullback(losses.cotangent(h, signal, weights, last=last))[0]
         twin = None if twins is None else twins[i]
         rest = jax.grad(losses.regulariser)(params[i], twin, weights)
         gradients.append(jax.tree.map(jnp.add, task, rest))
@@ -108,13 +111,13 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         on_compile()
         logits, mstate, tape = forward(units, state.params, state.mstate, batch.images)
-        loss, error = losses.output_error(logits, batch.labels)
+        loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
         signals = method.signals(state.feedback, state.params, tape, error, batch)
         twins = method.twins(state.feedback)
         gradients = local_gradients(state.params, twins, tape, signals, weights)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        feedback = method.update(state.feedback, params)
+        feedback = method.update(state.feedback, state.params, params, tape, batch)
         metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels)}
         return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
@@ -154,13 +157,14 @@ def make_eval(units: Sequence[Unit]) -> Callable[[Tree, Tree, Batch], dict[str, 
     return jax.jit(evaluate)
 
 
-def true_gradients(units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch) -> Tree:
+def true_gradients(
+    units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch, smoothing: float = 0.0
+) -> Tree:
     """jax.grad of the mean cross-entropy through the whole network in training mode."""
 
     def loss(p: Tree) -> Array:
-        return losses.cross_entropy(
-            predict(units, p, mstate, batch.images, train=True), batch.labels
-        )
+        logits = predict(units, p, mstate, batch.images, train=True)
+        return losses.cross_entropy(logits, batch.labels, smoothing)
 
     return jax.grad(loss)(params)
 

@@ -1,7 +1,8 @@
 """The one place that knows Flax's split and merge: an NNX model as units of pure functions."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +80,53 @@ def split_units(model: nnx.Module) -> tuple[tuple[Unit, ...], Tree, Tree]:
         tuple(p for _, p, _ in split),
         tuple(s for _, _, s in split),
     )
+
+
+def group_units(
+    units: Sequence[Unit], params: Tree, mstate: Tree, size: int
+) -> tuple[tuple[Unit, ...], Tree, Tree]:
+    """Joins `size` neighbours at a time into one unit; the last unit stays alone.
+
+    Inside the joined unit the gradient is exact. Its parameters and its state are the tuples
+    of its members'. Where the hidden units do not divide evenly, the first group is smaller.
+
+    Raises:
+      ValueError: size below one.
+    """
+    if size < 1:
+        raise ValueError(f"unit_size must be at least 1, got {size}")
+    hidden = len(units) - 1
+    if size == 1 or not hidden:
+        return tuple(units), params, mstate
+    bounds = [0, *range(hidden % size or min(size, hidden), hidden + 1, size)]
+    groups = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+    def join(tree: Tree) -> Tree:
+        return (*(tuple(tree[g]) for g in groups), tree[-1])
+
+    joined = tuple(_join(units[g]) for g in groups)
+    return (*joined, units[-1]), join(params), join(mstate)
+
+
+def _join(units: Sequence[Unit]) -> Unit:
+    def apply(params: Tree, mstate: Tree, x: Array, *, train: bool) -> tuple[Array, Tree]:
+        states = []
+        for unit, p, m in zip(units, params, mstate, strict=True):
+            x, m = unit.apply(p, m, x, train=train)
+            states.append(m)
+        return x, tuple(states)
+
+    def linear(params: Tree, mstate: Tree, x: Array) -> Array:
+        for unit, p, m in zip(units, params, mstate, strict=True):
+            x = unit.linear(p, m, x)
+        return x
+
+    def walk(params: Tree, twins: Tree, mstate: Tree, x: Array) -> Array:
+        for unit, p, t, m in zip(units, params, twins, mstate, strict=True):
+            x = unit.walk(p, t, m, x)
+        return x
+
+    return Unit(apply, linear, walk)
 
 
 def merge_units(model: Any, params: Tree, mstate: Tree) -> nnx.Module:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from helpers import make_batch, max_difference, split
 
-from ssa_jax import factors, feedback, losses
+from ssa_jax import factors, losses
+from ssa_jax import twins as tw
 from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
 from ssa_jax.train import local_gradients
@@ -17,7 +18,7 @@ def setup():
     _logits, _, tape = forward(units, params, mstate, batch.images)
     signals = [jnp.sin(3 * h) for h in tape.outputs]
     # Off the manifold, so that the orthogonality term is not zero.
-    twins = feedback.init_twins(jax.random.key(1), params)
+    twins = tw.init_twins(jax.random.key(1), params)
     params = factors.map_factors(lambda f: f._replace(u=1.1 * f.u), params)
     _, _, tape = forward(units, params, mstate, batch.images)
     return units, params, mstate, batch, tape, signals, twins
@@ -29,6 +30,10 @@ def written_loss(units, params, mstate, tape, signals, twins, weights, i):
     def loss(p):
         h, _ = units[i].apply(p, mstate[i], tape.inputs[i], train=True)
         total = weights.alpha * jnp.sum(h * signals[i])
+        if i < len(units) - 1:
+            a, b = (x.reshape(len(x), -1) for x in (h, signals[i]))
+            cosines = jnp.sum(a * b, 1) / jnp.linalg.norm(a, axis=1) / jnp.linalg.norm(b, axis=1)
+            total += weights.kappa * jnp.mean(cosines)
         for w, b in zip(factors.leaves(p), factors.leaves(twins[i]), strict=True):
             total += weights.beta * sum(jnp.sum((x - y) ** 2) for x, y in zip(w, b, strict=True))
             for x in (w.u, w.v):
@@ -45,9 +50,10 @@ def written_loss(units, params, mstate, tape, signals, twins, weights, i):
         LossWeights(1.0, 0.0, 0.0),
         LossWeights(0.0, 1.0, 0.0),
         LossWeights(0.0, 0.0, 1.0),
-        LossWeights(0.7, 0.3, 0.2),
+        LossWeights(0.0, 0.0, 0.0, 1.0),
+        LossWeights(0.7, 0.3, 0.2, 0.5),
     ],
-    ids=["task", "alignment", "orthogonality", "together"],
+    ids=["task", "alignment", "orthogonality", "cosine", "together"],
 )
 def test_local_gradients_are_those_of_the_written_loss(weights):
     units, params, mstate, _, tape, signals, twins = setup()
@@ -83,3 +89,27 @@ def test_output_error_is_softmax_minus_onehot_over_the_batch():
     assert jnp.allclose(error, (jax.nn.softmax(logits) - jax.nn.one_hot(labels, 4)) / 6, atol=1e-7)
     picked = jnp.log(jax.nn.softmax(logits))[jnp.arange(6), labels]
     assert loss == pytest.approx(-float(jnp.mean(picked)), rel=1e-5)
+
+
+def test_cosine_ignores_lengths_and_is_finite_at_zero():
+    h = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    signal = jax.random.normal(jax.random.key(1), (4, 3, 2))
+    assert float(losses.cosine_term(5 * h, 0.1 * signal)) == pytest.approx(
+        float(losses.cosine_term(h, signal)), rel=1e-5
+    )
+    assert float(losses.cosine_term(h, -h)) == pytest.approx(-1, abs=1e-6)
+    dead = h.at[0].set(0)
+    gradient = jax.grad(losses.cosine_term)(dead, signal)
+    assert bool(jnp.isfinite(gradient).all())
+    assert float(jnp.abs(gradient[0]).max()) == 0
+
+
+def test_smoothed_loss_has_the_smoothed_targets():
+    logits = jax.random.normal(jax.random.key(0), (6, 5))
+    labels = jnp.arange(6) % 5
+    loss, error = losses.output_error(logits, labels, 0.1)
+    targets = 0.9 * jax.nn.one_hot(labels, 5) + 0.1 / 5
+    assert float(loss) == pytest.approx(
+        float(-jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), 1))), rel=1e-5
+    )
+    assert jnp.allclose(error, (jax.nn.softmax(logits) - targets) / 6, atol=1e-6)

@@ -6,20 +6,39 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import NETWORKS, make_batch, make_method, max_difference, split
+from flax import nnx
+from helpers import CLASSES, NETWORKS, make_batch, make_method, max_difference, split
 
-from ssa_jax import losses, metrics
+from ssa_jax import factors, losses, metrics
 from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
-from ssa_jax.methods import METHODS
+from ssa_jax.methods import METHODS, blend
+from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
+from ssa_jax.models import MODELS
 from ssa_jax.train import init_state, local_gradients, make_refresh, make_step, true_gradients
+from ssa_jax.units import split_units
 
 SETTINGS = [
-    *((name, {}) for name in METHODS if name != "ssa"),
+    *((name, {}) for name in METHODS if name not in ("ssa", "local")),
     *(("ssa", {"path": p, "update": u, "every": 2}) for p, u in itertools.product(PATHS, UPDATES)),
+    *(("local", {"readout": r, "readout_update": u})
+      for r, u in itertools.product(READOUTS, READOUT_UPDATES)),
+    ("dfa", {"form": "channel"}),
+    ("ssa", {"form": "channel"}),
+    ("ssa", {"path": "random", "form": "channel"}),
+    ("ssa", {"lookahead": 1}),
+]  # fmt: skip
+IDS = ["-".join([name, *map(str, options.values())]) for name, options in SETTINGS]
+# Dense and factorised alike, but for the method that is about factors.
+PROTOCOL = [
+    pytest.param(name, options, rank, id=f"{text}-{rank}")
+    for (name, options), text in zip(SETTINGS, IDS, strict=True)
+    for rank in (None, 0.5)
+    if (name, rank) != ("svd_bp", None)
 ]
-IDS = ["-".join([name, *map(str, options.values())][:3]) for name, options in SETTINGS]
+DIRECT = [(n, o) for n, o in SETTINGS if (n in ("dfa", "drtp", "local") or n == "ssa")
+          and o.get("path") != "sequential" and "lookahead" not in o]  # fmt: skip
 
 
 def run_once(name, network="conv", rank=0.5, options=None, key=0):
@@ -35,8 +54,7 @@ def run_once(name, network="conv", rank=0.5, options=None, key=0):
     return tape, error, signals, gradients, true_gradients(units, params, mstate, batch)
 
 
-@pytest.mark.parametrize("rank", [None, 0.5])
-@pytest.mark.parametrize(("name", "options"), SETTINGS, ids=IDS)
+@pytest.mark.parametrize(("name", "options", "rank"), PROTOCOL)
 def test_protocol(name, options, rank):
     """One finite signal of the output's shape a unit; steps compile once and move every unit."""
     units, params, mstate = split("conv", rank)
@@ -102,23 +120,184 @@ def test_fixed_twins_are_not_bp():
     assert max_difference(gradients[:-1], true[:-1]) > 1e-3
 
 
-@pytest.mark.parametrize("path", ["composed", "random"])
-def test_direct_signals_ignore_later_activations(path):
+@pytest.mark.parametrize(("name", "options"), DIRECT, ids=lambda x: str(x))
+def test_direct_signals_ignore_later_activations(name, options):
     units, params, mstate = split("conv", 0.5)
-    method = make_method("ssa", units, params, mstate, path=path)
+    method = make_method(name, units, params, mstate, **options)
     feedback = method.init(jax.random.key(0), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
     _, error = losses.output_error(logits, batch.labels)
     other = forward(units, params, mstate, 2 * batch.images + 1)[2]
-    mixed = tape._replace(
-        inputs=tape.inputs[:1] + other.inputs[1:],
-        outputs=tape.outputs[:1] + other.outputs[1:],
-        pullbacks=tape.pullbacks[:1] + other.pullbacks[1:],
+    ours = method.signals(feedback, params, tape, error, batch)
+    for i in range(len(units)):
+        n = i + 1
+        mixed = tape._replace(
+            inputs=tape.inputs[:n] + other.inputs[n:],
+            outputs=tape.outputs[:n] + other.outputs[n:],
+            pullbacks=tape.pullbacks[:n] + other.pullbacks[n:],
+        )
+        theirs = method.signals(feedback, params, mixed, error, batch)
+        assert jnp.array_equal(ours[i], theirs[i])
+
+
+def network_of(model, rank, batch):
+    """A model of the registry with a batch of images, and one step's worth of state."""
+    shape = (32, 32, 3)
+    units, params, mstate = split_units(MODELS[model](shape, 10, rank=rank, rngs=nnx.Rngs(0)))
+    return units, params, mstate, make_batch(batch, shape=shape, classes=10), shape
+
+
+@pytest.mark.parametrize("rank", [None, 0.5])
+@pytest.mark.parametrize(
+    "model",
+    [m if m in ("mlp", "smallconv") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS],
+)
+def test_sequential_tracked_is_bp_on_every_model(model, rank):
+    units, params, mstate, batch, shape = network_of(model, rank, 4)
+    method = make_method("ssa", units, params, mstate, shape, path="sequential", every=1)
+    state = init_state(method, optax.sgd(0.1), params, mstate, jax.random.key(0))
+
+    @jax.jit
+    def both(feedback, params, mstate):
+        logits, _, tape = forward(units, params, mstate, batch.images)
+        _, error = losses.output_error(logits, batch.labels)
+        signals = method.signals(feedback, params, tape, error, batch)
+        ours = local_gradients(params, method.twins(feedback), tape, signals, LossWeights())
+        return ours, true_gradients(units, params, mstate, batch)
+
+    ours, true = both(state.feedback, params, mstate)
+    for a, b in zip(ours, true, strict=True):
+        size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(b))
+        assert max_difference(a, b) < 1e-4 * size
+
+
+@pytest.mark.parametrize("name", ["fa", "kp"])
+def test_walking_twins_of_a_lost_rank_are_lost(name):
+    units, params, mstate = split("conv", 0.5)
+    method = make_method(name, units, params, mstate)
+    twins = method.init(jax.random.key(0), params, mstate)
+    cut = factors.map_factors(lambda f: f._replace(s=f.s.at[1:].set(0)), params)
+    moved = method.update(twins, params, cut, None, None)
+    assert all(int(jnp.count_nonzero(f.s)) == 1 for f in factors.leaves(moved))
+
+
+def train(name, steps=40, **options):
+    """Feedback and weights after some steps on one network."""
+    units, params, mstate = split("conv", 0.5)
+    method = make_method(name, units, params, mstate, **options)
+    optimizer = optax.adam(1e-3)
+    step = make_step(units, method, optimizer, LossWeights())
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    first = jax.tree.map(jnp.copy, (state.feedback, state.params))
+    for i in range(steps):
+        state, _ = step(state, make_batch(16, seed=i))
+    return first, (state.feedback, state.params)
+
+
+def test_kp_feedback_meets_the_weights_at_its_rate():
+    (twins, weights), (twins_after, weights_after) = train("kp", 40, rate=0.05)
+
+    def gap(b, w):
+        return jax.tree.map(jnp.subtract, b, w)
+
+    expected = jax.tree.map(lambda d: 0.95**40 * d, gap(twins, weights))
+    assert max_difference(gap(twins_after, weights_after), expected) < 1e-5
+
+
+def test_fa_feedback_never_moves_and_brsf_draws_anew():
+    (twins, _), (twins_after, _) = train("fa", 3)
+    assert max_difference(twins, twins_after) == 0
+    (magnitudes, _), (magnitudes_after, _) = train("frsf", 3)
+    assert max_difference(magnitudes, magnitudes_after) == 0
+    (key, _), (key_after, _) = train("brsf", 3)
+    assert not jnp.array_equal(jax.random.key_data(key), jax.random.key_data(key_after))
+
+
+def test_usf_walks_through_the_weights_signs():
+    _, params, _ = split("linear")
+    _, _, signals, _, _ = run_once("usf", "linear", None)
+    kernel = params[-1]["map"]["kernel"]
+    signs = jnp.sign(kernel) * jnp.linalg.norm(kernel) / jnp.sqrt(kernel.size)
+    assert jnp.allclose(signals[-2], signals[-1] @ signs.T, atol=1e-6)
+
+
+def test_readouts_learn_or_stay():
+    (first, _), (after, _) = train("local", 5)
+    assert max_difference(first.readouts, after.readouts) > 1e-3
+    (first, _), (after, _) = train("local", 5, readout_update="fixed")
+    assert max_difference(first.readouts, after.readouts) == 0
+
+
+def test_local_signals_are_gradients_of_the_written_readout_loss():
+    units, params, mstate = split("conv", 0.5)
+    method = make_method("local", units, params, mstate, readout="pred")
+    state = method.init(jax.random.key(0), params, mstate)
+    batch = make_batch()
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = losses.output_error(logits, batch.labels)
+    signals = method.signals(state, params, tape, error, batch)
+    for readout, h, signal in zip(state.readouts, tape.outputs[:-1], signals[:-1], strict=True):
+        flat = h.reshape(len(h), -1)
+        answers = flat @ readout["pred"]["kernel"] + readout["pred"]["bias"][None, :]
+        wrong = (jax.nn.softmax(answers) - jax.nn.one_hot(batch.labels, CLASSES)) / len(h)
+        expected = (wrong @ readout["pred"]["kernel"].T).reshape(h.shape)
+        assert jnp.allclose(signal, expected, atol=1e-6)
+
+
+def test_similarity_matching_vanishes_when_classes_are_separated():
+    labels = jnp.array([0, 1, 2, 0, 1, 2])
+    targets = jax.nn.one_hot(labels, 3)
+    readout = {"sim": {"kernel": jnp.eye(3)}}
+    assert float(readout_loss(readout, 4 * targets + 1, targets)) < 1e-8
+    mixed = jax.nn.one_hot((labels + jnp.arange(6) // 3) % 3, 3)
+    assert float(readout_loss(readout, mixed, targets)) > 0.1
+
+
+def test_drtp_sends_the_targets():
+    units, params, mstate = split("conv")
+    method = make_method("drtp", units, params, mstate)
+    paths = method.init(jax.random.key(0), params, mstate)
+    batch = make_batch()
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = losses.output_error(logits, batch.labels)
+    signals = method.signals(paths, params, tape, error, batch)
+    for path, signal in zip(paths, signals[:-1], strict=True):
+        assert jnp.allclose(signal, -path[batch.labels] / len(batch.labels), atol=1e-6)
+    # Hidden units do not wait for the output.
+    again = method.signals(paths, params, tape, 2 * error, batch)
+    assert max_difference(again[:-1], signals[:-1]) == 0
+
+
+def test_svd_bp_needs_factors():
+    units, params, mstate = split("conv")
+    method = make_method("svd_bp", units, params, mstate)
+    with pytest.raises(ValueError, match="backpropagation on factors, and this model has none"):
+        method.init(jax.random.key(0), params, mstate)
+
+
+def test_a_blend_adds_the_helper_and_keeps_the_rest():
+    units, params, mstate = split("conv", 0.5)
+    main, helper = (make_method(n, units, params, mstate) for n in ("ssa", "local"))
+    both = blend(main, helper, 0.3)
+    state = both.init(jax.random.key(0), params, mstate)
+    batch = make_batch()
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = losses.output_error(logits, batch.labels)
+    args = (params, tape, error, batch)
+    ours, theirs = main.signals(state[0], *args), helper.signals(state[1], *args)
+    mixed = both.signals(state, *args)
+    assert (
+        max_difference(
+            mixed[:-1], [a + 0.3 * b for a, b in zip(ours[:-1], theirs[:-1], strict=True)]
+        )
+        < 1e-6
     )
-    ours = method.signals(feedback, params, tape, error, batch)[0]
-    theirs = method.signals(feedback, params, mixed, error, batch)[0]
-    assert jnp.array_equal(ours, theirs)
+    assert jnp.array_equal(mixed[-1], error)
+    assert both.refresh_every == main.refresh_every
+    assert max_difference(both.twins(state), params) == 0
+    moved = both.update(state, params, params, tape, batch)
+    assert max_difference(moved[1].readouts, state[1].readouts) > 0
 
 
 def test_tracked_twins_follow_at_a_refresh_only():
@@ -149,9 +328,18 @@ def test_angles_are_zero_for_bp_and_for_the_last_unit_of_dfa():
         ({"path": "straight"}, "feedback must be one of composed"),
         ({"update": "never"}, "feedback_update must be one of fixed"),
         ({"every": 0}, "feedback_every must be at least 1"),
+        ({"form": "sparse"}, "feedback_form must be one of auto"),
+        ({"path": "sequential", "lookahead": 1}, "feedback_lookahead needs a direct path"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     units, params, mstate = split("conv", 0.5)
     with pytest.raises(ValueError, match=message):
         make_method("ssa", units, params, mstate, **options)
+
+
+@pytest.mark.parametrize("option", ["readout", "readout_update"])
+def test_bad_readouts_are_refused(option):
+    units, params, mstate = split("conv", 0.5)
+    with pytest.raises(ValueError, match=f"{option} must be one of"):
+        make_method("local", units, params, mstate, **{option: "none"})

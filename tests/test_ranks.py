@@ -99,7 +99,7 @@ def test_compaction_leaves_the_logits_and_the_next_steps_unchanged():
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-4)
     # The whole state was sliced: no shape of the wide one is left, and one compilation served.
     for name, f in factors.named_leaves(small).items():
-        layer = next((k for k in chosen if name.endswith(k)), None)
+        layer = next((k for k in chosen if name.endswith("/" + k)), None)
         if layer:
             assert f.s.shape[-1] == len(chosen[layer]), name
     assert len(compiled) == 2
@@ -109,9 +109,19 @@ def test_selection_keeps_what_is_not_zero_sorted_by_size():
     s = jnp.zeros(64).at[jnp.array([5, 60, 7])].set(jnp.array([1.0, -3.0, 2.0]))
     f = factors.Factors(jnp.ones((70, 64)), s, jnp.ones((80, 64)))
     chosen = ranks.selection({"kernel": f, "full": f._replace(s=jnp.ones(64))})
-    assert list(chosen) == ["kernel"]
     assert list(chosen["kernel"][:3]) == [60, 7, 5]
     assert len(chosen["kernel"]) == 8
+    assert list(chosen["full"]) == list(range(64))
+    assert not ranks.selection({"full": f._replace(s=jnp.ones(64))})
+
+
+def test_a_layer_whose_path_ends_with_anothers_keeps_its_own_rank():
+    f = factors.Factors(jnp.ones((20, 16)), jnp.arange(16.0), jnp.ones((18, 16)))
+    cut = f._replace(s=f.s.at[3:].set(0))
+    params = ({"map": {"kernel": cut}}, {"body": ({"map": {"kernel": f}},)})
+    small = ranks.compact({"params": params}, ranks.selection(params))["params"]
+    assert [x.rank for x in factors.leaves(small)] == [8, 16]
+    assert jnp.array_equal(factors.leaves(small)[1].s, f.s)
 
 
 def test_compaction_reaches_moments_through_wrappers():

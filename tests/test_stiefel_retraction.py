@@ -1,5 +1,8 @@
 """Theorems of the retractions: they land, agree to first order, and survive any step."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +148,26 @@ def test_ten_thousand_large_steps_stay_on_the_manifold(name):
         assert np.isfinite(leaf).all()
     assert max(drift(leaf) for leaf in jax.tree.leaves(x)) < 1e-6
     assert max(np.max(e) for e in jax.tree.leaves(errors)) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qr", "cholesky_qr2"])
+def test_stacked_factorisations_do_not_block_one_another(name):
+    """Batched factorisations side by side on two threads once hung within some hundred calls."""
+    program = f"""
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import jax
+from ssa_jax import linalg
+retract = linalg.RETRACTIONS[{name!r}]
+keys = jax.random.split(jax.random.key(0), 8)
+xs = [linalg.orthonormalize(jax.random.normal(k, (3, 200, 160))) for k in keys]
+step = jax.jit(lambda xs: [retract(x, 0.1 * x) for x in xs])
+for _ in range(300):
+    xs = jax.block_until_ready(step(xs))
+print(max(float(linalg.orthogonality_error(x)) for x in xs))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True
+    )
+    assert float(done.stdout) < 1e-6

@@ -9,7 +9,7 @@ from helpers import IMAGE, NETWORKS, make_batch, max_difference, split
 from ssa_jax import units as units_lib
 from ssa_jax.forward import forward, output_shapes, predict
 from ssa_jax.models import MODELS
-from ssa_jax.units import merge_units, split_units
+from ssa_jax.units import group_units, merge_units, split_units
 
 
 @pytest.mark.parametrize("rank", [None, 0.5])
@@ -95,6 +95,51 @@ def test_sliced_factors_run_through_the_same_unit():
         for k in (f, cut)
     )
     assert jnp.allclose(whole, small, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_joined_units_are_the_same_network(size):
+    units, params, mstate = split("residual", 0.5)
+    joined, p, m = group_units(units, params, mstate, size)
+    x = make_batch().images
+    assert [len(jax.tree.leaves(q)) for q in (p, m)] == [
+        len(jax.tree.leaves(q)) for q in (params, mstate)
+    ]
+    assert len(joined) == {1: 4, 2: 3, 3: 2, 9: 2}[size]
+    logits, state, tape = forward(units, params, mstate, x)
+    logits_joined, state_joined, tape_joined = forward(joined, p, m, x)
+    assert jnp.array_equal(logits, logits_joined)
+    assert max_difference(state, state_joined) == 0
+    # From the output down, every so many units; the classifier stays alone.
+    expected = [tape.outputs[i] for i in {1: (0, 1, 2), 2: (0, 2), 3: (2,), 9: (2,)}[size]]
+    assert max_difference(list(tape_joined.outputs[:-1]), expected) == 0
+
+
+def test_a_joined_unit_has_its_members_path_and_walk():
+    units, params, mstate = split("conv", 0.5)
+    _, twins, _ = split("conv", 0.5, seed=7)
+    joined, p, m = group_units(units, params, mstate, 3)
+    _, t, _ = group_units(units, twins, mstate, 3)
+    x = y = make_batch().images
+    for i in range(3):
+        y = units[i].linear(params[i], mstate[i], y)
+    assert jnp.array_equal(joined[0].linear(p[0], m[0], x), y)
+    value, pullback = jax.vjp(lambda x: joined[0].walk(p[0], t[0], m[0], x), x)
+    z, _ = joined[0].apply(p[0], m[0], x, train=True)
+    assert jnp.allclose(value, z, atol=1e-6)
+
+    def in_turn(x):
+        for i in range(3):
+            x = units[i].walk(params[i], twins[i], mstate[i], x)
+        return x
+
+    cotangent = jnp.cos(value)
+    assert jnp.allclose(pullback(cotangent)[0], jax.vjp(in_turn, x)[1](cotangent)[0], atol=1e-6)
+
+
+def test_units_cannot_be_joined_by_none():
+    with pytest.raises(ValueError, match="unit_size must be at least 1"):
+        group_units(*split("conv"), 0)
 
 
 def test_a_model_without_units_is_refused():

@@ -12,8 +12,7 @@ Array = jax.Array
 Tree = Any
 
 
-def _keep(feedback: Tree, params: Tree, *_: Tree) -> Tree:
-    del params
+def _keep(feedback: Tree, *_: Any) -> Tree:
     return feedback
 
 
@@ -27,19 +26,22 @@ class Method(NamedTuple):
     Attributes:
       init: (key, params, mstate) -> feedback, its own state, any pytree.
       signals: (feedback, params, tape, error, batch) -> one cotangent per unit output.
-      update: (feedback, params) -> feedback, in every step, after the weights moved.
-      refresh: (feedback, params, mstate) -> feedback, every `refresh_every` steps; runs
-        outside the step, so it may be costly.
+      update: (feedback, before, after, tape, batch) -> feedback, in every step, when the
+        weights have moved from `before` (where the tape was made) to `after`.
+      refresh: (feedback, params, mstate) -> feedback, every `refresh_every` steps and after a
+        compaction; runs outside the step, so it may be costly.
       refresh_every: 0 for never.
       twins: feedback -> parameter trees that the alignment term pulls towards, or None.
+      note: what a run should report of the feedback, in a few words; may be empty.
     """
 
     init: Callable[[Array, Tree, Tree], Tree]
     signals: Callable[[Tree, Tree, Tape, Array, Any], Sequence[Array]]
-    update: Callable[[Tree, Tree], Tree] = _keep
+    update: Callable[[Tree, Tree, Tree, Tape, Any], Tree] = _keep
     refresh: Callable[[Tree, Tree, Tree], Tree] = _keep
     refresh_every: int = 0
     twins: Callable[[Tree], Tree | None] = _no_twins
+    note: str = ""
 
 
 class Network(NamedTuple):
@@ -55,16 +57,34 @@ class Network(NamedTuple):
 
 
 class FeedbackOptions(NamedTuple):
-    """How a method's feedback is built and moved (see `methods.ssa`).
+    """How the feedback of a method is built and moved; each method reads what concerns it.
 
     Attributes:
-      path: ``"composed"``, ``"sequential"`` or ``"random"``.
+      path: ``"composed"``, ``"sequential"`` or ``"random"`` (see `methods.ssa`).
       update: ``"fixed"``, ``"mutual"`` or ``"tracked"``.
-      every: steps between refreshes of tracked twins and of composed paths that move.
-      rate: the twins' own rate under ``"mutual"``.
+      every: steps between refreshes of tracked twins and of composed paths.
+      rate: the twins' own rate under ``"mutual"``, and kp's decay of the difference.
+      form: form of direct paths, a name in `feedback.FORMS`.
+      limit: bytes that full paths may take under the form ``"auto"``.
+      lookahead: units that a direct signal of ssa is pulled back through exactly.
+      readout: ``"pred"``, ``"sim"`` or ``"predsim"`` (see `methods.local`).
+      readout_update: ``"learned"`` or ``"fixed"``.
+      readout_rate: Adam's rate of learned readouts.
     """
 
     path: str = "composed"
     update: str = "tracked"
     every: int = 10
     rate: float = 0.01
+    form: str = "auto"
+    limit: int = 256 * 2**20
+    lookahead: int = 0
+    readout: str = "predsim"
+    readout_update: str = "learned"
+    readout_rate: float = 2e-3
+
+
+def require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless the value of a setting is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")

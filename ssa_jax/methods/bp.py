@@ -4,24 +4,44 @@ from typing import Any
 
 import jax
 
+from ssa_jax import factors
 from ssa_jax.forward import Tape
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
 
 Array = jax.Array
+Tree = Any
+
+
+def chain(tape: Tape, error: Array) -> list[Array]:
+    """The true ∂loss/∂h_i of every unit: δ_{i-1} = (∂h_i/∂x_i)ᵀ δ_i from δ_n = e."""
+    deltas = [error]
+    for pullback in tape.pullbacks[:0:-1]:
+        deltas.insert(0, pullback(deltas[0])[1])
+    return deltas
 
 
 def bp(network: Network, options: FeedbackOptions) -> Method:
-    """δ_{i-1} = (∂h_i/∂x_i)ᵀ δ_i from δ_n = e: the exact gradient (Rumelhart et al. 1986).
-
-    On a factorised model this is backpropagation on the factors (SVD-BP).
-    """
+    """δ_{i-1} = (∂h_i/∂x_i)ᵀ δ_i from δ_n = e: the exact gradient (Rumelhart et al. 1986)."""
     del network, options
 
-    def signals(feedback: Any, params: Any, tape: Tape, error: Array, batch: Any) -> list[Array]:
+    def signals(feedback: Any, params: Tree, tape: Tape, error: Array, batch: Any) -> list[Array]:
         del feedback, params, batch
-        deltas = [error]
-        for pullback in tape.pullbacks[:0:-1]:
-            deltas.insert(0, pullback(deltas[0])[1])
-        return deltas
+        return chain(tape, error)
 
     return Method(init=lambda key, params, mstate: (), signals=signals)
+
+
+def svd_bp(network: Network, options: FeedbackOptions) -> Method:
+    """Backpropagation on factors: `bp` on a model whose layers hold U diag(s) Vᵀ.
+
+    `init` raises ValueError for a model without factors, on which it would be `bp` by another
+    name.
+    """
+    method = bp(network, options)
+
+    def init(key: Array, params: Tree, mstate: Tree) -> Tree:
+        if not factors.leaves(params):
+            raise ValueError("svd_bp is backpropagation on factors, and this model has none")
+        return method.init(key, params, mstate)
+
+    return method._replace(init=init)

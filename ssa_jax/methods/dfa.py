@@ -1,27 +1,60 @@
-"""Direct feedback alignment."""
+"""Direct methods with fixed random feedback: from the error, or from the targets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ssa_jax import feedback as fb
 from ssa_jax.forward import Tape
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
 
 Array = jax.Array
+Tree = Any
 
 
 def dfa(network: Network, options: FeedbackOptions) -> Method:
-    """δ_i = e · R_i with R_i (classes, *shape of h_i) fixed and Gaussian (Nøkland 2016)."""
-    del options
+    """Direct feedback alignment: δ_i = e · R_i (Nøkland 2016).
 
-    def init(key: Array, params: Any, mstate: Any) -> Sequence[Array]:
+    R_i is fixed and Gaussian with variance 1/classes, (classes, *shape of h_i); per channel it
+    is (classes, 1, 1, channels), and all positions of a map get the same signal.
+
+    Raises:
+      ValueError: an unknown form.
+    """
+    return _random(network, options, lambda error, batch: error)
+
+
+def drtp(network: Network, options: FeedbackOptions) -> Method:
+    """Direct random target projection: δ_i = -(y/batch) · R_i (Frenkel et al. 2021).
+
+    y (batch, classes) is the one-hot target and R_i as in `dfa`: hidden units learn without
+    waiting for the output. The sign is the target's in the error e = (softmax - y)/batch, which
+    the last unit still gets.
+
+    Raises:
+      ValueError: an unknown form.
+    """
+
+    def targets(error: Array, batch: Any) -> Array:
+        classes = error.shape[-1]
+        return -jax.nn.one_hot(batch.labels, classes, dtype=jnp.float32) / len(error)
+
+    return _random(network, options, targets)
+
+
+def _random(
+    network: Network, options: FeedbackOptions, sent: Callable[[Array, Any], Array]
+) -> Method:
+    plan = fb.plan(network.shapes, options.form, options.limit)
+
+    def init(key: Array, params: Tree, mstate: Tree) -> Sequence[Array]:
         del params, mstate
-        return fb.random_paths(key, network.shapes, [None] * len(network.shapes))
+        return fb.random_paths(key, network.shapes, [None] * len(network.shapes), plan)
 
-    def signals(paths: Any, params: Any, tape: Tape, error: Array, batch: Any) -> Sequence[Array]:
-        del params, tape, batch
-        return fb.send(error, paths)
+    def signals(paths: Any, params: Tree, tape: Tape, error: Array, batch: Any) -> Sequence[Array]:
+        del params, tape
+        return (*fb.send(sent(error, batch), paths, network.shapes), error)
 
-    return Method(init=init, signals=signals)
+    return Method(init=init, signals=signals, note=str(plan))

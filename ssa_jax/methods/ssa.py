@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from ssa_jax import factors
 from ssa_jax import feedback as fb
+from ssa_jax import twins as tw
 from ssa_jax.forward import Tape
-from ssa_jax.methods.base import FeedbackOptions, Method, Network
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, require_choice
 
 Array = jax.Array
 Tree = Any
@@ -29,28 +30,32 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     """SVD-Space Alignment (arXiv 2510.25594), feedback as docs/design.md declares it.
 
     Paths: ``composed`` δ_i = e · D_i, D_i the twins' linear path from the logits down to h_i
-    (classes, *shape of h_i); ``sequential`` the error walks down through twins and true local
-    derivatives; ``random`` δ_i = e · R_i, R_i fixed, of at most the twin's rank.
+    (classes, *shape of h_i), refreshed every `options.every` steps; ``sequential`` the error
+    walks down through twins and true local derivatives; ``random`` δ_i = e · R_i, R_i fixed, of
+    at most the twin's rank. Direct paths (the first and the last) may be kept per channel (see
+    `feedback.plan`) and looked ahead from (see `feedback.look_ahead`).
 
     Twins: ``fixed`` after their independent initialisation; ``mutual`` descend the alignment
     term at `options.rate`; ``tracked`` take the weights' values every `options.every` steps.
+    What truncation zeroes in the weights is zeroed in the twins.
 
     Raises:
-      ValueError: an unknown path or update, or `every` below one.
+      ValueError: an unknown path, update or form, `every` below one, or `lookahead` with a
+        sequential path.
     """
-    if options.path not in PATHS:
-        raise ValueError(f"feedback must be one of {', '.join(PATHS)}, got {options.path!r}")
-    if options.update not in UPDATES:
-        raise ValueError(
-            f"feedback_update must be one of {', '.join(UPDATES)}, got {options.update!r}"
-        )
+    require_choice("feedback", options.path, PATHS)
+    require_choice("feedback_update", options.update, UPDATES)
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
+    direct = options.path != "sequential"
+    if options.lookahead and not direct:
+        raise ValueError("feedback_lookahead needs a direct path: composed or random feedback")
     units, shapes = network
+    plan = fb.plan(shapes, options.form, options.limit)
 
     def paths_of(twins: Tree, mstate: Tree) -> Sequence[Array]:
         if options.path == "composed":
-            return fb.composed_paths(units, twins, mstate, shapes)
+            return fb.composed_paths(units, twins, mstate, shapes, plan)
         return ()
 
     def init(key: Array, params: Tree, mstate: Tree) -> SSAFeedback:
@@ -58,24 +63,29 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         if options.update == "tracked":
             twins = jax.tree.map(jnp.copy, params)
         else:
-            twins = fb.init_twins(key_twins, params)
+            twins = tw.init_twins(key_twins, params)
         if options.path == "random":
             ranks = [min((f.rank for f in factors.leaves(p)), default=None) for p in params]
-            return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks))
+            return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan))
         return SSAFeedback(twins, paths_of(twins, mstate))
 
     def signals(
         feedback: SSAFeedback, params: Tree, tape: Tape, error: Array, batch: Any
     ) -> Sequence[Array]:
         del batch
-        if options.path == "sequential":
+        if not direct:
             return fb.walk(units, params, feedback.twins, tape, error)
-        return fb.send(error, feedback.paths)
+        sent = (*fb.send(error, feedback.paths, shapes), error)
+        return fb.look_ahead(tape, sent, options.lookahead)
 
-    def update(feedback: SSAFeedback, params: Tree) -> SSAFeedback:
-        if options.update != "mutual":
-            return feedback
-        return feedback._replace(twins=fb.meet(feedback.twins, params, options.rate))
+    def update(
+        feedback: SSAFeedback, before: Tree, after: Tree, tape: Tape, batch: Any
+    ) -> SSAFeedback:
+        del before, tape, batch
+        twins = feedback.twins
+        if options.update == "mutual":
+            twins = tw.meet(twins, after, options.rate)
+        return feedback._replace(twins=tw.follow_ranks(twins, after))
 
     def refresh(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
         tracked = options.update == "tracked"
@@ -84,11 +94,13 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
             return SSAFeedback(twins, paths_of(twins, mstate))
         return feedback._replace(twins=twins)
 
+    moves = options.update == "tracked" or options.path == "composed"
     return Method(
         init=init,
         signals=signals,
         update=update,
         refresh=refresh,
-        refresh_every=0 if options.update == "fixed" else options.every,
+        refresh_every=options.every if moves else 0,
         twins=lambda feedback: feedback.twins,
+        note=str(plan) if direct else "",
     )

@@ -1,0 +1,108 @@
+"""RECORDS.md, from the stored results of the benchmarks.
+
+python -m benchmarks.records > RECORDS.md
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+STORED = Path(__file__).parent / "records"
+
+Row = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are right-aligned."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def setting(record: dict[str, Any], command: str) -> str:
+    """What a record was measured on, as a paragraph."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"`{command}`; {record['hardware']}; {versions}; commit `{record['commit']}`."
+
+
+def _ms(row: Row | None) -> str:
+    return "-" if row is None else f"{row['median_ms']:.3g}"
+
+
+def _find(rows: Sequence[Row], **fields: Any) -> Row | None:
+    return next((r for r in rows if all(r[k] == v for k, v in fields.items())), None)
+
+
+def _optimizers(rows: Sequence[Row]) -> str:
+    """Every optimiser with the default retraction beside its peers."""
+    table = []
+    for ours in rows:
+        if (ours["library"], ours["retraction"]) != ("ssa_jax", "newton_schulz"):
+            continue
+        same = {"case": ours["case"], "threads": ours["threads"]}
+        # Their Adam has one second moment a matrix; an elementwise one is compared with it too.
+        rule = "adam (matrix)" if ours["optimizer"].startswith("adam") else ours["optimizer"]
+        qr = _find(rows, library="geoopt", optimizer=rule, retraction="qr", **same)
+        default = _find(rows, library="geoopt", optimizer=rule, retraction="default", **same)
+        jax_peer = _find(rows, library="riemannax", optimizer=ours["optimizer"], **same)
+        table.append(
+            [
+                f"{ours['case']}, {ours['optimizer']}",
+                str(ours["threads"]),
+                _ms(ours),
+                _ms(qr),
+                _ms(default),
+                _ms(jax_peer),
+                "-" if ours["of_geoopt_qr"] is None else f"{ours['of_geoopt_qr']:.2f}",
+                f"{ours['error']:.1e}",
+                "-" if qr is None else f"{qr['error']:.1e}",
+            ]
+        )
+    header = ["case, rule", "threads", "ssa_jax", "geoopt QR", "geoopt default", "riemannax",
+              "ssa_jax / geoopt QR", "error", "geoopt's error"]  # fmt: skip
+    return markdown(header, table)
+
+
+def _retractions(rows: Sequence[Row]) -> str:
+    """Gradient descent with every retraction."""
+    table = [
+        [f"{r['case']}, {r['retraction']}", str(r["threads"]), _ms(r),
+         "-" if r["of_geoopt_qr"] is None else f"{r['of_geoopt_qr']:.2f}", f"{r['error']:.1e}"]
+        for r in rows
+        if (r["library"], r["optimizer"]) == ("ssa_jax", "sgd")
+    ]  # fmt: skip
+    return markdown(["case, retraction", "threads", "ms", "/ geoopt QR", "error"], table)
+
+
+def stiefel(record: dict[str, Any]) -> str:
+    """The section of `benchmarks.stiefel`."""
+    rows = record["rows"]
+    return "\n\n".join(
+        [
+            "## One Stiefel step",
+            "Milliseconds of one optimiser step, median of up to 15 rounds in which all "
+            "contestants took turns, compilation excluded. Error: max |XᵀX - I| after the step, in "
+            'float64. "VGG-13": the U and V of its ten 3x3 convolutions at half of full rank; '
+            '"stacked": those of a shape as one array. geoopt\'s Adam has one second moment a '
+            'matrix, so only "adam (matrix)" does the same work.',
+            setting(record, "python -m benchmarks.stiefel --json benchmarks/records/stiefel.json"),
+            _optimizers(rows),
+            "Gradient descent with every retraction:",
+            _retractions(rows),
+        ]
+    )
+
+
+SECTIONS = {"stiefel": stiefel}
+
+
+def document() -> str:
+    """The whole of RECORDS.md."""
+    parts = ["# Records\n\nMade by `python -m benchmarks.records` from `benchmarks/records/`."]
+    for name, section in SECTIONS.items():
+        parts.append(section(json.loads((STORED / f"{name}.json").read_text())))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,153 @@
+"""Layerwise readouts: every hidden unit has a loss of its own on the labels."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ssa_jax.forward import Tape
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, require_choice
+
+Array = jax.Array
+Tree = Any
+
+READOUTS = ("pred", "sim", "predsim")
+READOUT_UPDATES = ("learned", "fixed")
+# Share of similarity matching in predsim, and most inputs of a pred readout, as in the paper.
+_SIM_SHARE = 0.99
+_MOST_FEATURES = 2048
+
+
+class LocalFeedback(NamedTuple):
+    """The readouts of the hidden units, and their optimiser's state."""
+
+    readouts: Tree
+    opt_state: optax.OptState
+
+
+def local(network: Network, options: FeedbackOptions) -> Method:
+    """δ_i = ∂ℓ_i/∂h_i of a local loss ℓ_i (Nøkland & Eidnes 2019); the last unit gets e.
+
+    ``pred``: ℓ = cross-entropy of a linear readout of h, average-pooled to at most 2048 features.
+    ``sim``: ℓ = mean (S(f(h)) - S(y))² over pairs of examples, S the matrix of cosines between
+    centred rows, y one-hot, f a linear map (a 3x3 convolution, then the standard deviation over
+    positions, for maps). ``predsim``: 0.01 pred + 0.99 sim.
+
+    Readouts are ``learned`` on ℓ by Adam at `options.readout_rate`, or stay ``fixed`` as drawn.
+
+    Raises:
+      ValueError: an unknown readout or way to update it.
+    """
+    require_choice("readout", options.readout, READOUTS)
+    require_choice("readout_update", options.readout_update, READOUT_UPDATES)
+    classes = network.shapes[-1][0]
+    optimizer = optax.adam(options.readout_rate)
+
+    def init(key: Array, params: Tree, mstate: Tree) -> LocalFeedback:
+        del params, mstate
+        keys = jax.random.split(key, len(network.shapes))
+        readouts = tuple(
+            _init_readout(k, shape, classes, options.readout)
+            for k, shape in zip(keys, network.shapes[:-1], strict=False)
+        )
+        return LocalFeedback(readouts, optimizer.init(readouts))
+
+    def losses(readouts: Tree, hidden: Sequence[Array], batch: Any) -> Array:
+        # Each unit's loss reads its own output alone, so one gradient of the sum serves all.
+        targets = jax.nn.one_hot(batch.labels, classes)
+        found = (readout_loss(r, h, targets) for r, h in zip(readouts, hidden, strict=True))
+        return sum(found, start=jnp.float32(0))
+
+    def signals(
+        feedback: LocalFeedback, params: Tree, tape: Tape, error: Array, batch: Any
+    ) -> Sequence[Array]:
+        del params
+        return (*jax.grad(losses, 1)(feedback.readouts, tape.outputs[:-1], batch), error)
+
+    def update(
+        feedback: LocalFeedback, before: Tree, after: Tree, tape: Tape, batch: Any
+    ) -> LocalFeedback:
+        del before, after
+        if options.readout_update == "fixed":
+            return feedback
+        gradients = jax.grad(losses)(feedback.readouts, tape.outputs[:-1], batch)
+        updates, opt_state = optimizer.update(gradients, feedback.opt_state)
+        return LocalFeedback(optax.apply_updates(feedback.readouts, updates), opt_state)
+
+    return Method(init=init, signals=signals, update=update)
+
+
+def _init_readout(key: Array, shape: tuple[int, ...], classes: int, kind: str) -> Tree:
+    key_pred, key_sim = jax.random.split(key)
+    readout = {}
+    if kind != "sim":
+        d = math.prod(_pooled(shape))
+        weight = jax.random.normal(key_pred, (d, classes)) / jnp.sqrt(d)
+        readout["pred"] = {"kernel": weight, "bias": jnp.zeros(classes)}
+    if kind != "pred":
+        kernel = (3, 3) if _is_map(shape) else ()
+        c = shape[-1]
+        scale = jnp.sqrt(math.prod(kernel) * c)
+        readout["sim"] = {"kernel": jax.random.normal(key_sim, (*kernel, c, c)) / scale}
+    return readout
+
+
+def _is_map(shape: tuple[int, ...]) -> bool:
+    """Whether a unit's output has more than one position."""
+    return len(shape) == 3 and shape[0] * shape[1] > 1
+
+
+def _pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape that a pred readout sees: windows double until few enough features are left."""
+    if not _is_map(shape):
+        return (math.prod(shape),)
+    height, width, channels = shape
+    while height * width * channels > _MOST_FEATURES and height * width > 1:
+        height, width = max(1, height // 2), max(1, width // 2)
+    return height, width, channels
+
+
+def readout_loss(readout: Tree, h: Array, targets: Array) -> Array:
+    """ℓ of one unit's output h (batch, ...) on one-hot targets (batch, classes); see `local`."""
+    losses = {name: _LOSSES[name](weights, h, targets) for name, weights in readout.items()}
+    if len(losses) == 1:
+        return losses.popitem()[1]
+    return (1 - _SIM_SHARE) * losses["pred"] + _SIM_SHARE * losses["sim"]
+
+
+def _pred_loss(readout: Tree, h: Array, targets: Array) -> Array:
+    shape = h.shape[1:]
+    if _is_map(shape):
+        height, width, _ = _pooled(shape)
+        h = _average(h, shape[0] // height, shape[1] // width)
+    logits = h.reshape(len(h), -1) @ readout["kernel"] + readout["bias"][None, :]
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def _average(h: Array, down: int, across: int) -> Array:
+    window = (1, down, across, 1)
+    return lax.reduce_window(h, 0.0, lax.add, window, window, "VALID") / (down * across)
+
+
+def _sim_loss(readout: Tree, h: Array, targets: Array) -> Array:
+    if _is_map(h.shape[1:]):
+        dims = ("NHWC", "HWIO", "NHWC")
+        h = lax.conv_general_dilated(h, readout["kernel"], (1, 1), "SAME", dimension_numbers=dims)
+        h = jnp.sqrt(jnp.var(h, axis=(1, 2)) + 1e-6)
+    else:
+        h = h.reshape(len(h), -1) @ readout["kernel"]
+    return jnp.mean(jnp.square(similarity(h) - similarity(targets)))
+
+
+def similarity(x: Array) -> Array:
+    """Cosines between the centred rows of x (batch, d), (batch, batch)."""
+    centred = x - jnp.mean(x, axis=1, keepdims=True)
+    unit = centred * lax.rsqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) + 1e-8)
+    return unit @ unit.T
+
+
+_LOSSES = {"pred": _pred_loss, "sim": _sim_loss}

@@ -1,0 +1,68 @@
+"""The records say what was measured, and the benchmarks write what the records read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import environment, records, timing
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_records_are_made_from_the_stored_results():
+    assert (ROOT / "RECORDS.md").read_text() == records.document()
+
+
+@pytest.mark.parametrize("file", sorted(records.STORED.glob("*.json")), ids=lambda f: f.stem)
+def test_stored_results_say_where_they_come_from(file):
+    record = json.loads(file.read_text())
+    assert file.stem in records.SECTIONS
+    assert record["hardware"]
+    assert record["versions"]["jax"]
+    # A result of uncommitted code could not be repeated.
+    assert record["commit"]
+    assert not record["commit"].endswith("+")
+
+
+def test_environment_names_what_is_missing():
+    found = environment.environment("no-such-package")
+    assert found["versions"]["no-such-package"] == "not installed"
+    assert "CPUs" in found["hardware"]
+
+
+def test_contestants_take_turns_and_their_preparation_is_off_the_clock():
+    calls = []
+
+    def contestant(name):
+        def prepare():
+            calls.append(f"prepare {name}")
+
+        def call():
+            calls.append(name)
+
+        return prepare, call
+
+    times = timing.side_by_side([contestant("a"), contestant("b")], rounds=4)
+    assert [t.rounds for t in times] == [4, 4]
+    measured = [c for c in calls if not c.startswith("prepare")]
+    assert measured[:2] == ["a", "b"]
+    assert measured[2:] == ["a", "a", "b", "b"] * 4
+    assert all(t.min_ms <= t.median_ms for t in times)
+
+
+@pytest.mark.slow
+def test_stiefel_quick_writes_rows_with_errors_at_rounding(tmp_path):
+    file = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.stiefel", "--quick", "--threads", "1",
+         "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    ours = [r for r in record["rows"] if r["library"] == "ssa_jax"]
+    assert {r["optimizer"] for r in ours} >= {"sgd", "momentum", "adam (matrix)", "muon"}
+    assert all(r["error"] < 1e-6 and r["median_ms"] > 0 for r in ours)
+    assert "| 96x16, sgd | 1 |" in records.stiefel(record)
