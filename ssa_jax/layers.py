@@ -35,6 +35,7 @@ class SVDDense(nnx.Module):
       rngs: the key ``params`` draws the He-initialised matrix that is factored once.
 
     Attributes:
+      in_features, out_features: as given; both stay when the rank changes.
       kernel: `nnx.Param` of `Factors` with u (d_out, r), s (r,), v (d_in, r).
       bias: `nnx.Param` (d_out,) or None.
 
@@ -51,6 +52,8 @@ class SVDDense(nnx.Module):
         use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
+        self.in_features = in_features
+        self.out_features = out_features
         w = he_normal(rngs.params(), (in_features, out_features), jnp.float32).T
         self.kernel = nnx.Param(_init_factors(w, rank, rngs.params()))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
@@ -104,6 +107,7 @@ class SVDConv(nnx.Module):
       rngs: the key ``params`` draws the He-initialised kernel that is factored once.
 
     Attributes:
+      in_features, out_features: as given; both stay when the rank changes.
       kernel: `nnx.Param` of `Factors` with u (kw·N, r), s (r,), v (kh·C, r).
       bias: `nnx.Param` (N,) or None.
 
@@ -123,6 +127,8 @@ class SVDConv(nnx.Module):
         use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
+        self.in_features = in_features
+        self.out_features = out_features
         self.kernel_size = _pair(kernel_size)
         self.strides = _pair(strides)
         _split_padding(padding)

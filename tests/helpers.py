@@ -6,7 +6,15 @@ from flax import nnx
 
 from ssa_jax.forward import output_shapes
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
-from ssa_jax.models.blocks import Plain, Residual, batch_norm, conv, dense
+from ssa_jax.models.blocks import (
+    BlockEntry,
+    BlockExit,
+    Plain,
+    Residual,
+    batch_norm,
+    conv,
+    dense,
+)
 from ssa_jax.models.feedforward import Feedforward
 from ssa_jax.train import Batch
 from ssa_jax.units import split_units
@@ -30,7 +38,7 @@ def tiny_conv(rank=None, seed=0):
     )  # fmt: skip
 
 
-def tiny_residual(rank=None, seed=0):
+def tiny_residual(rank=None, seed=0, split=False):
     """A stem, a block with identity skip, a strided block with projection, a classifier."""
     rngs = nnx.Rngs(seed)
 
@@ -38,15 +46,25 @@ def tiny_residual(rank=None, seed=0):
         return Plain(conv(c_in, c_out, size, rank=rank, rngs=rngs, strides=strides),
                      norm=batch_norm(c_out, rngs), activation=activation)  # fmt: skip
 
+    def block(first, last, shortcut=None):
+        if split:
+            return [BlockEntry(first, shortcut=shortcut), BlockExit(last)]
+        return [Residual([first, last], shortcut=shortcut)]
+
     return Feedforward(
         [
             plain(2, 4, activation=nnx.relu),
-            Residual([plain(4, 4, activation=nnx.relu), plain(4, 4)]),
-            Residual([plain(4, 6, strides=2, activation=nnx.relu), plain(6, 6)],
-                     shortcut=plain(4, 6, size=1, strides=2)),
+            *block(plain(4, 4, activation=nnx.relu), plain(4, 4)),
+            *block(plain(4, 6, strides=2, activation=nnx.relu), plain(6, 6),
+                   plain(4, 6, size=1, strides=2)),
             Plain(dense(54, CLASSES, rank=None, rngs=rngs), flatten=True),
         ]
     )  # fmt: skip
+
+
+def tiny_split_residual(rank=None, seed=0):
+    """`tiny_residual` with each convolution of a block a unit of its own."""
+    return tiny_residual(rank, seed, split=True)
 
 
 def tiny_linear(rank=None, seed=0):
@@ -62,7 +80,12 @@ def tiny_linear(rank=None, seed=0):
     )
 
 
-NETWORKS = {"conv": tiny_conv, "residual": tiny_residual, "linear": tiny_linear}
+NETWORKS = {
+    "conv": tiny_conv,
+    "residual": tiny_residual,
+    "split_residual": tiny_split_residual,
+    "linear": tiny_linear,
+}
 
 
 def make_batch(n=8, seed=0, shape=IMAGE, classes=CLASSES):

@@ -72,6 +72,15 @@ def test_initialisation_is_he_before_truncation():
     assert jnp.std(w) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(SVDDense, nnx.Linear), (lambda *a, **k: SVDConv(*a, 3, **k), nnx.Conv)]
+)
+def test_layers_tell_their_features_as_the_stock_ones_do(ours, theirs):
+    size = ((3, 3),) if theirs is nnx.Conv else ()
+    a, b = ours(4, 6, rngs=nnx.Rngs(0)), theirs(4, 6, *size, rngs=nnx.Rngs(0))
+    assert (a.in_features, a.out_features) == (b.in_features, b.out_features) == (4, 6)
+
+
 def test_layers_differ_by_seed_and_repeat_with_it():
     a, b, c = (SVDDense(6, 5, rngs=nnx.Rngs(s)).kernel.get_value().u for s in (0, 0, 1))
     assert jnp.array_equal(a, b)

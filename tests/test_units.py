@@ -154,19 +154,27 @@ def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
     units, params, mstate = split_units(MODELS[name](shape, 10, rank=rank, rngs=nnx.Rngs(0)))
     shapes = output_shapes(units, params, mstate, shape)
     assert shapes[-1] == (10,)
+    resnet = [(32, 32, 16)] * 6 + [(16, 16, 32)] * 5 + [(8, 8, 64)] * 5
     expected = {
         "mlp": [(512,), (512,)],
         "smallconv": [(16, 16, 32), (8, 8, 64), (4, 4, 128), (512,)],
         "vgg13": [(32, 32, 64), (16, 16, 64), (16, 16, 128), (8, 8, 128), (8, 8, 256),
                   (4, 4, 256), (4, 4, 512), (2, 2, 512), (2, 2, 512), (1, 1, 512)],
+        "resnet32": resnet,
+        "resnet32_conv": [resnet[0], *[shape for h, w, c in resnet[1:]
+                                       for shape in ((h, w, 2 * c), (h, w, c))]],
+        "plain32": resnet,
     }  # fmt: skip
     assert shapes[:-1] == expected[name]
     assert params[-1]["map"]["kernel"].shape[-1] == 10
 
 
-def test_too_small_images_are_refused():
-    with pytest.raises(ValueError, match="too small"):
-        MODELS["vgg13"]((8, 8, 1), 10, rank=None, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"mlp"}))
+def test_too_small_images_and_other_inputs_are_refused(name):
+    with pytest.raises(ValueError, match=r"\(3, 32, 1\) are too small"):
+        MODELS[name]((3, 32, 1), 10, rank=None, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"need images .* shape \(64,\)"):
+        MODELS[name]((64,), 10, rank=None, rngs=nnx.Rngs(0))
 
 
 def test_image_shape_of_the_helpers_fits():

@@ -5,9 +5,13 @@ from collections.abc import Callable
 from flax import nnx
 
 from ssa_jax.models.feedforward import mlp, smallconv, vgg13
+from ssa_jax.models.residual import plain32, resnet32, resnet32_conv
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp,
     "smallconv": smallconv,
     "vgg13": vgg13,
+    "resnet32": resnet32,
+    "resnet32_conv": resnet32_conv,
+    "plain32": plain32,
 }

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
 
-from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
+from ssa_jax.models.blocks import Plain, batch_norm, check_images, conv, dense
 
 Array = jax.Array
 
@@ -14,7 +15,7 @@ Array = jax.Array
 class Feedforward(nnx.Module):
     """Units run one after the other; `units` is what training splits."""
 
-    def __init__(self, units: list[Plain]):
+    def __init__(self, units: Sequence[Callable[[Array], Array]]):
         self.units = nnx.List(units)
 
     def __call__(self, x: Array) -> Array:
@@ -54,6 +55,7 @@ def _conv_stack(
     The first convolution starts at full rank (9 for colour images): half of it would save
     less than a thousandth of the parameters and starve all that follows.
     """
+    check_images(input_shape, halvings=plan.count("M"))
     height, width, c_in = input_shape
     units: list[Plain] = []
     for here, after in zip(plan, [*plan[1:], None], strict=True):
@@ -62,9 +64,6 @@ def _conv_stack(
         pool = 2 if after == "M" else 0
         if pool:
             height, width = height // 2, width // 2
-        if not height or not width:
-            raise ValueError(f"images of shape {input_shape} are too small for {plan.count('M')}"
-                             " poolings; use smaller a model, such as mlp")  # fmt: skip
         c_out = int(here)
         units.append(
             Plain(
