@@ -306,7 +306,7 @@ def test_tracked_twins_follow_at_a_refresh_only():
     assert method.refresh_every == 5
     feedback = method.init(jax.random.key(0), params, mstate)
     moved = jax.tree.map(lambda p: p + 1, params)
-    assert max_difference(method.update(feedback, moved).twins, params) == 0
+    assert max_difference(method.update(feedback, params, moved, None, None).twins, params) == 0
     assert max_difference(method.refresh(feedback, moved, mstate).twins, moved) == 0
 
 

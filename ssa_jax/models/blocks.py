@@ -26,11 +26,25 @@ MOMENTUM = 0.9
 def through(
     layer: Callable[[Array], Array], twin: Callable[[Array], Array] | None, x: Array
 ) -> Array:
-    """layer(x), differentiated with respect to x as twin(x) when there is a twin."""
+    """layer(x), differentiated with respect to x as twin(x) when there is a twin.
+
+    The twin runs backwards alone. Nothing else than x may be differentiated.
+    """
     if twin is None:
         return layer(x)
-    y = twin(x)
-    return lax.stop_gradient(layer(x)) + (y - lax.stop_gradient(y))
+
+    @jax.custom_vjp
+    def swapped(x: Array) -> Array:
+        return layer(x)
+
+    def forwards(x: Array) -> tuple[Array, Array]:
+        return layer(x), x
+
+    def backwards(x: Array, cotangent: Array) -> tuple[Array]:
+        return jax.vjp(twin, x)[1](cotangent)
+
+    swapped.defvjp(forwards, backwards)
+    return swapped(x)
 
 
 def dense(
@@ -47,14 +61,22 @@ def conv(
     c_in: int, c_out: int, size: int, *, rank: float | None, rngs: nnx.Rngs,
     strides: int = 1, use_bias: bool = False,
 ) -> nnx.Module:  # fmt: skip
-    """`SVDConv` at a rank fraction, `nnx.Conv` (He-initialised) for rank None; SAME padding."""
+    """`SVDConv` at a rank fraction, `nnx.Conv` (He-initialised) for rank None; odd sizes.
+
+    Padded by size // 2 on every side. With stride one that is SAME; SAME with stride two would
+    centre a 3x3 window one pixel beside the position that a 1x1 shortcut takes.
+    """
+    padding = size // 2
     if rank is None:
         init = nnx.initializers.he_normal()
         return nnx.Conv(
-            c_in, c_out, (size, size), strides=strides, use_bias=use_bias,
+            c_in, c_out, (size, size), strides=strides, padding=padding, use_bias=use_bias,
             kernel_init=init, rngs=rngs,
         )  # fmt: skip
-    return SVDConv(c_in, c_out, size, rank=rank, strides=strides, use_bias=use_bias, rngs=rngs)
+    return SVDConv(
+        c_in, c_out, size, rank=rank, strides=strides, padding=padding, use_bias=use_bias,
+        rngs=rngs,
+    )  # fmt: skip
 
 
 def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
