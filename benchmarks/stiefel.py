@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.environment import environment
-from benchmarks.timing import side_by_side
+from experiments.environment import environment
+from experiments.timing import side_by_side
 
 Matrices = dict[str, np.ndarray]
 

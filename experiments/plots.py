@@ -63,12 +63,17 @@ def _curves(figure: Any, rows: list[Row]) -> None:
 
 
 def _angles(figure: Any, rows: list[Row]) -> None:
-    axes = _axes(figure, 111, "Angle between local and true gradient", "degrees", rows)
-    for i in range(len(rows[0]["angles"])):
-        axes.plot([r["epoch"] for r in rows], [r["angles"][i] for r in rows], marker=".",
-                  label=f"unit {i + 1}")  # fmt: skip
-    axes.axhline(90, color="0.6", linestyle=":", label="orthogonal")
-    axes.set_ylim(0, 100)
+    pictures = {
+        "angles": "Local gradient to the true one",
+        "signal_angles": "Teaching signal to the true one",
+    }
+    for place, (name, title) in enumerate(pictures.items(), start=121):
+        axes = _axes(figure, place, title, "degrees", rows)
+        for i in range(len(rows[0][name])):
+            axes.plot([r["epoch"] for r in rows], [r[name][i] for r in rows], marker=".",
+                      label=f"unit {i + 1}")  # fmt: skip
+        axes.axhline(90, color="0.6", linestyle=":", label="orthogonal")
+        axes.set_ylim(0, max(100, *(a + 5 for r in rows for a in r[name])))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 

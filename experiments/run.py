@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -208,7 +208,12 @@ class _Run:
         index = np.arange(min(PROBE_SIZE, self.loader.train_size))
         probe = self.programs.probe(self.state, self.loader.fixed_batch(index))
         return {
-            "angles": [round(float(a), 3) for a in probe.angles],
+            "angles": _degrees(probe.angles),
+            "weight_angles": _degrees(probe.weight_angles),
+            "signal_angles": _degrees(probe.signal_angles),
+            "subspace_angles": _degrees(probe.subspace_angles),
+            "gradient_ratios": [float(r) for r in probe.gradient_ratios],
+            "signal_ratios": [float(r) for r in probe.signal_ratios],
             "drift": float(probe.drift),
             **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
         }
@@ -245,6 +250,9 @@ class _Run:
             "test_accuracy": last.get("test_accuracy"),
             "train_loss": last.get("train_loss"),
             "angles": last.get("angles"),
+            "weight_angles": last.get("weight_angles"),
+            "signal_angles": last.get("signal_angles"),
+            "drift": last.get("drift"),
             "params": size.params,
             "params_ratio": size.params / self.dense.params,
             "macs": size.macs,
@@ -260,6 +268,10 @@ class _Run:
         if rows:
             plots.draw(rows, self.folder.plots)
         return summary
+
+
+def _degrees(angles: Iterable[Array | None]) -> list[float | None]:
+    return [None if a is None else round(float(a), 3) for a in angles]
 
 
 def _line(row: Row, epochs: int) -> str:

@@ -5,7 +5,7 @@ python -m experiments.table WORKDIR [WORKDIR ...]
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,13 @@ def table(summaries: Sequence[Row]) -> str:
     Angles are between the local and the true gradient of each hidden unit, first to last; ratios
     are to the dense network of the same name.
     """
-    rows = [HEADER, *(_cells(s) for s in summaries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return markdown(HEADER, [_cells(s) for s in summaries])
+
+
+def markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up."""
+    rows = [header, *cells]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
         for row in rows

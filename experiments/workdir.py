@@ -19,6 +19,26 @@ class WorkdirError(ValueError):
     """The folder cannot be written, or belongs to another run."""
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none that can be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
 class Workdir:
     """Files of one run. Created by `create` or `reopen`."""
 
@@ -29,9 +49,7 @@ class Workdir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, self.path / name)
+        write_json(self.path / name, value)
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl."""
@@ -52,9 +70,7 @@ class Workdir:
     def keep_rows(self, epochs: int) -> None:
         """Drops what was logged after `epochs` epochs, which a resumed run will log again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epochs]
-        temporary = self.path / ".metrics.jsonl.tmp"
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path / "metrics.jsonl")
+        write_text(self.path / "metrics.jsonl", "".join(kept))
 
 
 def create(config: Config) -> Workdir:
@@ -84,7 +100,7 @@ def reopen(config: Config) -> Workdir:
       WorkdirError: there is no such run, or its settings differ.
     """
     path = Path(str(config.workdir))
-    stored = _stored_config(path)
+    stored = stored_config(path)
     if stored is None:
         raise WorkdirError(f"{path} holds no run to resume: config.json is missing or damaged")
     if different := differences(config, stored):
@@ -104,7 +120,8 @@ def _default_path(config: Config) -> Path:
     return path if not path.exists() else path.with_name(f"{name}-{os.getpid()}")
 
 
-def _stored_config(path: Path) -> dict[str, Any] | None:
+def stored_config(path: Path) -> dict[str, Any] | None:
+    """The config of the run in a folder, or None where there is none that can be read."""
     try:
         return json.loads((path / "config.json").read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -112,7 +129,7 @@ def _stored_config(path: Path) -> dict[str, Any] | None:
 
 
 def _occupied(path: Path, config: Config) -> str:
-    stored = _stored_config(path)
+    stored = stored_config(path)
     if stored is None:
         return f"{path} is not empty and holds no run; give another --workdir"
     different = differences(config, stored)

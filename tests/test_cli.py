@@ -57,8 +57,13 @@ def test_the_workdir_tells_the_run(finished):
     assert wanted <= summary.keys()
     row = rows(folder)[-1]
     terms = {"local_task", "local_alignment", "local_orthogonality", "local_hoyer"}
-    assert terms | {"train_loss", "test_accuracy", "ranks", "drift", "angles"} <= row.keys()
-    assert len(row["angles"]) == len(row["local_task"]) == 3
+    a_unit = {"angles", "weight_angles", "signal_angles", "subspace_angles",
+              "gradient_ratios", "signal_ratios", "local_task"}  # fmt: skip
+    assert terms | a_unit | {"train_loss", "test_accuracy", "ranks", "drift"} <= row.keys()
+    assert {len(row[name]) for name in a_unit} == {3}
+    assert row["subspace_angles"][-1] is None
+    for name in ("angles", "weight_angles", "signal_angles", "drift"):
+        assert summary[name] == row[name]
 
 
 def test_it_learns_and_stays_on_the_manifold(finished):

@@ -1,0 +1,107 @@
+"""The cells of a study: one variant with one seed each, an ordinary run in its own workdir.
+
+An interrupted study goes on where it stopped: a cell that is done is kept, one with checkpoints is
+resumed. Done is a run that finished, one that went as far as `--max_steps` asks, and one that was
+no longer finite, which the same settings would only repeat.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import workdir
+from experiments.config import Config
+from experiments.flags import NotFiniteError
+from experiments.run import run
+from ssa_jax.checkpoint import Checkpoints
+
+
+class Cell(NamedTuple):
+    """The name of a variant, and the config of one of its runs, which names the workdir."""
+
+    variant: str
+    config: Config
+
+    @property
+    def path(self) -> Path:
+        """Its workdir."""
+        return Path(str(self.config.workdir))
+
+
+def result(cell: Cell) -> dict[str, Any] | None:
+    """The summary of a cell that is done, or None."""
+    summary = workdir.read_json(cell.path / "summary.json")
+    status = summary.get("status")
+    stopped = status == "stopped" and 0 < cell.config.max_steps <= summary["steps"]
+    return summary if stopped or status in ("finished", "not_finite") else None
+
+
+def run_cell(cell: Cell) -> None:
+    """Runs or resumes a cell that is not done and that no other process is running.
+
+    A run that is not finite is told and leaves its summary; other errors are those of
+    `experiments.run.run`.
+    """
+    cell.path.mkdir(exist_ok=True)
+    with locked(cell.path, wait=False) as ours:
+        if ours:
+            _run_or_keep(cell)
+        else:
+            print(f"{cell.path.name}: another process is running it", flush=True)
+
+
+def _run_or_keep(cell: Cell) -> None:
+    name, resume = cell.path.name, False
+    if any(cell.path.iterdir()):
+        folder = workdir.reopen(dataclasses.replace(cell.config, resume=True))
+        if result(cell):
+            print(f"{name}: kept", flush=True)
+            return
+        resume = _has_checkpoint(folder.checkpoints)
+        if not resume:
+            # It ended before its first checkpoint, which precedes its first step.
+            _empty(cell.path)
+    print(f"{name}:", flush=True)
+    try:
+        run(dataclasses.replace(cell.config, resume=resume))
+    except NotFiniteError as e:
+        print(f"{name} failed: {e}", flush=True)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.latest() is not None
+    finally:
+        checkpoints.close()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds a folder against other processes; False where another holds it and we do not wait.
+
+    The lock is the system's, so it ends with the process, however that ends.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
+    finally:
+        os.close(handle)
