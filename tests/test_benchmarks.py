@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import environment, records, timing
+from benchmarks import records
+from experiments import environment, timing
 
 ROOT = Path(__file__).parent.parent
 
