@@ -105,6 +105,8 @@ class _Run:
         else:
             # The last good state of a run that fails in its first epoch.
             self.checkpoints.save(0, self.state)
+        if self.built.method.note:
+            print(f"feedback: {self.built.method.note}", flush=True)
         try:
             while self.epoch < self.config.epochs and not self._stopped():
                 self._epoch()
@@ -223,7 +225,8 @@ class _Run:
         chosen = ranks.selection(self.state.params)
         if not chosen:
             return {}
-        self.state = ranks.compact(self.state, chosen)
+        # Paths that were built at the old ranks are built anew; every other shape was sliced.
+        self.state = self.programs.refresh(ranks.compact(self.state, chosen))
         return {
             "test_accuracy_before_compaction": evaluated["test_accuracy"],
             "test_loss_before_compaction": evaluated["test_loss"],
@@ -247,6 +250,8 @@ class _Run:
             "steps": int(self.state.step),
             "factorized": config.factorized,
             "rank_schedule": config.rank_schedule,
+            "feedback": config.feedback if config.method == "ssa" else None,
+            "feedback_note": self.built.method.note,
             "test_accuracy": last.get("test_accuracy"),
             "train_loss": last.get("train_loss"),
             "angles": last.get("angles"),

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssa_jax.methods import ON_FACTORS
+
 Row = dict[str, Any]
 
 HEADER = ("method", "test accuracy", "hidden angles", "parameters", "rank", "MACs", "time", "state")
@@ -17,8 +19,12 @@ HEADER = ("method", "test accuracy", "hidden angles", "parameters", "rank", "MAC
 def label(summary: Row) -> str:
     """Method, with what changes its network."""
     parts = [summary["method"]]
-    if summary["factorized"] and summary["method"] != "ssa":
-        parts.append("on factors")
+    if summary["method"] == "ssa":
+        # Runs stored before there was a choice to tell were direct.
+        sequential = summary.get("feedback") == "sequential"
+        parts.append("sequential" if sequential else "direct")
+    if summary["factorized"] != (summary["method"] in ON_FACTORS):
+        parts.append("on factors" if summary["factorized"] else "(dense)")
     if summary["rank_schedule"] != "none" and summary["factorized"]:
         parts.append(f"({summary['rank_schedule']} ranks)")
     return " ".join(parts)

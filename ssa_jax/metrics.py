@@ -58,7 +58,7 @@ def make_probe(
 
     def probe(state: TrainState, batch: Batch) -> Probe:
         logits, _, tape = forward(units, state.params, state.mstate, batch.images)
-        _, error = losses.output_error(logits, batch.labels)
+        _, error = losses.output_error(logits, batch.labels, weights.smoothing)
         signals = method.signals(state.feedback, state.params, tape, error, batch)
         twins = method.twins(state.feedback)
         local = local_gradients(state.params, twins, tape, signals, weights)

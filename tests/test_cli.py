@@ -106,7 +106,7 @@ def test_table_has_the_summary_numbers(finished, capsys):
     assert table.main([str(folder)]) == 0
     text = capsys.readouterr().out
     assert f"{100 * summary['test_accuracy']:.2f} %" in text
-    assert "ssa (hybrid ranks)" in text
+    assert "ssa direct (hybrid ranks)" in text
     assert table.main([str(folder.parent)]) == 2
 
 
@@ -120,6 +120,26 @@ def test_readme_shows_the_stored_results(folder):
     for line in table.table(summaries).splitlines()[2:]:
         cells = [c.strip() for c in line.strip("|").split("|")]
         assert re.search(r"\s*\|\s*".join(map(re.escape, cells)), readme), line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "local", "readout": "pred"},
+        {"feedback_form": "channel", "kappa": 0.1, "label_smoothing": 0.1},
+        {"mean_gates": True, "unit_size": 2, "local_weight": 0.3},
+        {"feedback_lookahead": 2, "feedback_update": "mutual", "beta": 1e-3},
+    ],
+    ids=lambda x: "-".join(x),
+)
+def test_options_of_the_feedback_run_to_the_end(change, tmp_path):
+    summary = run(dataclasses.replace(SMALL, epochs=1, workdir=str(tmp_path / "run"), **change))
+    assert summary["status"] == "finished"
+    assert len(summary["angles"]) == (2 if "unit_size" in change else 3)
+    assert ("paths of" in summary["feedback_note"]) == ("method" not in change)
+    if "feedback_lookahead" in change:
+        # Two units ahead of the first is the output: backpropagation but for the alignment term.
+        assert max(summary["signal_angles"]) < 0.1
 
 
 def test_same_seed_same_run_and_another_seed_another(tmp_path):
@@ -183,7 +203,7 @@ def assert_one_line(done, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method=magic"], "--method must be one of bp, dfa, ssa"),
+        (["--method=magic"], "--method must be one of bp, svd_bp, fa, dfa"),
         (["--epochs=0"], "--epochs must be at least 1, got 0"),
         (["--epochs=many"], "epochs"),
         (["--no_such_flag=1"], "no_such_flag"),
@@ -201,7 +221,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(flags, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "lenet"}, "--model must be one of mlp, smallconv, vgg13"),
+        ({"model": "lenet"}, "--model must be one of mlp, smallconv, vgg13, resnet32"),
         ({"dataset": "svhn"}, "--dataset must be one of"),
         ({"learning_rate": 0.0}, "--learning_rate must be more than 0"),
         ({"learning_rate": float("nan")}, "--learning_rate must be more than 0"),
@@ -222,6 +242,16 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(flags, message):
         ({"retraction": "svd"}, "--retraction must be one of"),
         ({"retract_every": 0}, "--retract_every must be at least 1"),
         ({"factorize": "maybe"}, "--factorize must be one of"),
+        ({"kappa": -1.0}, "--kappa must be at least 0"),
+        ({"label_smoothing": 1.0}, "--label_smoothing must be at most 0.9"),
+        ({"feedback_form": "sparse"}, "--feedback_form must be one of auto, full, channel"),
+        ({"feedback_limit_mib": -1}, "--feedback_limit_mib must be at least 0"),
+        ({"feedback_lookahead": -1}, "--feedback_lookahead must be at least 0"),
+        ({"unit_size": 0}, "--unit_size must be at least 1"),
+        ({"readout": "none"}, "--readout must be one of pred, sim, predsim"),
+        ({"readout_update": "none"}, "--readout_update must be one of learned, fixed"),
+        ({"readout_rate": 0.0}, "--readout_rate must be more than 0"),
+        ({"local_weight": -0.1}, "--local_weight must be at least 0"),
         ({"resume": True}, "--resume needs --workdir"),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
@@ -239,6 +269,11 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
         run(dataclasses.replace(SMALL, batch_size=5000, workdir=str(folder)))
     with pytest.raises(ConfigError, match="too small"):
         run(dataclasses.replace(SMALL, model="vgg13", workdir=str(folder)))
+    with pytest.raises(ConfigError, match="svd_bp is backpropagation on factors, and this model"):
+        run(dataclasses.replace(SMALL, method="svd_bp", factorize="off", workdir=str(folder)))
+    with pytest.raises(ConfigError, match="feedback_lookahead needs a direct path"):
+        run(dataclasses.replace(SMALL, feedback="sequential", feedback_lookahead=1,
+                                workdir=str(folder)))  # fmt: skip
     assert not folder.exists()
 
 
