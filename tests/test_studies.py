@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation, cells, methods, step_costs, study, study_table
+from experiments import ablation, cells, gap, methods, step_costs, study, study_table
 from experiments.config import Config, ConfigError
 from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column
@@ -211,7 +211,7 @@ def test_costs_count_the_share_of_a_refresh():
 
 def test_every_method_is_in_the_study_of_methods():
     assert {v.changes["method"] for v in methods.VARIANTS} == set(METHODS)
-    for program in (methods, ablation):
+    for program in (methods, ablation, gap):
         names = [v.name for v in program.VARIANTS]
         assert len(set(names)) == len(names)
         for variant in program.VARIANTS:
@@ -231,7 +231,7 @@ def command(program, *args):
         ("methods", "--only=bp,magic", "--only must be among bp, "),
         ("methods", "--method=bp", "--method is what this study varies"),
         ("methods", "--workdir=here", "a study takes --folder"),
-        ("ablation", "--seeds=0", "--seeds must be at least 1, got 0"),
+        ("gap", "--seeds=0", "--seeds must be at least 1, got 0"),
         ("ablation", "--energy=2", "--energy must be at most 1"),
         ("ablation", "--folder=/dev/null/x", "cannot write to /dev/null/x"),
     ],
@@ -266,3 +266,13 @@ def test_ablation_from_the_command_line(tmp_path):
     _, *lines = table_lines(folder)
     assert [x[0] for x in lines] == [v.label for v in ablation.VARIANTS]
     assert json.loads((folder / "full-seed0/config.json").read_text())["config"]["gamma"] == 0.01
+
+
+@pytest.mark.slow
+def test_gap_from_the_command_line(tmp_path):
+    folder = tmp_path / "study"
+    done = command("gap", "--quick", f"--folder={folder}", "--only=svd_bp,lookahead_2")
+    assert done.returncode == 0, done.stderr
+    _, bp, ahead = table_lines(folder)
+    # Two units ahead of a perceptron's first one is its output: the same training.
+    assert bp[1:4] == ahead[1:4]

@@ -1,0 +1,86 @@
+"""What closes the gap between direct SSA and backpropagation on the same factors.
+
+    python -m experiments.gap
+    python -m experiments.gap --quick --dataset=digits --model=mlp
+
+The reference is `svd_bp`; every other variant is direct SSA with one thing changed: how often the
+path follows the weights, what it carries of the activations, how far a unit's gradient reaches,
+and what is added to the signal. `experiments.study` says what the folder holds and how a study
+goes on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import flags, study
+from experiments.study import Study, Variant
+from experiments.study_table import Column, accuracy, hidden_angle, per_cent, spread
+
+
+def _direct(name: str, label: str, **changes: Any) -> Variant:
+    return Variant(name, label, {"method": "ssa", **changes})
+
+
+VARIANTS = (
+    Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
+    _direct("direct", "ssa direct"),
+    _direct("every_1", "path follows in every step", feedback_every=1),
+    _direct("every_100", "path follows every 100 steps", feedback_every=100),
+    _direct("mean_gates", "mean slopes in the path", mean_gates=True),
+    _direct("channel", "path per channel", feedback_form="channel"),
+    _direct("lookahead_1", "one unit ahead", feedback_lookahead=1),
+    _direct("lookahead_2", "two units ahead", feedback_lookahead=2),
+    _direct("joined", "two neighbours a unit", unit_size=2),
+    _direct("readout", "and a local readout (0.1)", local_weight=0.1),
+    _direct("cosine", "and the cosine term (0.1)", kappa=0.1),
+    _direct("smoothing", "label smoothing (0.1)", label_smoothing=0.1),
+    _direct("horizontal", "horizontal projection", projection="horizontal"),
+    _direct("momentum", "momentum (rate 0.1) for Adam", optimizer="momentum", learning_rate=0.1),
+)
+
+
+def signal_angle(name: str, rows: Sequence[study.Row]) -> str:
+    """Angle between teaching signal and true signal, mean over hidden units and seeds."""
+    del name
+    angles = [a for r in rows for a in r["signal_angles"][:-1]]
+    return f"{sum(angles) / len(angles):.1f}°" if angles else "-"
+
+
+def train_loss(name: str, rows: Sequence[study.Row]) -> str:
+    """Cross-entropy over the last epoch, in training."""
+    del name
+    return spread([r["train_loss"] for r in rows], ".3f")
+
+
+def columns(folder: Path) -> list[Column]:
+    """Everything from the summaries."""
+    del folder
+    return [
+        Column("test accuracy", accuracy),
+        Column("train loss", train_loss),
+        Column("gradient angle", hidden_angle),
+        Column("signal angle", signal_angle),
+        Column("parameters", per_cent("params_ratio")),
+    ]
+
+
+STUDY = Study(
+    "gap",
+    VARIANTS,
+    columns,
+    "Angles are to the true gradient and the true signal, means over hidden units after the last "
+    "epoch; the train loss of label smoothing is against smoothed targets.",
+)
+
+
+def main() -> None:
+    """Runs the study that the flags give."""
+    settings = study.settings_from_flags(STUDY)
+    study.run_study(STUDY, settings)
+    study.show(settings)
+
+
+if __name__ == "__main__":
+    study.define({})
+    flags.run_program(main)
