@@ -3,8 +3,8 @@
     python -m benchmarks.stiefel [--quick] [--json FILE] [--threads 1 2] [--cases 576x64 VGG-13]
 
 One step is: a given gradient, the tangent direction of the optimiser, the retraction. All
-contestants start every step from the same point, in turn, in one process for each number of
-threads. Compilation is excluded. `of_geoopt_qr` divides by the median of geoopt's rule of the
+contestants start every step from the same point, in turn, in one process for each case and
+number of threads. Compilation is excluded. `of_geoopt_qr` divides by the median of geoopt's rule of the
 same name with QR; its Adam has one second moment a matrix, so only "adam (matrix)" does the
 same work. `error` is max|XᵀX - I| after the step, in float64.
 Peers that are not installed are left out: `pip install '.[peers]'`.
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,7 +199,7 @@ def error(matrices: list[np.ndarray]) -> float:
 
 
 def measure(threads: int, quick: bool, chosen: list[str]) -> list[dict[str, Any]]:
-    """The rows of one number of threads; call in a process that was set up for it."""
+    """The rows of some cases; call in a process that was set up for so many threads."""
     rows = []
     for case, shapes in cases(quick).items():
         if chosen and case not in chosen:
@@ -263,6 +264,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(file: str | None, rows: list[dict[str, Any]]) -> None:
+    """Writes what is measured so far, with what it was measured on."""
+    if file:
+        about = environment("torch", "geoopt", "riemannax")
+        Path(file).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     """Measures every number of threads that this machine has, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -280,11 +288,12 @@ def main() -> None:
         counts = [n for n in args.threads if n <= len(cpus)]
         for skipped in sorted(set(args.threads) - set(counts)):
             print(f"skipping {skipped} threads: only {len(cpus)} CPUs", file=sys.stderr)
-        rows = [row for n in counts for row in in_process(n, args.quick, args.cases)]
+        rows = []
+        for case, n in itertools.product(args.cases or cases(args.quick), counts):
+            rows += in_process(n, args.quick, [case])
+            write(args.json, rows)
         print(table(rows))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**environment("torch", "geoopt", "riemannax"), "rows": rows}, file, indent=1)
+    write(args.json, rows)
 
 
 if __name__ == "__main__":

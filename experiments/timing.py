@@ -17,7 +17,7 @@ class Timing(NamedTuple):
 def side_by_side(
     contestants: list[tuple[Callable[[], Any], Callable[[], Any]]],
     rounds: int,
-    budget_s: float = 5.0,
+    budget_s: float = 3.0,
 ) -> list[Timing]:
     """Times every contestant once a round, in turn, so that noise falls on all of them alike.
 

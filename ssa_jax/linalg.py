@@ -147,7 +147,7 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
 def _one_by_one(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
     """A factorisation of (..., n, r) that takes one matrix after the other on the CPU.
 
-    jaxlib splits a batched QR or Cholesky over XLA's thread pool and waits for the parts on one
+    jaxlib splits a batched LAPACK routine over XLA's thread pool and waits for the parts on one
     of its threads; several at once can occupy every thread, and the program hangs (seen with
     jaxlib 0.10.2 on two CPUs within some hundred calls). Elsewhere the batch stays a batch.
     """
@@ -174,6 +174,14 @@ def _one_by_one(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 _qr = _one_by_one(jnp.linalg.qr)
+_eigh = _one_by_one(jnp.linalg.eigh)
+
+
+@_one_by_one
+def _solve(system: Array) -> Array:
+    """A⁻¹B (n, m) of the system [A B] (n, n + m)."""
+    n = system.shape[0]
+    return jnp.linalg.solve(system[:, :n], system[:, n:])
 
 
 @_one_by_one
@@ -214,7 +222,7 @@ def retract_polar(x: Array, xi: Array) -> Array:
     info = jnp.finfo(y.dtype)
     # The polar factor ignores the scale, and a Gram matrix must not overflow.
     y = y / jnp.maximum(jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True), info.tiny)
-    values, vectors = jnp.linalg.eigh(gram(y))
+    values, vectors = _eigh(gram(y))
     least = jnp.maximum(values[..., -1:] * info.eps, info.tiny)
     root = jax.lax.rsqrt(jnp.maximum(values, least))[..., None, :]
     return orthonormalize(_mm(y, _mm(vectors * root, vectors.mT)))
@@ -253,7 +261,8 @@ def retract_cayley(x: Array, xi: Array) -> Array:
     right = jnp.concatenate([x, -p], axis=-1)
     inner = _mm(right.mT, left)
     small = _eye_like(inner) - 0.5 * inner
-    return orthonormalize(x + _mm(left, jnp.linalg.solve(small, _mm(right.mT, x))))
+    system = jnp.concatenate([small, _mm(right.mT, x)], axis=-1)
+    return orthonormalize(x + _mm(left, _solve(system)))
 
 
 def retract_none(x: Array, xi: Array) -> Array:

@@ -151,7 +151,7 @@ def test_ten_thousand_large_steps_stay_on_the_manifold(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qr", "cholesky_qr2"])
+@pytest.mark.parametrize("name", ["qr", "cholesky_qr2", "polar", "cayley"])
 def test_stacked_factorisations_do_not_block_one_another(name):
     """Batched factorisations side by side on two threads once hung within some hundred calls."""
     program = f"""
