@@ -4,9 +4,9 @@
 
 One step is: a given gradient, the tangent direction of the optimiser, the retraction. All
 contestants start every step from the same point, in turn, in one process for each case and
-number of threads. Compilation is excluded. `of_geoopt_qr` divides by the median of geoopt's rule of the
-same name with QR; its Adam has one second moment a matrix, so only "adam (matrix)" does the
-same work. `error` is max|XᵀX - I| after the step, in float64.
+number of threads. Compilation is excluded. `of_geoopt_qr` divides by the median of geoopt's rule
+of the same name with QR; its Adam has one second moment a matrix, so only "adam (matrix)" does
+the same work. `error` is max|XᵀX - I| after the step, in float64.
 Peers that are not installed are left out: `pip install '.[peers]'`.
 """
 

@@ -10,7 +10,7 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from experiments.config import Config
 from experiments.flags import NotFiniteError
 from experiments.run import run
 from ssa_jax.checkpoint import Checkpoints
+from ssa_jax.data import Dataset
 
 
 class Cell(NamedTuple):
@@ -41,7 +42,7 @@ def result(cell: Cell) -> dict[str, Any] | None:
     return summary if stopped or status in ("finished", "not_finite") else None
 
 
-def run_cell(cell: Cell) -> None:
+def run_cell(cell: Cell, load: Callable[[], Dataset]) -> None:
     """Runs or resumes a cell that is not done and that no other process is running.
 
     A run that is not finite is told and leaves its summary; other errors are those of
@@ -50,12 +51,12 @@ def run_cell(cell: Cell) -> None:
     cell.path.mkdir(exist_ok=True)
     with locked(cell.path, wait=False) as ours:
         if ours:
-            _run_or_keep(cell)
+            _run_or_keep(cell, load)
         else:
             print(f"{cell.path.name}: another process is running it", flush=True)
 
 
-def _run_or_keep(cell: Cell) -> None:
+def _run_or_keep(cell: Cell, load: Callable[[], Dataset]) -> None:
     name, resume = cell.path.name, False
     if any(cell.path.iterdir()):
         folder = workdir.reopen(dataclasses.replace(cell.config, resume=True))
@@ -68,7 +69,7 @@ def _run_or_keep(cell: Cell) -> None:
             _empty(cell.path)
     print(f"{name}:", flush=True)
     try:
-        run(dataclasses.replace(cell.config, resume=resume))
+        run(dataclasses.replace(cell.config, resume=resume), load())
     except NotFiniteError as e:
         print(f"{name} failed: {e}", flush=True)
 

@@ -47,8 +47,12 @@ class Counter:
         self.value += 1
 
 
-def run(config: Config) -> Row:
+def run(config: Config, data: Dataset | None = None) -> Row:
     """Trains one configuration and returns its summary, which is also in its workdir.
+
+    Args:
+      config: the run.
+      data: its data set, where the caller has it already.
 
     Raises:
       ConfigError, DataError, WorkdirError, CheckpointError: nothing was overwritten.
@@ -57,7 +61,7 @@ def run(config: Config) -> Row:
       KeyboardInterrupt: after Ctrl-C, with a message that says how to go on.
     """
     config.validate()
-    data = data_lib.load(config.dataset, config.data_dir)
+    data = data or data_lib.load(config.dataset, config.data_dir)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints)

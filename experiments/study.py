@@ -8,6 +8,7 @@ Several processes may work on one folder: each takes the cells that no other one
 
 import dataclasses
 import datetime
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from experiments.config import Config, ConfigError, differences
 from experiments.environment import environment
 from experiments.study_table import Column, table
 from experiments.workdir import WorkdirError, read_json, write_json, write_text
+from ssa_jax import data as data_lib
+from ssa_jax.data import Dataset
 
 Row = dict[str, Any]
 
@@ -128,10 +131,15 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
     for cell in cells:
         cell.config.validate()
     _open(study, settings)
+
+    @functools.cache
+    def load() -> Dataset:
+        return data_lib.load(settings.config.dataset, settings.config.data_dir)
+
     try:
         for cell in cells:
             if cell.variant in settings.only:
-                run_cell(cell)
+                run_cell(cell, load)
                 write_results(study, settings)
     except KeyboardInterrupt:
         write_results(study, settings)
