@@ -84,7 +84,8 @@ def stiefel(record: dict[str, Any]) -> str:
             "contestants took turns, compilation excluded. Error: max |XᵀX - I| after the step, in "
             'float64. "VGG-13": the U and V of its ten 3x3 convolutions at half of full rank; '
             '"stacked": those of a shape as one array. geoopt\'s Adam has one second moment a '
-            'matrix, so only "adam (matrix)" does the same work.',
+            'matrix, so only "adam (matrix)" does the same work. A dash: no such rule, or one that '
+            "raised an error.",
             setting(record, "python -m benchmarks.stiefel --json benchmarks/records/stiefel.json"),
             _optimizers(rows),
             "Gradient descent with every retraction:",

@@ -192,6 +192,17 @@ def riemannax(points: Matrices, grads: Matrices) -> list[Contestant]:
     ]
 
 
+def works(peer: Contestant) -> bool:
+    """Whether a peer's step runs at all; one that raises is told and left out."""
+    peer.prepare()
+    try:
+        peer.step()
+    except RuntimeError as e:
+        print(f"{peer.library} {peer.optimizer} ({peer.retraction}) fails: {e}", file=sys.stderr)
+        return False
+    return True
+
+
 def error(matrices: list[np.ndarray]) -> float:
     """Largest |XᵀX - I|, in float64."""
     wide = [m.astype(np.float64) for m in matrices]
@@ -205,11 +216,8 @@ def measure(threads: int, quick: bool, chosen: list[str]) -> list[dict[str, Any]
         if chosen and case not in chosen:
             continue
         points, grads = inputs(shapes)
-        found = [
-            *ours(points, grads),
-            *geoopt(points, grads, threads),
-            *riemannax(points, grads),
-        ]
+        peers_found = [*geoopt(points, grads, threads), *riemannax(points, grads)]
+        found = [*ours(points, grads), *filter(works, peers_found)]
         times = side_by_side([(c.prepare, c.step) for c in found], rounds=3 if quick else 15)
         peers = {
             c.optimizer.split()[0]: t.median_ms
