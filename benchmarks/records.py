@@ -26,7 +26,9 @@ def setting(record: dict[str, Any], command: str) -> str:
 
 
 def _ms(row: Row | None) -> str:
-    return "-" if row is None else f"{row['median_ms']:.3g}"
+    if row is None:
+        return "-"
+    return f"{row['median_ms']:.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.3g}"
 
 
 def _find(rows: Sequence[Row], **fields: Any) -> Row | None:
@@ -63,6 +65,24 @@ def _optimizers(rows: Sequence[Row]) -> str:
     return markdown(header, table)
 
 
+def _within(rows: Sequence[Row], share: float) -> str:
+    """For how many rows a step takes at most a share of geoopt's, and for which it does not."""
+    same_work = ("sgd", "momentum", "adam (matrix)")
+    compared = [
+        r for r in rows
+        if (r["library"], r["retraction"]) == ("ssa_jax", "newton_schulz")
+        and r["optimizer"] in same_work and r["of_geoopt_qr"] is not None
+    ]  # fmt: skip
+    missed = [r for r in compared if r["of_geoopt_qr"] > share]
+    names = ", ".join(
+        f"{r['case']} {r['optimizer']} on {r['threads']} ({r['of_geoopt_qr']:.2f})" for r in missed
+    )
+    return (
+        f"Of the rules that do the same work, {len(compared) - len(missed)} of {len(compared)} rows "
+        f"take at most {share} of geoopt's time with QR. The others: {names or 'none'}."
+    )
+
+
 def _retractions(rows: Sequence[Row]) -> str:
     """Gradient descent with every retraction."""
     table = [
@@ -88,6 +108,7 @@ def stiefel(record: dict[str, Any]) -> str:
             "raised an error.",
             setting(record, "python -m benchmarks.stiefel --json benchmarks/records/stiefel.json"),
             _optimizers(rows),
+            _within(rows, 0.5),
             "Gradient descent with every retraction:",
             _retractions(rows),
         ]
