@@ -78,8 +78,9 @@ def _within(rows: Sequence[Row], share: float) -> str:
         f"{r['case']} {r['optimizer']} on {r['threads']} ({r['of_geoopt_qr']:.2f})" for r in missed
     )
     return (
-        f"Of the rules that do the same work, {len(compared) - len(missed)} of {len(compared)} rows "
-        f"take at most {share} of geoopt's time with QR. The others: {names or 'none'}."
+        f"Of the rules that do the same work, {len(compared) - len(missed)} of {len(compared)} "
+        f"rows take at most {share} of geoopt's time with QR. The others, with their threads: "
+        f"{names or 'none'}."
     )
 
 
