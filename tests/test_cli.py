@@ -1,6 +1,7 @@
 """The command line as a person meets it: results, resume, and errors of one line."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from experiments import config as config_lib
-from experiments import table, workdir
+from experiments import study_table, table, workdir
 from experiments.config import Config, ConfigError
 from experiments.flags import NotFiniteError
 from experiments.run import run
@@ -110,16 +111,30 @@ def test_table_has_the_summary_numbers(finished, capsys):
     assert table.main([str(folder.parent)]) == 2
 
 
-STORED = sorted((ROOT / "results").glob("*"))
+RUNS = sorted({f.parent.parent for f in (ROOT / "results").glob("*/*/summary.json")})
+PAGES = [(ROOT / name).read_text() for name in ("README.md", "docs/research.md")]
 
 
-@pytest.mark.parametrize("folder", STORED, ids=[f.name for f in STORED])
-def test_readme_shows_the_stored_results(folder):
-    summaries = [json.loads((run / "summary.json").read_text()) for run in folder.iterdir()]
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("folder", RUNS, ids=[f.name for f in RUNS])
+def test_a_page_shows_the_stored_runs(folder):
+    summaries = [json.loads(f.read_text()) for f in folder.glob("*/summary.json")]
     for line in table.table(summaries).splitlines()[2:]:
         cells = [c.strip() for c in line.strip("|").split("|")]
-        assert re.search(r"\s*\|\s*".join(map(re.escape, cells)), readme), line
+        pattern = r"\s*\|\s*".join(map(re.escape, cells))
+        assert any(re.search(pattern, page) for page in PAGES), line
+
+
+STUDIES = sorted(f.parent for f in (ROOT / "results").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=[f.name for f in STUDIES])
+def test_a_page_shows_the_stored_studies(folder):
+    name = json.loads((folder / "study.json").read_text())["study"]
+    study = importlib.import_module(f"experiments.{name}").STUDY
+    summaries = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    labels = {v.name: v.label for v in study.variants}
+    shown = study_table.table(labels, study.columns(folder), summaries)
+    assert any(shown in page for page in PAGES)
 
 
 @pytest.mark.parametrize(
