@@ -12,6 +12,7 @@ All flags of a run change the base; `experiments.study` says what the folder hol
 goes on.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,13 +65,6 @@ STUDY = Study(
 )
 
 
-def main() -> None:
-    """Runs the study that the flags give."""
-    settings = study.settings_from_flags(STUDY)
-    study.run_study(STUDY, settings)
-    study.show(settings)
-
-
 if __name__ == "__main__":
     study.define(DEFAULTS)
-    flags.run_program(main)
+    flags.run_program(functools.partial(study.main, STUDY))

@@ -9,6 +9,7 @@ and what is added to the signal. `experiments.study` says what the folder holds 
 goes on.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,6 @@ STUDY = Study(
 )
 
 
-def main() -> None:
-    """Runs the study that the flags give."""
-    settings = study.settings_from_flags(STUDY)
-    study.run_study(STUDY, settings)
-    study.show(settings)
-
-
 if __name__ == "__main__":
     study.define({})
-    flags.run_program(main)
+    flags.run_program(functools.partial(study.main, STUDY))

@@ -224,3 +224,10 @@ def show(settings: Settings) -> None:
     """Prints the table and where it lies."""
     print("\n" + (settings.folder / "table.md").read_text())
     print(f"results: {settings.folder}")
+
+
+def main(study: Study) -> None:
+    """Runs the study that the flags give, and shows it."""
+    settings = settings_from_flags(study)
+    run_study(study, settings)
+    show(settings)
