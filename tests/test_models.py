@@ -29,6 +29,12 @@ from ssa_jax.models.feedforward import Feedforward
 from ssa_jax.train import init_state, make_refresh, make_step
 from ssa_jax.units import split_units
 
+
+def full(shapes):
+    """Every path in full."""
+    return feedback.plan(shapes, "full", 0)
+
+
 SMALL = (8, 8, 3)
 
 
@@ -110,8 +116,8 @@ def test_composed_paths_agree_where_a_block_ends():
         output_shapes(u, p, m, SMALL) for u, p, m in ((units, params, mstate),
                                                       (units_s, params_s, mstate_s))
     )  # fmt: skip
-    paths = feedback.composed_paths(units, params, mstate, shapes)
-    paths_s = feedback.composed_paths(units_s, params_s, mstate_s, shapes_s)
+    paths = feedback.composed_paths(units, params, mstate, shapes, full(shapes))
+    paths_s = feedback.composed_paths(units_s, params_s, mstate_s, shapes_s, full(shapes_s))
     for path, path_s in zip(paths, paths_s[::2], strict=True):
         assert float(jnp.max(jnp.abs(path))) > 1e-3
         assert jnp.allclose(path, path_s, atol=1e-5)
@@ -167,9 +173,8 @@ def test_averaging_classifier_is_its_linear_path():
     assert jnp.array_equal(last(h), last.linear(h))
     assert jnp.allclose(last(h), last.map(h.mean((1, 2))), atol=1e-6)
     units, params, mstate = split_units(model)
-    path = feedback.composed_paths(
-        units, params, mstate, output_shapes(units, params, mstate, SMALL)
-    )[-1]
+    shapes = output_shapes(units, params, mstate, SMALL)
+    path = feedback.composed_paths(units, params, mstate, shapes, full(shapes))[-1]
     expected = params[-1]["map"]["kernel"].T.reshape(5, 1, 1, 64) / 4
     assert jnp.allclose(path, jnp.broadcast_to(expected, path.shape), atol=1e-7)
 
@@ -310,11 +315,11 @@ def test_composed_path_with_mean_slopes_is_the_jacobian_at_constant_slope():
     shapes = output_shapes(units, params, mstate, IMAGE)
     x = make_batch().images
     step = jax.jit(lambda m: forward(units, params, m, x)[1])
-    before = feedback.composed_paths(units, params, mstate, shapes)
+    before = feedback.composed_paths(units, params, mstate, shapes, full(shapes))
     for _ in range(200):
         mstate = step(mstate)
     assert max_difference(slopes(mstate), [jnp.full_like(s, 0.5) for s in slopes(mstate)]) < 1e-6
-    paths = feedback.composed_paths(units, params, mstate, shapes)
+    paths = feedback.composed_paths(units, params, mstate, shapes, full(shapes))
     h = x[:1]
     for i, path in enumerate(paths):
         h, _ = units[i].apply(params[i], mstate[i], h, train=False)
