@@ -157,14 +157,12 @@ def make_eval(units: Sequence[Unit]) -> Callable[[Tree, Tree, Batch], dict[str, 
     return jax.jit(evaluate)
 
 
-def true_gradients(
-    units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch, smoothing: float = 0.0
-) -> Tree:
+def true_gradients(units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch) -> Tree:
     """jax.grad of the mean cross-entropy through the whole network in training mode."""
 
     def loss(p: Tree) -> Array:
         logits = predict(units, p, mstate, batch.images, train=True)
-        return losses.cross_entropy(logits, batch.labels, smoothing)
+        return losses.cross_entropy(logits, batch.labels)
 
     return jax.grad(loss)(params)
 
