@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors, linalg, losses
-from ssa_jax.forward import Tape, forward
+from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
-from ssa_jax.methods import Method
+from ssa_jax.methods import Method, chain
 from ssa_jax.train import Batch, TrainState, local_gradients
 from ssa_jax.units import Unit
 
@@ -62,7 +62,8 @@ def make_probe(
         signals = method.signals(state.feedback, state.params, tape, error, batch)
         twins = method.twins(state.feedback)
         local = local_gradients(state.params, twins, tape, signals, weights)
-        true_signals, true = true_chain(tape, error)
+        true_signals = chain(tape, error)
+        true = local_gradients(state.params, None, tape, true_signals, LossWeights())
         local_w, true_w = (
             tuple(map(weight_change, state.params, gradients)) for gradients in (local, true)
         )
@@ -83,22 +84,6 @@ def make_probe(
         )
 
     return jax.jit(probe)
-
-
-def true_chain(tape: Tape, error: Array) -> tuple[tuple[Array, ...], tuple[Tree, ...]]:
-    """Backpropagation over the tape: ∂loss/∂h_i and the parameters' gradient of every unit.
-
-    Args:
-      tape: of a forward pass.
-      error: e (batch, classes), the loss's gradient at the logits.
-    """
-    signals: list[Array] = []
-    gradients: list[Tree] = []
-    for pullback in reversed(tape.pullbacks):
-        signals.insert(0, error)
-        gradient, error = pullback(error)
-        gradients.insert(0, gradient)
-    return tuple(signals), tuple(gradients)
 
 
 def weight_change(params: Tree, direction: Tree) -> Tree:

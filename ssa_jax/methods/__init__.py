@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
 from ssa_jax.methods.blend import blend
-from ssa_jax.methods.bp import bp, svd_bp
+from ssa_jax.methods.bp import bp, chain, svd_bp
 from ssa_jax.methods.dfa import dfa, drtp
 from ssa_jax.methods.fa import brsf, fa, frsf, kp, usf
 from ssa_jax.methods.local import local
@@ -26,4 +26,4 @@ METHODS: dict[str, Callable[[Network, FeedbackOptions], Method]] = {
 # Methods that are about factors; the others take a dense model unless asked otherwise.
 ON_FACTORS = ("svd_bp", "ssa")
 
-__all__ = ["METHODS", "ON_FACTORS", "FeedbackOptions", "Method", "Network", "blend"]
+__all__ = ["METHODS", "ON_FACTORS", "FeedbackOptions", "Method", "Network", "blend", "chain"]
