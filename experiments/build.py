@@ -58,6 +58,7 @@ def build(config: Config, data: Dataset) -> Built:
         total_steps=config.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
         optimizer=config.optimizer,
+        first_rate=config.first_rate,
         hoyer=config.hoyer,
         rank_schedule=config.rank_schedule,
         rank_floor=config.rank_floor,

@@ -39,6 +39,9 @@ class Config:
     batch_size: int = setting(128, "Examples in a step.", low=1)
     optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
+    first_rate: float = setting(
+        1.0, "Rate of the first unit over that of the last, geometric in between.", above=0.0
+    )
     seed: int = setting(0, "Seed of all randomness.", low=0)
     workdir: str | None = setting(None, "Where results go; default: a new folder under runs/.")
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")

@@ -1,7 +1,7 @@
 """The optimiser of a configuration: schedules and names made into one chain."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class OptimizerConfig(NamedTuple):
       total_steps: length of training.
       steps_per_epoch: ranks are chosen anew at the end of every epoch.
       optimizer: a name in `OPTIMIZERS`.
+      first_rate: rate of the first unit over that of the last; see `scale_by_depth`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
         it back to zero.
       clip: largest RMS of one gradient array; local, unlike a global norm.
@@ -41,6 +42,7 @@ class OptimizerConfig(NamedTuple):
     total_steps: int
     steps_per_epoch: int
     optimizer: str = "adam"
+    first_rate: float = 1.0
     warmup: float = 0.05
     clip: float = 1.0
     hoyer: float = 0.0
@@ -62,6 +64,29 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
+def scale_by_depth(first: float) -> optax.GradientTransformation:
+    """Multiplies the update of unit i of n by first^(1 - i/(n - 1)): geometric in depth.
+
+    Units far from the output get the least exact signals; a smaller rate trusts them less.
+    Expects one update tree a unit, and leaves tangent updates tangent.
+
+    Raises:
+      ValueError: `first` not above zero.
+    """
+    if not first > 0:
+        raise ValueError(f"first_rate must be above 0, got {first}")
+
+    def update(updates: Any, params: Any = None) -> Any:
+        del params
+        last = max(1, len(updates) - 1)
+        return tuple(
+            jax.tree.map(lambda u, i=i: u * first ** (1 - i / last), unit)
+            for i, unit in enumerate(updates)
+        )
+
+    return optax.stateless(update)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The chain `transforms.ssa`, whose order is written there, with the settings of a config.
 
@@ -75,7 +100,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     return transforms.ssa(
         learning_rate(config),
-        optimizer=OPTIMIZERS[config.optimizer](),
+        optimizer=optax.chain(OPTIMIZERS[config.optimizer](), scale_by_depth(config.first_rate)),
         hoyer=lambda count: config.hoyer * target(count).hoyer,
         clip=config.clip,
         target=lambda count: target(count)[:2],

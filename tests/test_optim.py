@@ -8,7 +8,13 @@ from helpers import make_batch, make_method, max_difference, split
 
 from ssa_jax import factors
 from ssa_jax.losses import LossWeights
-from ssa_jax.optim import OPTIMIZERS, OptimizerConfig, learning_rate, make_optimizer
+from ssa_jax.optim import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    learning_rate,
+    make_optimizer,
+    scale_by_depth,
+)
 from ssa_jax.train import init_state, make_step
 
 
@@ -70,6 +76,26 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert float(rate(100)) == pytest.approx(0, abs=1e-8)
 
 
+def test_rates_fall_geometrically_from_the_last_unit_to_the_first():
+    units = tuple({"w": jnp.ones(2)} for _ in range(3))
+    updates, _ = scale_by_depth(0.25).update(units, optax.EmptyState())
+    assert [float(u["w"][0]) for u in updates] == [0.25, 0.5, 1.0]
+    (single,), _ = scale_by_depth(0.25).update(units[:1], optax.EmptyState())
+    assert float(single["w"][0]) == 0.25
+
+
+def test_a_smaller_first_rate_moves_the_first_unit_less_and_the_last_as_before():
+    def moved(first_rate):
+        _, before, _ = split("conv", 0.5)
+        # The first step has a rate of zero, so that both take the second from the same weights.
+        after = train(OptimizerConfig(0.02, 40, 10, first_rate=first_rate), steps=2)[0].params
+        return [max_difference(a, b) for a, b in zip(after, before, strict=True)]
+
+    even, uneven = moved(1.0), moved(0.1)
+    assert uneven[0] == pytest.approx(0.1 * even[0], rel=0.05)
+    assert uneven[-1] == even[-1]
+
+
 def test_hoyer_makes_the_spectrum_sparser():
     def sparsity(hoyer):
         config = OptimizerConfig(0.02, 40, 40, hoyer=hoyer, rank_schedule="hybrid")
@@ -87,6 +113,7 @@ def test_hoyer_makes_the_spectrum_sparser():
         ({"retraction": "up"}, "must be one of"),
         ({"retract_every": 0}, "at least 1"),
         ({"rank_floor": 2.0}, "floor"),
+        ({"first_rate": 0.0}, "first_rate must be above 0"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
