@@ -3,14 +3,14 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import build, plots, workdir
+from experiments import build, plots, report, workdir
 from experiments.config import Config
 from experiments.flags import NotFiniteError
 from experiments.interrupt import Interruptible
@@ -142,11 +142,11 @@ class _Run:
             "ranks": train.ranks(self.state.params),
             "images_per_second": row["images"] / seconds,
             "compiles": self.compiles.value,
-            "wall_s": self.earlier_s + time.monotonic() - self.started,
+            "wall_s": self._wall_s(),
         }
         complete = row["images"] == self.built.steps_per_epoch * self.config.batch_size
         self.folder.log(row)
-        print(_line(row, self.config.epochs), flush=True)
+        print(report.line(row, self.config.epochs), flush=True)
         if complete:
             self.epoch += 1
             self.checkpoints.save(self.epoch, self.state)
@@ -212,17 +212,7 @@ class _Run:
 
     def _probe(self) -> Row:
         index = np.arange(min(PROBE_SIZE, self.loader.train_size))
-        probe = self.programs.probe(self.state, self.loader.fixed_batch(index))
-        return {
-            "angles": _degrees(probe.angles),
-            "weight_angles": _degrees(probe.weight_angles),
-            "signal_angles": _degrees(probe.signal_angles),
-            "subspace_angles": _degrees(probe.subspace_angles),
-            "gradient_ratios": [float(r) for r in probe.gradient_ratios],
-            "signal_ratios": [float(r) for r in probe.signal_ratios],
-            "drift": float(probe.drift),
-            **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
-        }
+        return report.probe_row(self.programs.probe(self.state, self.loader.fixed_batch(index)))
 
     def _compact(self, evaluated: Row) -> Row:
         """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
@@ -237,39 +227,20 @@ class _Run:
             **self._evaluate(),
         }
 
+    def _wall_s(self) -> float:
+        return self.earlier_s + time.monotonic() - self.started
+
     def _finish(self, status: str) -> Row:
         rows = self.folder.rows()
-        last: Row = rows[-1] if rows else {}
-        size = build.network_costs(
-            self.built.units, self.state.params, self.state.mstate, self.data
-        )
-        config = self.config
-        summary = {
+        summary: Row = {
             "status": status,
-            "method": config.method,
-            "model": config.model,
-            "dataset": config.dataset,
-            "seed": config.seed,
             "epochs": self.epoch,
-            "steps": int(self.state.step),
-            "factorized": config.factorized,
-            "rank_schedule": config.rank_schedule,
-            "feedback": config.feedback if config.method == "ssa" else None,
+            **report.settings(self.config),
             "feedback_note": self.built.method.note,
-            "test_accuracy": last.get("test_accuracy"),
-            "train_loss": last.get("train_loss"),
-            "angles": last.get("angles"),
-            "weight_angles": last.get("weight_angles"),
-            "signal_angles": last.get("signal_angles"),
-            "drift": last.get("drift"),
-            "params": size.params,
-            "params_ratio": size.params / self.dense.params,
-            "macs": size.macs,
-            "macs_ratio": size.macs / self.dense.macs,
-            "ranks": train.ranks(self.state.params),
-            "rank_fraction": build.rank_fraction(self.state.params),
+            **report.last_epoch(rows),
+            **report.sizes(self.built.units, self.state, self.data, self.dense),
             "compiles": self.compiles.value,
-            "wall_s": self.earlier_s + time.monotonic() - self.started,
+            "wall_s": self._wall_s(),
             "commit": workdir.commit(),
             "workdir": str(self.folder.path),
         }
@@ -277,22 +248,3 @@ class _Run:
         if rows:
             plots.draw(rows, self.folder.plots)
         return summary
-
-
-def _degrees(angles: Iterable[Array | None]) -> list[float | None]:
-    return [None if a is None else round(float(a), 3) for a in angles]
-
-
-def _line(row: Row, epochs: int) -> str:
-    hidden = row["angles"][:-1]
-    stored = list(row["ranks"].values())
-    parts = [
-        f"epoch {row['epoch']}/{epochs}",
-        f"loss {row['train_loss']:.4f}",
-        f"test {100 * row['test_accuracy']:.2f} %",
-        f"angle {sum(hidden) / max(1, len(hidden)):.1f}°",
-        f"ranks {stored}" if stored else "",
-        f"{row['images_per_second']:.0f} img/s",
-        f"{row['wall_s']:.0f} s",
-    ]
-    return "  ".join(p for p in parts if p)
