@@ -10,7 +10,7 @@ from ssa_jax import costs, factors, optim
 from ssa_jax.data import Dataset
 from ssa_jax.forward import output_shapes, predict
 from ssa_jax.losses import LossWeights
-from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network, blend
+from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network, blend, relay
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import add_mean_slopes
 from ssa_jax.train import TrainState, init_state
@@ -21,10 +21,15 @@ Tree = Any
 
 
 class Built(NamedTuple):
-    """A network, its method and optimiser, and the state before the first step."""
+    """A network, its method and optimiser, and the state before the first step.
+
+    `warmup` is at work in the first `warmup_epochs` epochs, on the state that `method` shares.
+    """
 
     units: tuple[Unit, ...]
     method: Method
+    warmup: Method
+    warmup_epochs: int
     optimizer: Any
     weights: LossWeights
     learning_rate: Any
@@ -69,13 +74,15 @@ def build(config: Config, data: Dataset) -> Built:
     )
     optimizer = optim.make_optimizer(chain)
     try:
-        method = make_method(config, Network(units, shapes))
+        warmup, method = make_methods(config, Network(units, shapes))
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
     except ValueError as e:
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     return Built(
         units=units,
         method=method,
+        warmup=warmup,
+        warmup_epochs=0 if config.warmup_method == "none" else config.warmup_epochs,
         optimizer=optimizer,
         weights=LossWeights(
             config.alpha, config.beta, config.gamma, config.kappa, config.label_smoothing
@@ -86,8 +93,11 @@ def build(config: Config, data: Dataset) -> Built:
     )
 
 
-def make_method(config: Config, network: Network) -> Method:
-    """The method that a config names, blended with local readouts where it asks for them."""
+def make_methods(config: Config, network: Network) -> tuple[Method, Method]:
+    """The methods that a config names, of its warm-up and of the rest; one and the same without.
+
+    Blended with local readouts where it asks for them.
+    """
     options = FeedbackOptions(
         path=config.feedback,
         update=config.feedback_update,
@@ -102,8 +112,10 @@ def make_method(config: Config, network: Network) -> Method:
     )
     method = METHODS[config.method](network, options)
     if config.method == "ssa" and config.local_weight:
-        return blend(method, METHODS["local"](network, options), config.local_weight)
-    return method
+        method = blend(method, METHODS["local"](network, options), config.local_weight)
+    if config.warmup_method == "none":
+        return method, method
+    return relay(METHODS[config.warmup_method](network, options), method)
 
 
 def _split(

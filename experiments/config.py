@@ -73,6 +73,12 @@ class Config:
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
     readout_rate: float = setting(2e-3, "Adam's rate of learned readouts.", above=0.0)
+    warmup_method: str = setting(
+        "none",
+        "Method of the first --warmup_epochs, on the same weights.",
+        choices=("none", *METHODS),
+    )
+    warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
     local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
     projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
     retraction: str = setting("newton_schulz", "Retraction.", choices=tuple(RETRACTIONS))

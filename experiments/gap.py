@@ -5,8 +5,8 @@
 
 The reference is `svd_bp`; every other variant is direct SSA with one thing changed: how often the
 path follows the weights, what it carries of the activations, how far a unit's gradient reaches,
-and what is added to the signal. `experiments.study` says what the folder holds and how a study
-goes on.
+what is added to the signal, what comes before, and how the weights are moved. `experiments.study`
+says what the folder holds and how a study goes on.
 """
 
 import functools
@@ -36,8 +36,12 @@ VARIANTS = (
     _direct("readout", "and a local readout (0.1)", local_weight=0.1),
     _direct("cosine", "and the cosine term (0.1)", kappa=0.1),
     _direct("smoothing", "label smoothing (0.1)", label_smoothing=0.1),
+    _direct("slow_first", "rate of the first unit a quarter", first_rate=0.25),
+    _direct("warm_bp", "after an epoch of svd_bp", warmup_method="svd_bp"),
+    _direct("warm_local", "after an epoch of local readouts", warmup_method="local"),
     _direct("horizontal", "horizontal projection", projection="horizontal"),
-    _direct("momentum", "momentum (rate 0.1) for Adam", optimizer="momentum", learning_rate=0.1),
+    _direct("momentum", "momentum (rate 0.01) for Adam", optimizer="momentum", learning_rate=0.01),
+    _direct("momentum_fast", "momentum (rate 0.1)", optimizer="momentum", learning_rate=0.1),
 )
 
 

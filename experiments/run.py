@@ -19,6 +19,7 @@ from ssa_jax import data as data_lib
 from ssa_jax import metrics, ranks, train
 from ssa_jax.checkpoint import Checkpoints
 from ssa_jax.data import Dataset, Loader
+from ssa_jax.methods import Method
 from ssa_jax.train import Batch, TrainState
 
 Array = jax.Array
@@ -32,6 +33,7 @@ class Programs(NamedTuple):
     """The jitted functions of a run."""
 
     step: train.Step
+    warmup: train.Step
     refresh: Callable[[TrainState], TrainState]
     evaluate: Callable[..., dict[str, Array]]
     probe: Callable[[TrainState, Batch], metrics.Probe]
@@ -87,10 +89,13 @@ class _Run:
         self.config, self.data, self.built = config, data, built
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
         self.compiles = Counter()
+        step, warmup = (
+            train.make_step(built.units, method, built.optimizer, built.weights, self.compiles)
+            for method in (built.method, built.warmup)
+        )
         self.programs = Programs(
-            train.make_step(
-                built.units, built.method, built.optimizer, built.weights, self.compiles
-            ),
+            step,
+            warmup,
             train.make_refresh(built.method),
             train.make_eval(built.units),
             metrics.make_probe(built.units, built.method, built.weights),
@@ -151,12 +156,21 @@ class _Run:
             self.epoch += 1
             self.checkpoints.save(self.epoch, self.state)
 
+    def _at_work(self) -> tuple[Method, train.Step]:
+        """The method of this epoch and its step."""
+        if self.epoch < self.built.warmup_epochs:
+            return self.built.warmup, self.programs.warmup
+        return self.built.method, self.programs.step
+
     def _train_epoch(self) -> Row:
         """One pass over the training set, in the order that seed and epoch give."""
         size = self.config.batch_size
         order_key, crop_key = jax.random.split(self.state.key)
         order = np.asarray(data_lib.epoch_order(order_key, self.epoch, self.loader.train_size))
-        every = self.built.method.refresh_every
+        method, train_step = self._at_work()
+        every = method.refresh_every
+        # Paths of the method that takes over may be old.
+        takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
         first = self.epoch * self.built.steps_per_epoch
         last = first + self.built.steps_per_epoch
         if self.config.max_steps:
@@ -171,11 +185,11 @@ class _Run:
         ) as bar:
             for step in range(first, last):
                 self.interrupt.check()
-                if every and step % every == 0:
+                if (every and step % every == 0) or 0 < takes_over == step:
                     self.state = self.programs.refresh(self.state)
                 index = order[(step - first) * size : (step - first + 1) * size]
                 batch = self.loader.train_batch(jax.random.fold_in(crop_key, step), index)
-                self.state, measured = self.programs.step(self.state, batch)
+                self.state, measured = train_step(self.state, batch)
                 # One step late, so that the device never waits for the host.
                 if history:
                     self._check_finite(history[-1]["loss"])

@@ -67,6 +67,18 @@ def test_the_workdir_tells_the_run(finished):
         assert summary[name] == row[name]
 
 
+def test_a_warm_up_is_its_method_until_the_other_takes_over(tmp_path):
+    def losses(name, **changes):
+        folder = str(tmp_path / name)
+        run(dataclasses.replace(SMALL, epochs=2, workdir=folder, **changes))
+        return [row["train_loss"] for row in rows(folder)]
+
+    bp = losses("bp", method="svd_bp")
+    warm = losses("warm", method="ssa", warmup_method="svd_bp", feedback_update="fixed")
+    assert warm[0] == bp[0]
+    assert warm[1] > bp[1] + 1e-3
+
+
 def test_it_learns_and_stays_on_the_manifold(finished):
     _, folder, summary = finished
     assert summary["status"] == "finished"

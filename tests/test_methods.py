@@ -12,7 +12,7 @@ from helpers import CLASSES, NETWORKS, make_batch, make_method, max_difference, 
 from ssa_jax import factors, losses, metrics
 from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
-from ssa_jax.methods import METHODS, blend
+from ssa_jax.methods import METHODS, blend, chain, relay
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
@@ -298,6 +298,25 @@ def test_a_blend_adds_the_helper_and_keeps_the_rest():
     assert max_difference(both.twins(state), params) == 0
     moved = both.update(state, params, params, tape, batch)
     assert max_difference(moved[1].readouts, state[1].readouts) > 0
+
+
+def test_a_relay_hands_on_the_weights_and_a_state_that_followed_them():
+    units, params, mstate = split("conv", 0.5)
+    before, after = relay(*(make_method(n, units, params, mstate) for n in ("svd_bp", "ssa")))
+    state = before.init(jax.random.key(0), params, mstate)
+    batch = make_batch()
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = losses.output_error(logits, batch.labels)
+    args = (params, tape, error, batch)
+    assert max_difference(before.signals(state, *args), chain(tape, error)) == 0
+    direct = make_method("ssa", units, params, mstate)
+    alone = direct.refresh(state[1], params, mstate)
+    assert max_difference(after.signals(state, *args), direct.signals(alone, *args)) == 0
+    assert (before.refresh_every, after.refresh_every) == (0, direct.refresh_every)
+    assert before.twins(state) is None
+    moved = jax.tree.map(lambda p: p + 1, params)
+    for method in (before, after):
+        assert max_difference(after.twins(method.refresh(state, moved, mstate)), moved) == 0
 
 
 def test_tracked_twins_follow_at_a_refresh_only():

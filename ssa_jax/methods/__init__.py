@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
-from ssa_jax.methods.blend import blend
 from ssa_jax.methods.bp import bp, chain, svd_bp
 from ssa_jax.methods.dfa import dfa, drtp
 from ssa_jax.methods.fa import brsf, fa, frsf, kp, usf
 from ssa_jax.methods.local import local
+from ssa_jax.methods.pair import blend, relay
 from ssa_jax.methods.ssa import ssa
 
 METHODS: dict[str, Callable[[Network, FeedbackOptions], Method]] = {
@@ -26,4 +26,13 @@ METHODS: dict[str, Callable[[Network, FeedbackOptions], Method]] = {
 # Methods that are about factors; the others take a dense model unless asked otherwise.
 ON_FACTORS = ("svd_bp", "ssa")
 
-__all__ = ["METHODS", "ON_FACTORS", "FeedbackOptions", "Method", "Network", "blend", "chain"]
+__all__ = [
+    "METHODS",
+    "ON_FACTORS",
+    "FeedbackOptions",
+    "Method",
+    "Network",
+    "blend",
+    "chain",
+    "relay",
+]
