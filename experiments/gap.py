@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import flags, study
 from experiments.study import Study, Variant
-from experiments.study_table import Column, accuracy, hidden_angle, per_cent, spread
+from experiments.study_table import Column, accuracy, hidden_angle, per_cent, train_loss
 
 
 def _direct(name: str, label: str, **changes: Any) -> Variant:
@@ -50,12 +50,6 @@ def signal_angle(name: str, rows: Sequence[study.Row]) -> str:
     del name
     angles = [a for r in rows for a in r["signal_angles"][:-1]]
     return f"{sum(angles) / len(angles):.1f}°" if angles else "-"
-
-
-def train_loss(name: str, rows: Sequence[study.Row]) -> str:
-    """Cross-entropy over the last epoch, in training."""
-    del name
-    return spread([r["train_loss"] for r in rows], ".3f")
 
 
 def columns(folder: Path) -> list[Column]:

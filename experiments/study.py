@@ -213,8 +213,9 @@ def _page(study: Study, settings: Settings, rows: Sequence[Row]) -> str:
     config = settings.config
     limit = f", at most {config.max_steps} steps" if config.max_steps else ""
     lines = table({v.name: v.label for v in study.variants}, study.columns(settings.folder), rows)
+    models = {v.changes.get("model", config.model): None for v in study.variants}
     return (
-        f"{config.model} on {config.dataset}, {config.epochs} epochs{limit}, batch "
+        f"{', '.join(models)} on {config.dataset}, {config.epochs} epochs{limit}, batch "
         f"{config.batch_size}\n\n{lines}\n\n"
         f"Mean ± sample standard deviation over n seeds. {study.note}\n"
     )

@@ -59,6 +59,12 @@ def accuracy(name: str, rows: Sequence[Row]) -> str:
     return spread([100 * r["test_accuracy"] for r in rows], unit="%")
 
 
+def train_loss(name: str, rows: Sequence[Row]) -> str:
+    """Cross-entropy over the last epoch, in training."""
+    del name
+    return spread([r["train_loss"] for r in rows], ".3f")
+
+
 def hidden_angle(name: str, rows: Sequence[Row]) -> str:
     """Angle between local and true gradient, mean over hidden units and seeds."""
     del name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation, cells, gap, methods, step_costs, study, study_table
+from experiments import ablation, cells, depth, gap, methods, step_costs, study, study_table
 from experiments.config import Config, ConfigError
 from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column
@@ -211,11 +211,19 @@ def test_costs_count_the_share_of_a_refresh():
 
 def test_every_method_is_in_the_study_of_methods():
     assert {v.changes["method"] for v in methods.VARIANTS} == set(METHODS)
-    for program in (methods, ablation, gap):
+    for program in (methods, ablation, gap, depth):
         names = [v.name for v in program.VARIANTS]
         assert len(set(names)) == len(names)
         for variant in program.VARIANTS:
             dataclasses.replace(SMALL, **variant.changes).validate()
+
+
+def test_thirds_of_the_depth_are_means_over_their_hidden_units():
+    rows = [{"angles": [10.0, 20.0, 30.0, 40.0, 99.0]}, {"angles": [30.0, 20.0, 50.0, 60.0, 99.0]}]
+    # Four hidden units: the first, the next two, the last.
+    shown = [depth.third("angles", part)("", rows) for part in range(3)]
+    assert shown == ["20°", "30°", "50°"]
+    assert depth.third("angles", 0)("", []) == "-"
 
 
 def command(program, *args):
@@ -231,6 +239,7 @@ def command(program, *args):
         ("methods", "--only=bp,magic", "--only must be among bp, "),
         ("methods", "--method=bp", "--method is what this study varies"),
         ("methods", "--workdir=here", "a study takes --folder"),
+        ("depth", "--epochs=1", "--model is what this study varies"),
         ("gap", "--seeds=0", "--seeds must be at least 1, got 0"),
         ("ablation", "--energy=2", "--energy must be at most 1"),
         ("ablation", "--folder=/dev/null/x", "cannot write to /dev/null/x"),
