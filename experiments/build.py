@@ -44,8 +44,8 @@ class Costs(NamedTuple):
     macs: int
 
 
-def build(config: Config, data: Dataset) -> Built:
-    """Builds a run.
+def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
+    """Builds a run, its learning rate scaled.
 
     Raises:
       ConfigError: settings that do not fit each other or the data.
@@ -59,7 +59,7 @@ def build(config: Config, data: Dataset) -> Built:
     units, params, mstate = _split(config, data, config.rank_init if config.factorized else None)
     shapes = output_shapes(units, params, mstate, data.image_shape)
     chain = optim.OptimizerConfig(
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate * rate_scale,
         total_steps=config.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
         optimizer=config.optimizer,

@@ -63,7 +63,7 @@ def _run_or_keep(cell: Cell, load: Callable[[], Dataset]) -> None:
         if result(cell):
             print(f"{name}: kept", flush=True)
             return
-        resume = _has_checkpoint(folder.checkpoints)
+        resume = Checkpoints(folder.checkpoints).latest() is not None
         if not resume:
             # It ended before its first checkpoint, which precedes its first step.
             _empty(cell.path)
@@ -72,14 +72,6 @@ def _run_or_keep(cell: Cell, load: Callable[[], Dataset]) -> None:
         run(dataclasses.replace(cell.config, resume=resume), load())
     except NotFiniteError as e:
         print(f"{name} failed: {e}", flush=True)
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    checkpoints = Checkpoints(folder)
-    try:
-        return checkpoints.latest() is not None
-    finally:
-        checkpoints.close()
 
 
 def _empty(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ssa_jax import record
 from ssa_jax.data import DATASETS
 from ssa_jax.feedback import FORMS
 from ssa_jax.linalg import PROJECTIONS, RETRACTIONS
@@ -45,6 +46,22 @@ class Config:
     seed: int = setting(0, "Seed of all randomness.", low=0)
     workdir: str | None = setting(None, "Where results go; default: a new folder under runs/.")
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
+    save_every: int = setting(
+        0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
+    )
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints to keep, beside the one of best test accuracy.", low=1
+    )
+    on_nan: str = setting(
+        "stop",
+        "When the loss is not finite: stop, or go back to the newest checkpoint at half the rate.",
+        choices=("stop", "rollback"),
+    )
+    drift_bound: float = setting(
+        1e-2,
+        "Repair U and V at the end of an epoch where |XᵀX - I| exceeds this; 0: never.",
+        low=0.0,
+    )
     alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
     beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
     gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
@@ -114,8 +131,10 @@ class Config:
             raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
 
 
-# Flags that say where and how far to run, not what the run is.
-_NOT_IDENTITY = ("workdir", "resume", "data_dir", "max_steps")
+# Flags that say where, how far and how safely to run, not what the run is.
+_NOT_IDENTITY = (
+    "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints", "on_nan"
+)  # fmt: skip
 
 
 def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
@@ -126,9 +145,4 @@ def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
 
 def differences(config: Config, stored: dict[str, Any]) -> str:
     """The identity settings in which a run differs from a stored one, as one phrase."""
-    here, there = identity(config), identity(stored)
-    return ", ".join(
-        f"{k}={here.get(k)} here and {there.get(k)} there"
-        for k in sorted(here.keys() | there.keys())
-        if here.get(k) != there.get(k)
-    )
+    return record.differences(identity(config), identity(stored))

@@ -9,6 +9,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from experiments.config import Config, ConfigError
+from experiments.interrupt import Terminated
 from experiments.workdir import WorkdirError
 from ssa_jax.checkpoint import CheckpointError
 from ssa_jax.data import DataError
@@ -66,7 +67,7 @@ def run_program(main: Callable[[], Any]) -> None:
     """Parses the flags and runs main; an error a user can mend becomes one line and a code.
 
     Exit codes: 2 for wrong flags, data, workdir or checkpoint; 3 for a loss that is not
-    finite; 130 after Ctrl-C.
+    finite; 130 after Ctrl-C; 0 after SIGTERM, whose sender wants the program gone in good order.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -76,9 +77,14 @@ def run_program(main: Callable[[], Any]) -> None:
         except (ConfigError, DataError, WorkdirError, CheckpointError) as e:
             _fail(str(e), EXIT_USAGE)
         except OSError as e:
-            _fail(f"cannot write results: {e}; the newest checkpoint is kept", EXIT_USAGE)
+            _fail(
+                f"cannot write results: {e}; the newest checkpoint is kept, go on with --resume",
+                EXIT_USAGE,
+            )
         except NotFiniteError as e:
             _fail(str(e), EXIT_NOT_FINITE)
+        except Terminated as e:
+            print(e)
         except KeyboardInterrupt as e:
             _fail(str(e) or "interrupted", EXIT_INTERRUPTED)
 

@@ -1,37 +1,48 @@
-"""Ctrl-C at a moment that suits the run."""
+"""Ctrl-C and SIGTERM at a moment that suits the run."""
 
 import signal
 import threading
 from typing import Any
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a machine sends it that is about to be taken away."""
+
 
 class Interruptible:
-    """Makes the first Ctrl-C a request that is honoured between steps.
+    """Makes the first Ctrl-C or SIGTERM a request that is honoured between steps.
 
     In the middle of a save it would leave the checkpoint's threads behind with an error of
-    their own. A second Ctrl-C acts at once.
+    their own. A second signal acts at once, as the system has it, even within compiled code.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._earlier: Any = None
+        self._received: int | None = None
+        self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruptible":
         # Python delivers signals to the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            self._earlier = signal.signal(signal.SIGINT, self._request)
+            self._earlier = {s: signal.signal(s, self._request) for s in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._earlier is not None:
-            signal.signal(signal.SIGINT, self._earlier)
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
 
-    def _request(self, *_: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+    def _request(self, number: int, _: object) -> None:
+        self._received = number
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt when asked for."""
-        if self.requested:
-            raise KeyboardInterrupt
+        """Raises KeyboardInterrupt or `Terminated` when asked for."""
+        if self._received is not None:
+            raise Terminated if self._received == signal.SIGTERM else KeyboardInterrupt

@@ -72,6 +72,12 @@ def last_epoch(rows: Sequence[Row]) -> Row:
     return {name: last.get(name) for name in names}
 
 
+def best_epoch(rows: Sequence[Row]) -> Row:
+    """The whole epoch of best test accuracy, the later of equals, whose checkpoint is kept."""
+    best = max(rows, key=lambda row: (row["test_accuracy"], row["epoch"]), default={})
+    return {"best_epoch": best.get("epoch"), "best_test_accuracy": best.get("test_accuracy")}
+
+
 def sizes(units: Sequence[Unit], state: TrainState, data: Dataset, dense: Costs) -> Row:
     """Steps, ranks and costs of a state, the latter also relative to the dense network."""
     size = build.network_costs(tuple(units), state.params, state.mstate, data)

@@ -1,52 +1,26 @@
-"""The training loop of one run, from a config to a summary."""
+"""One run, from a config to a summary: what is kept on the way, and how faults end or go on."""
 
-import math
-import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-from tqdm import tqdm
+from typing import Any
 
 from experiments import build, plots, report, workdir
-from experiments.config import Config
+from experiments.config import Config, identity
 from experiments.flags import NotFiniteError
-from experiments.interrupt import Interruptible
+from experiments.interrupt import Interruptible, Terminated
+from experiments.tally import Tally
+from experiments.trainer import Trainer
 from experiments.workdir import Workdir
 from ssa_jax import data as data_lib
-from ssa_jax import metrics, ranks, train
+from ssa_jax import train
 from ssa_jax.checkpoint import Checkpoints
-from ssa_jax.data import Dataset, Loader
-from ssa_jax.methods import Method
-from ssa_jax.train import Batch, TrainState
+from ssa_jax.data import Dataset
+from ssa_jax.record import Position
+from ssa_jax.train import TrainState
 
-Array = jax.Array
 Row = dict[str, Any]
 
-# Examples of the fixed batch on which angles and loss terms are measured.
-PROBE_SIZE = 512
-
-
-class Programs(NamedTuple):
-    """The jitted functions of a run."""
-
-    step: train.Step
-    warmup: train.Step
-    refresh: Callable[[TrainState], TrainState]
-    evaluate: Callable[..., dict[str, Array]]
-    probe: Callable[[TrainState, Batch], metrics.Probe]
-
-
-class Counter:
-    """Counts how often the step was compiled."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def __call__(self) -> None:
-        self.value += 1
+# A run that is not finite at a 32nd of its learning rate has another fault.
+MAX_ROLLBACKS = 5
 
 
 def run(config: Config, data: Dataset | None = None) -> Row:
@@ -57,203 +31,198 @@ def run(config: Config, data: Dataset | None = None) -> Row:
       data: its data set, where the caller has it already.
 
     Raises:
-      ConfigError, DataError, WorkdirError, CheckpointError: nothing was overwritten.
-      NotFiniteError: the loss or a parameter became NaN or infinite; the newest checkpoint is
-        the last good state.
-      KeyboardInterrupt: after Ctrl-C, with a message that says how to go on.
+      ConfigError, DataError, WorkdirError: nothing was overwritten.
+      CheckpointError: none can be used, or none be written; those that were whole still are.
+      NotFiniteError: the loss or a parameter became NaN or infinite, and `on_nan` is "stop" or
+        did not help; the newest checkpoint is the last good state.
+      KeyboardInterrupt: after Ctrl-C, and `Terminated` after SIGTERM: the state is saved, and the
+        message says how to go on.
     """
     config.validate()
     data = data or data_lib.load(config.dataset, config.data_dir)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
-    checkpoints = Checkpoints(folder.checkpoints)
-    with Interruptible() as interrupt:
-        try:
-            return _Run(config, data, built, folder, checkpoints, interrupt).go()
-        finally:
-            checkpoints.close()
+    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
+    with Interruptible() as interrupt, checkpoints:
+        trainer = Trainer(config, data, built)
+        return _Run(config, trainer, folder, checkpoints, interrupt).go()
 
 
 class _Run:
-    """The state of a run between epochs."""
+    """A trainer, and where it stands.
+
+    Attributes:
+      position: of the state, as far as it was last told; its epoch is always true.
+      saved: steps done at the newest checkpoint.
+    """
 
     def __init__(
         self,
         config: Config,
-        data: Dataset,
-        built: build.Built,
+        trainer: Trainer,
         folder: Workdir,
         checkpoints: Checkpoints,
         interrupt: Interruptible,
     ):
-        self.config, self.data, self.built = config, data, built
+        self.config, self.trainer = config, trainer
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
-        self.compiles = Counter()
-        step, warmup = (
-            train.make_step(built.units, method, built.optimizer, built.weights, self.compiles)
-            for method in (built.method, built.warmup)
-        )
-        self.programs = Programs(
-            step,
-            warmup,
-            train.make_refresh(built.method),
-            train.make_eval(built.units),
-            metrics.make_probe(built.units, built.method, built.weights),
-        )
-        self.loader: Loader = data_lib.make_loader(data)
-        self.state, self.epoch, self.earlier_s = built.state, 0, 0.0
-        self.dense = build.dense_costs(config, data)
+        self.position, self.saved, self.earlier_s = Position(), 0, 0.0
+        self.dense = build.dense_costs(config, trainer.data)
         self.started = time.monotonic()
 
     def go(self) -> Row:
         """Trains to the end and writes the summary, whatever the end is."""
-        if self.config.resume:
-            self.epoch, self.state = self.checkpoints.restore(self.state)
-            self.folder.keep_rows(self.epoch)
-            self.earlier_s = max((row["wall_s"] for row in self.folder.rows()), default=0.0)
-        else:
-            # The last good state of a run that fails in its first epoch.
-            self.checkpoints.save(0, self.state)
-        if self.built.method.note:
-            print(f"feedback: {self.built.method.note}", flush=True)
+        self._begin()
+        if note := self.trainer.built.method.note:
+            print(f"feedback: {note}", flush=True)
         try:
-            while self.epoch < self.config.epochs and not self._stopped():
-                self._epoch()
+            while self.position.epoch < self.config.epochs and self._epoch_or_rollback():
+                pass
+            # A run is not finished before its last state is kept.
+            self.checkpoints.wait()
         except NotFiniteError:
             self._finish("not_finite")
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
+            self.checkpoints.wait()
             self._finish("interrupted")
-            raise KeyboardInterrupt(
-                f"interrupted; {self.epoch} epochs are kept, go on with the same flags and "
+            what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
+            raise type(e)(
+                f"{what}; the state after step {self.saved} is kept, go on with the same flags and "
                 f"--workdir={self.folder.path} --resume"
             ) from None
-        return self._finish("stopped" if self.epoch < self.config.epochs else "finished")
+        return self._finish("stopped" if self.position.epoch < self.config.epochs else "finished")
 
-    def _stopped(self) -> bool:
-        return 0 < self.config.max_steps <= int(self.state.step)
+    def _begin(self) -> None:
+        """From the newest checkpoint, or with the first one."""
+        # Also a run that was killed before its first checkpoint has nothing but its config.
+        if not self.config.resume or self.checkpoints.latest() is None:
+            self.folder.keep_rows(0)
+            # The last good state of a run that fails in its first epoch.
+            self.checkpoints.save(self.trainer.state, self.position)
+            return
+        self._restore(self.trainer.state)
+        self.earlier_s = self.position.wall_s
+        if self.position.rollbacks:
+            self.trainer.use(self._built(len(self.position.rollbacks)))
 
-    def _epoch(self) -> None:
+    def _restore(self, like: TrainState) -> None:
+        self.position, self.trainer.state = self.checkpoints.restore(like)
+        self.saved = self.trainer.step
+        self.checkpoints.set_aside_after(self.saved)
+        self.folder.keep_rows(self.position.epoch)
+
+    def _built(self, rollbacks: int) -> build.Built:
+        """The run anew, at half the learning rate for every rollback."""
+        return build.build(self.config, self.trainer.data, 0.5**rollbacks)
+
+    def _epoch_or_rollback(self) -> bool:
+        """Whether there is more to train."""
+        try:
+            return self._epoch()
+        except NotFiniteError as e:
+            told = (
+                f"{e} in epoch {self.position.epoch + 1}; the state after step {self.saved} is "
+                f"kept in {self.folder.checkpoints}"
+            )
+        rollbacks = len(self.position.rollbacks)
+        if self.config.on_nan == "stop" or rollbacks == MAX_ROLLBACKS:
+            rate = self.config.learning_rate * 0.5**rollbacks
+            raise NotFiniteError(
+                f"{told}; try a lower --learning_rate than {rate}, or --on_nan=rollback"
+            )
+        print(f"{told}; going back to it at half the learning rate", flush=True)
+        self._roll_back()
+        return True
+
+    def _roll_back(self) -> None:
+        """To the newest checkpoint, at half the learning rate. Only finite states are saved."""
+        self.checkpoints.wait()
+        rollbacks, step = self.position.rollbacks, self.trainer.step
+        built = self._built(len(rollbacks) + 1)
+        self._restore(built.state)
+        self.trainer.use(built)
+        event = {"step": step, "to_step": self.saved}
+        self.position = self.position._replace(rollbacks=[*rollbacks, event])
+
+    def _epoch(self) -> bool:
+        """Trains, measures and keeps an epoch; whether there is more to train."""
+        position, before = self.position, self.trainer.step
+        if 0 < self.config.max_steps <= before and not position.step_in_epoch:
+            return False
         begun = time.monotonic()
-        row = self._train_epoch()
+        tally = Tally(position.sums, position.step_in_epoch)
+        row = self.trainer.train_epoch(
+            position.epoch, tally, lambda step: self._between_steps(step, tally)
+        )
+        images = (self.trainer.step - before) * self.config.batch_size
         seconds = time.monotonic() - begun
-        row |= self._evaluate()
-        self._check_finite(row["test_loss"], train.all_finite(self.state))
-        row |= self._probe()
-        row |= self._compact(row)
+        whole = tally.steps == self.trainer.built.steps_per_epoch
+        if not whole:
+            self._save_within(tally)
+        row |= self.trainer.measure()
         row |= {
-            "epoch": self.epoch + 1,
-            "step": int(self.state.step),
-            "ranks": train.ranks(self.state.params),
-            "images_per_second": row["images"] / seconds,
-            "compiles": self.compiles.value,
+            "epoch": position.epoch + 1,
+            "step": self.trainer.step,
+            "ranks": train.ranks(self.trainer.state.params),
+            "rollbacks": len(position.rollbacks),
+            "images_per_second": images / seconds,
+            "compiles": self.trainer.compiles.value,
             "wall_s": self._wall_s(),
         }
-        complete = row["images"] == self.built.steps_per_epoch * self.config.batch_size
         self.folder.log(row)
         print(report.line(row, self.config.epochs), flush=True)
-        if complete:
-            self.epoch += 1
-            self.checkpoints.save(self.epoch, self.state)
+        if whole:
+            self._save(
+                Position(
+                    epoch=row["epoch"],
+                    rollbacks=position.rollbacks,
+                    wall_s=row["wall_s"],
+                    test_accuracy=row["test_accuracy"],
+                )
+            )
+        return whole
 
-    def _at_work(self) -> tuple[Method, train.Step]:
-        """The method of this epoch and its step."""
-        if self.epoch < self.built.warmup_epochs:
-            return self.built.warmup, self.programs.warmup
-        return self.built.method, self.programs.step
+    def _between_steps(self, step: int, tally: Tally) -> None:
+        """Saves where it is due or asked for, and then stops if asked to."""
+        every = self.config.save_every
+        if self.interrupt.requested or (every and step % every == 0):
+            self._save_within(tally)
+        self.interrupt.check()
 
-    def _train_epoch(self) -> Row:
-        """One pass over the training set, in the order that seed and epoch give."""
-        size = self.config.batch_size
-        order_key, crop_key = jax.random.split(self.state.key)
-        order = np.asarray(data_lib.epoch_order(order_key, self.epoch, self.loader.train_size))
-        method, train_step = self._at_work()
-        every = method.refresh_every
-        # Paths of the method that takes over may be old.
-        takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
-        first = self.epoch * self.built.steps_per_epoch
-        last = first + self.built.steps_per_epoch
-        if self.config.max_steps:
-            last = min(last, self.config.max_steps)
-        history: list[dict[str, Array]] = []
-        with tqdm(
-            total=(last - first) * size,
-            unit="img",
-            desc=f"epoch {self.epoch + 1}/{self.config.epochs}",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        ) as bar:
-            for step in range(first, last):
-                self.interrupt.check()
-                if (every and step % every == 0) or 0 < takes_over == step:
-                    self.state = self.programs.refresh(self.state)
-                index = order[(step - first) * size : (step - first + 1) * size]
-                batch = self.loader.train_batch(jax.random.fold_in(crop_key, step), index)
-                self.state, measured = train_step(self.state, batch)
-                # One step late, so that the device never waits for the host.
-                if history:
-                    self._check_finite(history[-1]["loss"])
-                history.append(measured)
-                bar.update(size)
-        self._check_finite(history[-1]["loss"])
-        mean = {k: float(np.mean([float(h[k]) for h in history])) for k in history[0]}
-        return {
-            "train_loss": mean["loss"],
-            "train_accuracy": mean["accuracy"],
-            "images": len(history) * size,
-            "learning_rate": float(self.built.learning_rate(last - 1)),
-        }
-
-    def _check_finite(self, loss: Any, rest: bool = True) -> None:
-        if math.isfinite(float(loss)) and rest:
-            return
-        raise NotFiniteError(
-            f"loss or parameters are not finite in epoch {self.epoch + 1}; the state after epoch "
-            f"{self.epoch} is kept in {self.folder.checkpoints}; try a lower --learning_rate than "
-            f"{self.config.learning_rate}"
+    def _save_within(self, tally: Tally) -> None:
+        tally.flush()
+        self.trainer.check(tally)
+        position = self.position._replace(
+            step_in_epoch=tally.steps,
+            sums=dict(tally.sums),
+            wall_s=self._wall_s(),
+            test_accuracy=None,
         )
+        self._save(position)
 
-    def _evaluate(self) -> Row:
-        results = [
-            self.programs.evaluate(self.state.params, self.state.mstate, batch)
-            for batch in self.loader.test_batches()
-        ]
-        n = len(self.data.test_labels)
-        return {
-            "test_loss": sum(float(r["loss"]) for r in results) / n,
-            "test_accuracy": sum(int(r["correct"]) for r in results) / n,
-        }
-
-    def _probe(self) -> Row:
-        index = np.arange(min(PROBE_SIZE, self.loader.train_size))
-        return report.probe_row(self.programs.probe(self.state, self.loader.fixed_batch(index)))
-
-    def _compact(self, evaluated: Row) -> Row:
-        """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
-        chosen = ranks.selection(self.state.params)
-        if not chosen:
-            return {}
-        # Paths that were built at the old ranks are built anew; every other shape was sliced.
-        self.state = self.programs.refresh(ranks.compact(self.state, chosen))
-        return {
-            "test_accuracy_before_compaction": evaluated["test_accuracy"],
-            "test_loss_before_compaction": evaluated["test_loss"],
-            **self._evaluate(),
-        }
+    def _save(self, position: Position) -> None:
+        """Keeps the state, unless it was kept or restored just now."""
+        self.position = position
+        if self.trainer.step != self.saved:
+            self.checkpoints.save(self.trainer.state, position)
+            self.saved = self.trainer.step
 
     def _wall_s(self) -> float:
         return self.earlier_s + time.monotonic() - self.started
 
     def _finish(self, status: str) -> Row:
-        rows = self.folder.rows()
+        rows, built, state = self.folder.rows(), self.trainer.built, self.trainer.state
         summary: Row = {
             "status": status,
-            "epochs": self.epoch,
+            "epochs": self.position.epoch,
             **report.settings(self.config),
-            "feedback_note": self.built.method.note,
+            "feedback_note": built.method.note,
             **report.last_epoch(rows),
-            **report.sizes(self.built.units, self.state, self.data, self.dense),
-            "compiles": self.compiles.value,
+            **report.best_epoch(rows[: self.position.epoch]),
+            "rollbacks": list(self.position.rollbacks),
+            **report.sizes(built.units, state, self.trainer.data, self.dense),
+            "compiles": self.trainer.compiles.value,
             "wall_s": self._wall_s(),
             "commit": workdir.commit(),
             "workdir": str(self.folder.path),

@@ -141,9 +141,10 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
             if cell.variant in settings.only:
                 run_cell(cell, load)
                 write_results(study, settings)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         write_results(study, settings)
-        raise KeyboardInterrupt(
+        # Ctrl-C or SIGTERM, which end a program with different codes.
+        raise type(e)(
             f"interrupted; go on with the same flags and --folder={settings.folder}"
         ) from None
     return write_results(study, settings)

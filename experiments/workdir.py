@@ -2,17 +2,14 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Config, differences
-
-_PACKAGES = ("ssa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+from ssa_jax.record import versions
 
 
 class WorkdirError(ValueError):
@@ -22,9 +19,10 @@ class WorkdirError(ValueError):
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none that can be read."""
     try:
-        return json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -35,8 +33,11 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Workdir:
@@ -82,7 +83,8 @@ def create(config: Config) -> Workdir:
     path = Path(config.workdir) if config.workdir else _default_path(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        # A process killed in this function leaves a temporary file at most.
+        if any(p.suffix != ".tmp" for p in path.iterdir()):
             raise WorkdirError(_occupied(path, config))
         workdir = Workdir(path)
         workdir.write_json("config.json", _record(config))
@@ -122,10 +124,8 @@ def _default_path(config: Config) -> Path:
 
 def stored_config(path: Path) -> dict[str, Any] | None:
     """The config of the run in a folder, or None where there is none that can be read."""
-    try:
-        return json.loads((path / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    config = read_json(path / "config.json").get("config")
+    return config if isinstance(config, dict) else None
 
 
 def _occupied(path: Path, config: Config) -> str:
@@ -142,10 +142,7 @@ def _occupied(path: Path, config: Config) -> str:
 def _record(config: Config) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "commit": commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -1,10 +1,15 @@
-"""Checkpoints of the whole training state, written by Orbax.
+"""Checkpoints of the whole training state, written by Orbax in the background.
 
-Ranks change while training, so the stored ranks are read first and give the shapes that the
-rest is read with.
+A checkpoint is a folder named by the steps done. It holds the `TrainState` and, in Orbax's custom
+metadata, its sealed `record`. Orbax makes it visible by renaming a finished folder, so a killed
+process leaves whole checkpoints and at most one temporary folder, which the next writer removes.
 """
 
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,81 +17,252 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ssa_jax import ranks
+from ssa_jax.record import (
+    DamagedError,
+    Position,
+    Record,
+    describe,
+    differences,
+    seal,
+    shapes,
+    unseal,
+    versions,
+)
 from ssa_jax.train import TrainState
 from ssa_jax.train import ranks as ranks_of
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
 class CheckpointError(ValueError):
-    """No checkpoint, or one that does not fit the run."""
+    """No checkpoint that can be used, or one that could not be written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them.
+    """The checkpoints of one run: the newest `keep` and the one of best test accuracy.
+
+    Reading changes nothing in the directory. A context manager, which waits at its end until
+    everything is written.
 
     Args:
-      directory: created when missing.
-      keep: how many to keep.
+      directory: created when missing by the first `save`.
+      keep: how many of the newest to keep.
+      config: settings that a run must share to go on with a checkpoint; None leaves them unchecked.
+      tell: called with one line for each damaged checkpoint that is passed over.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        config: dict[str, Any] | None = None,
+        tell: Callable[[str], None] = print,
+    ):
         self._directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._keep = keep
+        # As JSON gives it back.
+        self._config = None if config is None else json.loads(json.dumps(config))
+        self._tell = tell
+        self._writer: ocp.training.Checkpointer | None = None
+        self._accuracies: dict[int, float] = {}
 
-    def save(self, epoch: int, state: TrainState) -> None:
-        """Writes the state after `epoch` epochs, in the background."""
-        # Orbax reads the arrays while training goes on, and the next step is donated them.
-        # Forced, since a save while another is running is otherwise skipped without a word.
-        self._checkpointer.save_checkpointables_async(
-            epoch,
-            {"state": jax.tree.map(jnp.copy, state)},
-            custom_metadata={"ranks": ranks_of(state.params)},
-            force=True,
-        )
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            # What ended the block first is what its caller should hear.
+            if kind is None:
+                raise
+
+    def steps(self) -> list[int]:
+        """Steps done at each checkpoint, ascending."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
 
     def latest(self) -> int | None:
-        """Epochs done at the newest checkpoint, or None."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        """Steps done at the newest checkpoint, or None."""
+        return max(self.steps(), default=None)
 
-    def restore(self, like: TrainState) -> tuple[int, TrainState]:
-        """The newest state and the epochs it has done.
+    def best(self) -> int | None:
+        """Steps done at the checkpoint of best test accuracy, the later of equals, or None."""
+        accuracies = self._read_accuracies()
+        return max(accuracies, key=lambda s: (accuracies[s], s), default=None)
+
+    def save(self, state: TrainState, position: Position) -> None:
+        """Writes a state in the background, under the number of its steps.
+
+        Raises:
+          CheckpointError: this save could not begin, or the one before it failed; what was
+            complete before is untouched.
+        """
+        step = int(state.step)
+        # Orbax reads the arrays while training goes on, and the next step is donated them.
+        state = jax.tree.map(jnp.copy, state)
+        record = {
+            "position": position._asdict(),
+            "config": self._config,
+            "versions": versions(),
+            "ranks": ranks_of(state.params),
+            "arrays": describe(state),
+        }
+        try:
+            writer = self._open()
+            # Before the save, which decides what to keep.
+            if position.test_accuracy is not None:
+                self._accuracies[step] = position.test_accuracy
+            # Forced, since a save while another is running is otherwise skipped without a word.
+            writer.save_checkpointables_async(
+                step, {"state": state}, custom_metadata=seal(record), force=True
+            )
+        except Exception as e:
+            raise self._write_error(e) from e
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[Position, TrainState]:
+        """A state and its position: of `step`, or of the newest checkpoint that is not damaged.
 
         Args:
           like: a state of the same run at its initial ranks.
+          step: of `steps`, such as `best()`.
 
         Raises:
-          CheckpointError: there is none, or it is of another model, method or optimiser.
+          CheckpointError: there is none, it is of another run, or all are damaged.
         """
-        epoch = self.latest()
-        if epoch is None:
+        candidates = self.steps()[::-1] if step is None else [step]
+        if not candidates:
             raise CheckpointError(f"no checkpoint in {self._directory}; run without --resume")
-        metadata = self._checkpointer.checkpointables_metadata(epoch)
-        stored = metadata.custom_metadata["ranks"]
-        here = ranks_of(like.params)
-        if stored.keys() != here.keys() or any(stored[k] > here[k] for k in here):
-            raise CheckpointError(
-                f"the checkpoint in {self._directory} holds factors {stored}, this run has {here}"
-            )
-        target = ranks.compact(like, {k: np.arange(r) for k, r in stored.items() if r < here[k]})
-        abstract = jax.tree.map(_abstract, target)
-        try:
-            loaded = self._checkpointer.load_checkpointables(epoch, {"state": abstract})["state"]
-        except Exception as e:
-            cause = e.__cause__ or e
-            raise CheckpointError(
-                f"checkpoint {epoch} in {self._directory} does not fit this run: {cause}"
-            ) from e
-        # Copied, since the buffers may belong to the reader and the first step is donated them.
-        return epoch, jax.tree.map(jnp.copy, loaded)
+        damaged = []
+        for candidate in candidates:
+            try:
+                record, state = self._read(candidate, like)
+            except DamagedError as e:
+                damaged.append(f"checkpoint {candidate} is damaged ({_one_line(e)})")
+                continue
+            for line in damaged:
+                self._tell(f"{line}: going back to checkpoint {candidate}")
+            if different := differences(versions(), record["versions"]):
+                self._tell(f"checkpoint {candidate} was written by other versions: {different}")
+            return Position(**record["position"]), state
+        raise CheckpointError(
+            f"nothing in {self._directory} can be read: {'; '.join(damaged)}; start anew in "
+            "another --workdir"
+        )
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames what is newer than a restored checkpoint, whose steps will be saved again."""
+        self.close()
+        for newer in (self._directory / str(n) for n in self.steps() if n > step):
+            aside = newer.with_name(f"{newer.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+          CheckpointError: it could not be.
+        """
+        if self._writer is not None:
+            try:
+                self._writer.wait()
+            except Exception as e:
+                raise self._write_error(e) from e
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._checkpointer.close()
+        """Like `wait`, and ends the writer's threads."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except Exception as e:
+                raise self._write_error(e) from e
+
+    def _open(self) -> ocp.training.Checkpointer:
+        if self._writer is None:
+            policies = ocp.training.preservation_policies
+            self._accuracies = self._read_accuracies()
+            self._writer = ocp.training.Checkpointer(
+                self._directory.resolve(),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(self._keep), _Best(self._accuracies)]
+                ),
+                cleanup_tmp_directories=True,
+            )
+        return self._writer
+
+    def _read_accuracies(self) -> dict[int, float]:
+        accuracies = {}
+        for step in self.steps():
+            try:
+                accuracy = _record(self._directory / str(step))["position"]["test_accuracy"]
+            except DamagedError:
+                continue
+            if accuracy is not None:
+                accuracies[step] = accuracy
+        return accuracies
+
+    def _read(self, step: int, like: TrainState) -> tuple[Record, TrainState]:
+        folder = self._directory / str(step)
+        record = _record(folder)
+        if self._config and (different := differences(self._config, record["config"] or {})):
+            raise CheckpointError(f"{folder} is of another run: {different}")
+        target = _at_ranks(like, record["ranks"])
+        here, there = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
+        if different := differences(here, there):
+            raise CheckpointError(f"{folder} does not fit this run: {different}")
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
+        )
+        try:
+            loaded = ocp.load_checkpointables(folder.resolve(), {"state": abstract})["state"]
+        except Exception as e:
+            raise DamagedError(e.__cause__ or e) from e
+        # Copied, since the buffers may belong to the reader and the first step is donated them.
+        loaded = jax.tree.map(jnp.copy, loaded)
+        if different := differences(describe(loaded), record["arrays"], limit=1):
+            raise DamagedError(f"its arrays are altered: {different}")
+        return record, loaded
+
+    def _write_error(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"a checkpoint could not be written to {self._directory}: {_one_line(error)}; the "
+            "ones before it are kept, make room and go on with --resume"
+        )
+
+
+class _Best(ocp.training.preservation_policies.PreservationPolicy):
+    """Keeps the checkpoint of best accuracy, the later of equals.
+
+    By the accuracies of our own records: Orbax's policy reads them from a file that nothing
+    protects, and raises where one is damaged.
+    """
+
+    def __init__(self, accuracies: dict[int, float]):
+        self._accuracies = accuracies
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        known = [c.step for c in checkpoints if c.step in self._accuracies]
+        best = max(known, key=lambda step: (self._accuracies[step], step), default=None)
+        return [c.step == best for c in checkpoints]
+
+
+def _record(folder: Path) -> Record:
+    try:
+        sealed = ocp.checkpointables_metadata(folder.resolve()).custom_metadata
+    except Exception as e:
+        raise DamagedError(f"its metadata cannot be read: {e!r}") from e
+    return unseal(sealed)
+
+
+def _at_ranks(like: TrainState, stored: dict[str, int]) -> TrainState:
+    """The state `like` with its factors sliced to stored ranks, where they can be."""
+    here = ranks_of(like.params)
+    smaller = {k: np.arange(min(stored.get(k, here[k]), here[k])) for k in here}
+    return ranks.compact(like, {k: i for k, i in smaller.items() if len(i) < here[k]})
+
+
+def _one_line(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."

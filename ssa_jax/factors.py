@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssa_jax import linalg
 
@@ -81,6 +82,31 @@ def named_leaves(tree: Any) -> dict[str, Factors]:
         for path, x in found
         if is_factors(x)
     }
+
+
+def orthonormalized(f: Factors) -> Factors:
+    """The same W with orthonormal U and V again: for factors that have drifted; on the host.
+
+    From U = Q_u R_u and V = Q_v R_v the small matrix R_u diag(s) R_vᵀ = A diag(σ) Bᵀ gives
+    W = (Q_u A) diag(σ) (Q_v B)ᵀ, in float64. Triplets keep the place (by magnitude) and the sign of
+    the ones they came from, so that what is kept for each entry elsewhere, such as a moment, goes
+    on to mean nearly the same. A singular value that was truncated to zero stays zero.
+
+    Args:
+      f: of finite entries.
+    """
+    u, s, v = (np.asarray(x, np.float64) for x in f)
+    (q_u, r_u), (q_v, r_v) = np.linalg.qr(u), np.linalg.qr(v)
+    a, sigma, bt = np.linalg.svd((r_u * s[None, :]) @ r_v.T)
+    # Both spectra fall: the j-th largest of the one takes the place of that of the other.
+    place = np.argsort(np.argsort(-np.abs(s), kind="stable"), kind="stable")
+    new_u, new_s, new_v = (q_u @ a)[:, place], sigma[place], (q_v @ bt.T)[:, place]
+    sign_u, sign_v = (
+        np.where(np.sum(x * y, 0) < 0, -1.0, 1.0) for x, y in ((u, new_u), (v, new_v))
+    )
+    new_s = np.where(s == 0, 0.0, new_s * sign_u * sign_v)
+    new = (new_u * sign_u[None, :], new_s, new_v * sign_v[None, :])
+    return Factors(*(jnp.asarray(x, old.dtype) for x, old in zip(new, f, strict=True)))
 
 
 def orthogonality_error(tree: Any) -> Array:

@@ -26,7 +26,8 @@ ALLOWED = {
     "train": {"factors", "forward", "losses", "methods", "units"},
     "metrics": {"factors", "linalg", "forward", "losses", "methods", "train", "units"},
     "data": {"train"},
-    "checkpoint": {"ranks", "train"},
+    "record": {"train"},
+    "checkpoint": {"ranks", "record", "train"},
     "costs": set(),
     "__init__": set(),
 }
