@@ -3,10 +3,10 @@
     python -m experiments.depth
     python -m experiments.depth --quick --dataset=digits --only=plain_direct
 
-The 32-layer network with residual blocks and without its skips, a block a unit, trained for some
-steps with backpropagation on factors, with direct SSA, and with direct SSA whose path carries
-mean slopes or whose signals come from one unit ahead. `experiments.study` says what the folder
-holds and how a study goes on.
+The 32-layer network with residual blocks, with blocks without the activation after their sum, and
+without skips, a block a unit, trained for some steps with backpropagation on factors, with direct
+SSA, and with direct SSA whose path carries mean slopes or whose signals come from one unit ahead.
+`experiments.study` says what the folder holds and how a study goes on.
 """
 
 import functools
@@ -21,7 +21,11 @@ from experiments.study_table import Column, accuracy, per_cent, train_loss
 
 DEFAULTS = {"batch_size": 64, "epochs": 1, "max_steps": 150}
 
-_MODELS = {"resnet": ("resnet32", "residual"), "plain": ("plain32", "plain")}
+_MODELS = {
+    "resnet": ("resnet32", "residual"),
+    "identity": ("resnet32_identity", "open residual"),
+    "plain": ("plain32", "plain"),
+}
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd_bp": ("svd_bp", {"method": "svd_bp"}),
     "direct": ("ssa direct", {"method": "ssa"}),

@@ -73,6 +73,7 @@ COUNTS = {
     "vgg13": stack(3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512) + affine(512, 10),
     "resnet32": RESNET32,
     "resnet32_conv": RESNET32,
+    "resnet32_identity": RESNET32,
     "plain32": PLAIN32,
 }
 
@@ -143,6 +144,30 @@ def test_the_plain_network_differs_by_the_skips_alone():
         assert jnp.allclose(a(x), nnx.relu(y + skip), atol=1e-6)
         linear_skip = a.shortcut.linear(x) if a.shortcut else x
         assert jnp.allclose(a.linear(x) - b.linear(x), linear_skip, atol=1e-4)
+        x = a(x)
+
+
+@pytest.mark.parametrize("gates", [False, True])
+def test_open_blocks_are_residual_ones_before_their_activation(gates):
+    residual, open_ = small("resnet32"), small("resnet32_identity")
+    for a, b in zip(residual.units[1:-1], open_.units[1:-1], strict=True):
+        assert max_difference(*(nnx.state(m, nnx.Param) for m in (a, b))) == 0
+        # The same statistics too.
+        b.body, b.shortcut = nnx.clone(a.body), nnx.clone(a.shortcut)
+    if gates:
+        add_mean_slopes(open_)
+    residual.eval()
+    open_.eval()
+    x = residual.units[0](make_batch(shape=SMALL).images)
+    for a, b in zip(residual.units[1:-1], open_.units[1:-1], strict=True):
+        assert jnp.array_equal(a(x), nnx.relu(b(x)))
+        if b.shortcut is None:
+            # The skip is whole in the output and in the linear path alike.
+            body, path = x, x
+            for part in b.body:
+                body, path = part(body), part.linear(path)
+            assert jnp.allclose(b(x) - body, x, atol=1e-5)
+            assert jnp.allclose(b.linear(x) - path, x, atol=1e-5)
         x = a(x)
 
 

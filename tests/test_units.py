@@ -163,6 +163,7 @@ def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
         "resnet32": resnet,
         "resnet32_conv": [resnet[0], *[shape for h, w, c in resnet[1:]
                                        for shape in ((h, w, 2 * c), (h, w, c))]],
+        "resnet32_identity": resnet,
         "plain32": resnet,
     }  # fmt: skip
     assert shapes[:-1] == expected[name]

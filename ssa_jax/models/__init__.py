@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from ssa_jax.models.feedforward import mlp, smallconv, vgg13
-from ssa_jax.models.residual import plain32, resnet32, resnet32_conv
+from ssa_jax.models.residual import plain32, resnet32, resnet32_conv, resnet32_identity
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp,
@@ -13,5 +13,6 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "vgg13": vgg13,
     "resnet32": resnet32,
     "resnet32_conv": resnet32_conv,
+    "resnet32_identity": resnet32_identity,
     "plain32": plain32,
 }

@@ -218,12 +218,14 @@ class Plain(nnx.Module):
 
 
 class _Joined(nnx.Module):
-    """What ends a block: an activation of a sum, and its place in the linear path."""
+    """What ends a block: the activation of a sum, if any, and its place in the linear path."""
 
-    activation: Callable[[Array], Array]
+    activation: Callable[[Array], Array] | None
     slope: MeanSlope | None
 
     def _activate(self, z: Array) -> Array:
+        if self.activation is None:
+            return z
         if self.slope is not None:
             self.slope.observe(self.activation, z)
         return self.activation(z)
@@ -239,7 +241,7 @@ class Residual(_Joined):
       body: `Plain` modules run in order; the last one without activation.
       shortcut: a `Plain` module that fits the shapes, or None for the identity.
       skip: False leaves the shortcut's term out: activation(body(x)), a plain block.
-      activation: applied to the sum.
+      activation: applied to the sum; None for none.
 
     Raises:
       ValueError: a shortcut given to a block without skip.
@@ -251,7 +253,7 @@ class Residual(_Joined):
         *,
         shortcut: Plain | None = None,
         skip: bool = True,
-        activation: Callable[[Array], Array] = nnx.relu,
+        activation: Callable[[Array], Array] | None = nnx.relu,
     ):
         if shortcut is not None and not skip:
             raise ValueError("a block without skip takes no shortcut")

@@ -71,6 +71,24 @@ def resnet32_conv(
     return _resnet(input_shape, classes, rank, rngs, blocks, _halves)
 
 
+def resnet32_identity(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    rank: float | None,
+    rngs: nnx.Rngs,
+    blocks: int = 5,
+) -> Feedforward:
+    """`resnet32` without the activation after each sum: blocks x + body(x).
+
+    What skips a block then reaches the next one unchanged (Gross and Wilber 2016; He et al.,
+    Identity mappings in deep residual networks, 2016, have the argument), and the linear path
+    of a direct signal is exact along the skips. Arguments and errors are those of `resnet32`;
+    one seed gives both the same weights.
+    """
+    return _resnet(input_shape, classes, rank, rngs, blocks, _open)
+
+
 def plain32(
     input_shape: tuple[int, int, int],
     classes: int,
@@ -122,6 +140,10 @@ def _resnet(
 
 def _whole(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
     return [Residual([first, last], shortcut=shortcut)]
+
+
+def _open(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
+    return [Residual([first, last], shortcut=shortcut, activation=None)]
 
 
 def _halves(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
