@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import build, plots, workdir
+from experiments.compiling import Compiling, use_cache
 from experiments.config import Config
 from experiments.flags import NotFiniteError
 from experiments.interrupt import Interruptible
@@ -37,16 +38,6 @@ class Programs(NamedTuple):
     probe: Callable[[TrainState, Batch], metrics.Probe]
 
 
-class Counter:
-    """Counts how often the step was compiled."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def __call__(self) -> None:
-        self.value += 1
-
-
 def run(config: Config, data: Dataset | None = None) -> Row:
     """Trains one configuration and returns its summary, which is also in its workdir.
 
@@ -61,13 +52,14 @@ def run(config: Config, data: Dataset | None = None) -> Row:
       KeyboardInterrupt: after Ctrl-C, with a message that says how to go on.
     """
     config.validate()
+    use_cache(config.compile_cache)
     data = data or data_lib.load(config.dataset, config.data_dir)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints)
-    with Interruptible() as interrupt:
+    with Interruptible() as interrupt, Compiling() as compiling:
         try:
-            return _Run(config, data, built, folder, checkpoints, interrupt).go()
+            return _Run(config, data, built, folder, checkpoints, interrupt, compiling).go()
         finally:
             checkpoints.close()
 
@@ -83,13 +75,14 @@ class _Run:
         folder: Workdir,
         checkpoints: Checkpoints,
         interrupt: Interruptible,
+        compiling: Compiling,
     ):
         self.config, self.data, self.built = config, data, built
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
-        self.compiles = Counter()
+        self.compiling = compiling
         self.programs = Programs(
             train.make_step(
-                built.units, built.method, built.optimizer, built.weights, self.compiles
+                built.units, built.method, built.optimizer, built.weights, self.compiling
             ),
             train.make_refresh(built.method),
             train.make_eval(built.units),
@@ -141,7 +134,8 @@ class _Run:
             "step": int(self.state.step),
             "ranks": train.ranks(self.state.params),
             "images_per_second": row["images"] / seconds,
-            "compiles": self.compiles.value,
+            "compiles": self.compiling.steps,
+            "compile_s": self.compiling.seconds,
             "wall_s": self.earlier_s + time.monotonic() - self.started,
         }
         complete = row["images"] == self.built.steps_per_epoch * self.config.batch_size
@@ -182,12 +176,13 @@ class _Run:
                 history.append(measured)
                 bar.update(size)
         self._check_finite(history[-1]["loss"])
-        mean = {k: float(np.mean([float(h[k]) for h in history])) for k in history[0]}
+        mean = {k: float(np.mean([float(h[k]) for h in history])) for k in ("loss", "accuracy")}
         return {
             "train_loss": mean["loss"],
             "train_accuracy": mean["accuracy"],
             "images": len(history) * size,
             "learning_rate": float(self.built.learning_rate(last - 1)),
+            **_truncations(history),
         }
 
     def _check_finite(self, loss: Any, rest: bool = True) -> None:
@@ -226,7 +221,10 @@ class _Run:
 
     def _compact(self, evaluated: Row) -> Row:
         """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
-        chosen = ranks.selection(self.state.params)
+        # Once the schedules have ended ranks are stored as they are: a budget is met exactly, and
+        # no step is compiled for them any more.
+        last = int(self.state.step) >= self.built.total_steps
+        chosen = ranks.selection(self.state.params, 1 if last else None)
         if not chosen:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
@@ -268,7 +266,8 @@ class _Run:
             "macs_ratio": size.macs / self.dense.macs,
             "ranks": train.ranks(self.state.params),
             "rank_fraction": build.rank_fraction(self.state.params),
-            "compiles": self.compiles.value,
+            "compiles": self.compiling.steps,
+            "compile_s": self.compiling.seconds,
             "wall_s": self.earlier_s + time.monotonic() - self.started,
             "commit": workdir.commit(),
             "workdir": str(self.folder.path),
@@ -277,6 +276,23 @@ class _Run:
         if rows:
             plots.draw(rows, self.folder.plots)
         return summary
+
+
+def _truncations(history: list[dict[str, Array]]) -> Row:
+    """How many steps truncated, and the loss before and after where it rose most."""
+    before, after = (
+        np.array([float(h.get(f"loss_{when}_truncation", math.nan)) for h in history])
+        for when in ("before", "after")
+    )
+    cuts = np.flatnonzero(~np.isnan(before))
+    if not cuts.size:
+        return {}
+    worst = cuts[np.argmax((after - before)[cuts])]
+    return {
+        "truncations": int(cuts.size),
+        "loss_before_truncation": float(before[worst]),
+        "loss_after_truncation": float(after[worst]),
+    }
 
 
 def _degrees(angles: Iterable[Array | None]) -> list[float | None]:

@@ -69,7 +69,7 @@ def test_truncation_follows_the_schedule_and_is_sticky():
     _, state, _, _, compiled = trained("linear")
     for f in factors.leaves(state.params):
         alive = int(jnp.count_nonzero(f.s))
-        assert alive == max(int(np.ceil(0.7 * f.rank - 1e-4)), min(f.rank, ranks.BUCKET))
+        assert alive == max(int(np.ceil(0.7 * f.rank - 1e-4)), min(f.rank, ranks.LEAST))
     assert len(compiled) == 1
 
 
@@ -78,7 +78,7 @@ def test_hybrid_goes_below_linear_and_respects_the_floor():
     _, hybrid, *_ = trained("hybrid")
     for a, b in zip(factors.leaves(linear.params), factors.leaves(hybrid.params), strict=True):
         assert int(jnp.count_nonzero(b.s)) <= int(jnp.count_nonzero(a.s))
-        assert int(jnp.count_nonzero(b.s)) >= max(0.3 * b.rank, min(b.rank, ranks.BUCKET))
+        assert int(jnp.count_nonzero(b.s)) >= max(0.3 * b.rank, min(b.rank, ranks.LEAST))
     alive = [sum(int(jnp.count_nonzero(f.s)) for f in factors.leaves(s.params))
              for s in (linear, hybrid)]  # fmt: skip
     assert alive[1] < alive[0]
