@@ -12,10 +12,10 @@ A budget is the size of the whole network at its end over the dense network's, i
   rule, whose share is lowered from `--energy` where its cuts would not reach the floor;
 - `adaptive` starts at `--rank_init`, and shares the falling budget out among all layers.
 
-The share of full rank that a budget leaves stands in the table: a 3x3 convolution of equal widths at
-a fifth of full rank has 40 % of its dense parameters. With `--max_steps` the schedules end there, so
-that a short run ends at its budget too. `experiments.study` says what the folder holds and how a
-study goes on; budget.png is the table's picture.
+The share of full rank that a budget leaves stands in the table: a 3x3 convolution of equal widths
+at a fifth of full rank has 40 % of its dense parameters. With `--max_steps` the schedules end
+there, so that a short run ends at its budget too. `experiments.study` says what the folder holds
+and how a study goes on; budget.png is the table's picture.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column, accuracy, per_cent, spread
 
 DEFAULTS = {"rank_cuts": 20}
-BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5)
 # Name of the variants, label, rank schedule.
 SCHEDULES = (
     ("uniform", "uniform", "none"),
@@ -84,17 +84,15 @@ def to_its_end(settings: Settings) -> Settings:
 
 def curves(rows: list[study.Row], kind: str) -> list[plots.Curve]:
     """Mean and deviation of the accuracy by the size reached, one curve a schedule."""
-    found = []
+    found, good = [], [r for r in rows if r["status"] != "not_finite"]
     for prefix, label, _ in SCHEDULES:
+        names = [v.name for v in VARIANTS if v.name.startswith(f"{prefix}_")]
+        cells = [ours for name in names if (ours := [r for r in good if r["variant"] == name])]
         points = [
             plots.Point.of(
                 [100 * r[f"{kind}_ratio"] for r in ours], [100 * r["test_accuracy"] for r in ours]
             )
-            for v in VARIANTS
-            if v.name.startswith(f"{prefix}_")
-            and (
-                ours := [r for r in rows if r["variant"] == v.name and r["status"] != "not_finite"]
-            )
+            for ours in cells
         ]
         if points:
             found.append(plots.Curve(label, points))
