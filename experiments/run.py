@@ -273,6 +273,11 @@ class _Run:
             "workdir": str(self.folder.path),
         }
         self.folder.write_json("summary.json", summary)
+        print(
+            f"step compiled {self.compiling.steps} times; all programs took "
+            f"{self.compiling.seconds:.1f} s to compile",
+            flush=True,
+        )
         if rows:
             plots.draw(rows, self.folder.plots)
         return summary
