@@ -1,18 +1,22 @@
 """From a config and a data set to everything that a run calls."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from experiments import budgets
+from experiments.budgets import BudgetError
 from experiments.config import Config, ConfigError
-from ssa_jax import costs, factors, optim
+from ssa_jax import costs, factors, optim, ranks
 from ssa_jax.data import Dataset
 from ssa_jax.forward import output_shapes, predict
 from ssa_jax.losses import LossWeights
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network, blend, relay
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import add_mean_slopes
+from ssa_jax.optim import OptimizerConfig
 from ssa_jax.train import TrainState, init_state
 from ssa_jax.units import Unit, group_units, split_units
 
@@ -34,6 +38,7 @@ class Built(NamedTuple):
     weights: LossWeights
     learning_rate: Any
     steps_per_epoch: int
+    total_steps: int
     state: TrainState
 
 
@@ -56,23 +61,27 @@ def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
             f"--batch_size must be at most {len(data.train_labels)}, the number of training "
             f"examples, got {config.batch_size}"
         )
+    config = config if config.rank_schedule != "none" else _at_budget(config, data)
+    every_step = config.epochs * steps_per_epoch
     units, params, mstate = _split(config, data, config.rank_init if config.factorized else None)
     shapes = output_shapes(units, params, mstate, data.image_shape)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate * rate_scale,
-        total_steps=config.epochs * steps_per_epoch,
+        total_steps=min(config.schedule_steps or every_step, every_step),
         steps_per_epoch=steps_per_epoch,
         optimizer=config.optimizer,
         first_rate=config.first_rate,
         hoyer=config.hoyer,
         rank_schedule=config.rank_schedule,
         rank_floor=config.rank_floor,
+        rank_cuts=config.rank_cuts,
+        rank_exclude=_patterns(config),
         energy=config.energy,
         projection=config.projection,
         retraction=config.retraction,
         retract_every=config.retract_every,
     )
-    optimizer = optim.make_optimizer(chain)
+    optimizer = optim.make_optimizer(_within_budget(config, data, chain, units, params, mstate))
     try:
         warmup, method = make_methods(config, Network(units, shapes))
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
@@ -89,6 +98,7 @@ def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
         ),
         learning_rate=optim.learning_rate(chain),
         steps_per_epoch=steps_per_epoch,
+        total_steps=chain.total_steps,
         state=state,
     )
 
@@ -144,7 +154,77 @@ def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dat
 
 def dense_costs(config: Config, data: Dataset) -> Costs:
     """Costs of the same network without factors."""
-    return network_costs(*_split(config, data, None), data)
+    return _costs_at(config, data, None)
+
+
+def _costs_at(config: Config, data: Dataset, rank: float | None) -> Costs:
+    """Costs of the network of a config at a fraction of full rank, from shapes alone."""
+    built: list[tuple[Unit, ...]] = []
+
+    def shapes() -> tuple[Tree, Tree]:
+        units, params, mstate = _split(config, data, rank)
+        built.append(units)
+        return params, mstate
+
+    params, mstate = jax.eval_shape(shapes)
+    return network_costs(built[0], params, mstate, data)
+
+
+def _patterns(config: Config) -> tuple[str, ...]:
+    return tuple(p.strip() for p in config.rank_exclude.split(",") if p.strip())
+
+
+def _at_budget(config: Config, data: Dataset) -> Config:
+    """The config with the initial rank at which the whole network fits its budget."""
+    if not config.rank_budget:
+        return config
+    dense = getattr(dense_costs(config, data), config.budget_kind)
+
+    def size_at(rank: float) -> int:
+        return getattr(_costs_at(config, data, rank), config.budget_kind)
+
+    try:
+        rank = budgets.fitting_fraction(size_at, config.rank_budget, dense)
+    except BudgetError as e:
+        raise ConfigError(str(e)) from e
+    return dataclasses.replace(config, rank_init=rank)
+
+
+def _within_budget(
+    config: Config,
+    data: Dataset,
+    chain: OptimizerConfig,
+    units: tuple[Unit, ...],
+    params: Tree,
+    mstate: Tree,
+) -> OptimizerConfig:
+    """The settings of the chain with what the budget says of floor, target, energy and costs."""
+    kind = config.budget_kind
+
+    def size_of(tree: Tree) -> int:
+        return getattr(network_costs(units, tree, mstate, data), kind)
+
+    if not (config.rank_budget or chain.rank_exclude):
+        return chain
+    try:
+        size = budgets.size_by_rank(size_of, params, chain.rank_exclude)
+        if not config.rank_budget or config.rank_schedule == "none":
+            return chain
+        dense = getattr(dense_costs(config, data), kind)
+        if config.rank_schedule == "adaptive":
+            budgets.check_reachable(size, config.rank_budget, dense)
+            now = size.at(lambda r: r)
+            last = min(config.rank_budget * dense, now)
+            ends = (now - size.fixed, last - size.fixed)
+            return chain._replace(rank_costs=size.costs, rank_budget=ends)
+        floor = budgets.fitting_floor(size, config.rank_budget, dense)
+    except BudgetError as e:
+        raise ConfigError(str(e)) from e
+    if config.rank_schedule == "linear":
+        return chain._replace(rank_floor=floor, rank_target=floor)
+    period = optim.rank_period(chain) / chain.total_steps
+    energy = ranks.energy_to_reach(config.rank_schedule, chain.energy, floor, period)
+    return chain._replace(rank_floor=floor, energy=energy)
 
 
 def rank_fraction(params: Tree) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from experiments.budgets import KINDS
 from ssa_jax import record
 from ssa_jax.data import DATASETS
 from ssa_jax.feedback import FORMS
@@ -37,6 +38,9 @@ class Config:
     )
     epochs: int = setting(10, "Passes over the training set.", low=1)
     max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
+    schedule_steps: int = setting(
+        0, "Length of the schedules of rate and ranks in steps; 0: all epochs.", low=0
+    )
     batch_size: int = setting(128, "Examples in a step.", low=1)
     optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
@@ -45,6 +49,11 @@ class Config:
     )
     seed: int = setting(0, "Seed of all randomness.", low=0)
     workdir: str | None = setting(None, "Where results go; default: a new folder under runs/.")
+    compile_cache: str | None = setting(
+        None,
+        "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
+        "ssa_jax/jax in the user's cache folder.",
+    )
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
     save_every: int = setting(
         0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
@@ -73,6 +82,16 @@ class Config:
     rank_schedule: str = setting("none", "How ranks fall.", choices=tuple(SCHEDULES))
     rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
     rank_floor: float = setting(0.3, "Lowest rank over the initial one.", low=0.0, high=1.0)
+    rank_budget: float = setting(
+        0.0,
+        "Size where ranks end, over the dense network's: of none from the start, of linear its "
+        "target, of adaptive its budget, of the others their floor; 0: none.",
+        low=0.0,
+        high=1.0,
+    )
+    budget_kind: str = setting("params", "Unit of --rank_budget.", choices=KINDS)
+    rank_exclude: str = setting("", "Layers that keep their rank: patterns, by commas; '0/*'.")
+    rank_cuts: int = setting(0, "Cuts of the energy rule in all; 0: one an epoch.", low=0)
     energy: float = setting(0.95, "Energy share that the energy rule keeps.", above=0.0, high=1.0)
     feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)
     feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)
@@ -127,13 +146,18 @@ class Config:
                 wanted = "finite"
             if wanted:
                 raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+        if self.rank_schedule == "adaptive" and self.factorized and not self.rank_budget:
+            raise ConfigError("--rank_schedule=adaptive needs --rank_budget, such as 0.3")
+        if self.rank_budget and not self.factorized:
+            raise ConfigError("--rank_budget needs a factorised model: --factorize=on")
         if self.resume and not self.workdir:
             raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
 
 
 # Flags that say where, how far and how safely to run, not what the run is.
 _NOT_IDENTITY = (
-    "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints", "on_nan"
+    "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints", "on_nan",
+    "compile_cache",
 )  # fmt: skip
 
 

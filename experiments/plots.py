@@ -1,9 +1,11 @@
 """PNG pictures of a run: curves, angles, ranks."""
 
 import importlib.util
-from collections.abc import Callable
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
@@ -22,6 +24,52 @@ def draw(rows: list[Row], folder: Path) -> list[Path]:
     if rows[-1]["ranks"]:
         files.append(_figure(folder / "ranks.png", lambda f: _ranks(f, rows)))
     return files
+
+
+class Point(NamedTuple):
+    """Mean of both coordinates, and sample standard deviation of y; None of a single value."""
+
+    x: float
+    y: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, x: Sequence[float], y: Sequence[float]) -> "Point":
+        """The point of several runs."""
+        deviation = statistics.stdev(y) if len(y) > 1 else None
+        return cls(statistics.fmean(x), statistics.fmean(y), deviation)
+
+
+class Curve(NamedTuple):
+    """A line of a picture: its label and its points."""
+
+    label: str
+    points: Sequence[Point]
+
+
+def draw_curves(file: Path, curves: Sequence[Curve], x: str, y: str) -> Path | None:
+    """Draws labelled curves with error bars, over axes named x and y.
+
+    Returns:
+      The file; None without matplotlib, which a line on the terminal says.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: pip install 'ssa_jax[plots]'")
+        return None
+
+    def fill(figure: Any) -> None:
+        axes = figure.add_subplot(111, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        # Told apart without colours too.
+        for curve, marker in zip(curves, itertools.cycle("os^Dv")):
+            points = sorted(curve.points)
+            bars = [p.deviation or 0.0 for p in points]
+            axes.errorbar([p.x for p in points], [p.y for p in points], yerr=bars,
+                          label=curve.label, marker=marker, capsize=3)  # fmt: skip
+        if curves:
+            axes.legend()
+
+    return _figure(file, fill)
 
 
 def _figure(file: Path, fill: Callable[[Any], None]) -> Path:

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from experiments import build, plots, report, workdir
+from experiments.compiling import Compiling, use_cache
 from experiments.config import Config, identity
 from experiments.flags import NotFiniteError
 from experiments.interrupt import Interruptible, Terminated
@@ -39,12 +40,13 @@ def run(config: Config, data: Dataset | None = None) -> Row:
         message says how to go on.
     """
     config.validate()
+    use_cache(config.compile_cache)
     data = data or data_lib.load(config.dataset, config.data_dir)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
-    with Interruptible() as interrupt, checkpoints:
-        trainer = Trainer(config, data, built)
+    with Interruptible() as interrupt, Compiling() as compiling, checkpoints:
+        trainer = Trainer(config, data, built, compiling)
         return _Run(config, trainer, folder, checkpoints, interrupt).go()
 
 
@@ -64,7 +66,7 @@ class _Run:
         checkpoints: Checkpoints,
         interrupt: Interruptible,
     ):
-        self.config, self.trainer = config, trainer
+        self.config, self.trainer, self.compiling = config, trainer, trainer.compiling
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
         self.position, self.saved, self.earlier_s = Position(), 0, 0.0
         self.dense = build.dense_costs(config, trainer.data)
@@ -167,7 +169,8 @@ class _Run:
             "ranks": train.ranks(self.trainer.state.params),
             "rollbacks": len(position.rollbacks),
             "images_per_second": images / seconds,
-            "compiles": self.trainer.compiles.value,
+            "compiles": self.compiling.steps,
+            "compile_s": self.compiling.seconds,
             "wall_s": self._wall_s(),
         }
         self.folder.log(row)
@@ -222,12 +225,18 @@ class _Run:
             **report.best_epoch(rows[: self.position.epoch]),
             "rollbacks": list(self.position.rollbacks),
             **report.sizes(built.units, state, self.trainer.data, self.dense),
-            "compiles": self.trainer.compiles.value,
+            "compiles": self.compiling.steps,
+            "compile_s": self.compiling.seconds,
             "wall_s": self._wall_s(),
             "commit": workdir.commit(),
             "workdir": str(self.folder.path),
         }
         self.folder.write_json("summary.json", summary)
+        print(
+            f"step compiled {self.compiling.steps} times; all programs took "
+            f"{self.compiling.seconds:.1f} s to compile",
+            flush=True,
+        )
         if rows:
             plots.draw(rows, self.folder.plots)
         return summary

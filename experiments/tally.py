@@ -1,20 +1,26 @@
 """Means of training metrics over an epoch that may be left and gone on with."""
 
 import math
+from typing import Any
 
 import jax
 
 Array = jax.Array
 
+# What the step reports of truncation, NaN where it truncated nothing.
+_BEFORE, _AFTER = "loss_before_truncation", "loss_after_truncation"
+_COUNT = "truncations"
+
 
 class Tally:
-    """Sums of metrics over the steps of an epoch, in float64.
+    """Sums of metrics over the steps of an epoch, in float64, and its worst truncation.
 
     A step's metrics are read when the next step has begun, so that the device never waits for
     the host.
 
     Args:
-      sums: of the steps done before.
+      sums: of the steps done before; with the number of steps that truncated, and the loss
+        before and after where it rose most, once there is one.
       steps: their number.
     """
 
@@ -30,16 +36,31 @@ class Tally:
 
     def flush(self) -> None:
         """Reads the last step."""
-        for name, value in self._latest.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        values = {name: float(value) for name, value in self._latest.items()}
         self._latest = {}
+        before, after = (values.pop(name, math.nan) for name in (_BEFORE, _AFTER))
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if not math.isnan(before):
+            self._count_truncation(before, after)
+
+    def _count_truncation(self, before: float, after: float) -> None:
+        sums = self.sums
+        sums[_COUNT] = sums.get(_COUNT, 0) + 1
+        if _AFTER not in sums or after - before > sums[_AFTER] - sums[_BEFORE]:
+            sums |= {_BEFORE: before, _AFTER: after}
 
     @property
     def finite(self) -> bool:
         """Whether every value that was read is finite."""
         return all(map(math.isfinite, self.sums.values()))
 
-    def means(self) -> dict[str, float]:
-        """Mean of each metric over the steps."""
+    def row(self) -> dict[str, Any]:
+        """Mean loss and accuracy over the steps, and what truncation did, if there was any."""
         self.flush()
-        return {name: total / self.steps for name, total in self.sums.items()}
+        truncation = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
+        return {
+            "train_loss": self.sums["loss"] / self.steps,
+            "train_accuracy": self.sums["accuracy"] / self.steps,
+            **truncation,
+        }

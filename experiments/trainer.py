@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import build, report
+from experiments.compiling import Compiling
 from experiments.config import Config
 from experiments.flags import NotFiniteError
 from experiments.tally import Tally
@@ -36,16 +37,6 @@ class Programs(NamedTuple):
     probe: Callable[[TrainState, Batch], metrics.Probe]
 
 
-class Counter:
-    """Counts how often the step was compiled."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def __call__(self) -> None:
-        self.value += 1
-
-
 class Trainer:
     """The state of a run on the device, and what is done to it between two checkpoints.
 
@@ -53,11 +44,11 @@ class Trainer:
       config: the run.
       data: its data set.
       built: from `build.build`, whose state is taken over.
+      compiling: counts compilations of the step.
     """
 
-    def __init__(self, config: Config, data: Dataset, built: build.Built):
-        self.config, self.data = config, data
-        self.compiles = Counter()
+    def __init__(self, config: Config, data: Dataset, built: build.Built, compiling: Compiling):
+        self.config, self.data, self.compiling = config, data, compiling
         self.loader: Loader = data_lib.make_loader(data)
         self.state = built.state
         self.use(built)
@@ -66,7 +57,7 @@ class Trainer:
         """Takes over the programs of another build of the same run; the state stays."""
         self.built = built
         step, warmup = (
-            train.make_step(built.units, method, built.optimizer, built.weights, self.compiles)
+            train.make_step(built.units, method, built.optimizer, built.weights, self.compiling)
             for method in (built.method, built.warmup)
         )
         self.programs = Programs(
@@ -122,11 +113,10 @@ class Trainer:
                 tally.add(measured)
                 _check_finite(tally.finite)
                 bar.update(size)
-        mean = tally.means()
+        row = tally.row()
         _check_finite(tally.finite)
         return {
-            "train_loss": mean["loss"],
-            "train_accuracy": mean["accuracy"],
+            **row,
             "images": tally.steps * size,
             "learning_rate": float(self.built.learning_rate(first + tally.steps - 1)),
         }
@@ -185,7 +175,10 @@ class Trainer:
 
     def _compact(self, evaluated: Row) -> Row:
         """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
-        chosen = ranks.selection(self.state.params)
+        # Once the schedules have ended ranks are stored as they are: a budget is met exactly, and
+        # no step is compiled for them any more.
+        ended = self.step >= self.built.total_steps
+        chosen = ranks.selection(self.state.params, 1 if ended else None)
         if not chosen:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.

@@ -389,6 +389,12 @@ def energy_rank(s: Array, energy: Array | float) -> Array:
     return k.astype(jnp.int32)
 
 
+def stable_rank(s: Array) -> Array:
+    """Σ s² / max s² over the last axis of s (..., r), between 1 and r; 0 of zeros."""
+    power = jnp.square(s)
+    return jnp.sum(power, axis=-1) / jnp.maximum(jnp.max(power, axis=-1), jnp.finfo(s.dtype).tiny)
+
+
 def orthogonality_error(x: Array) -> Array:
     """Max |XᵀX - I| over (..., n, r): the distance from the Stiefel manifold, a scalar."""
     g = gram(x)

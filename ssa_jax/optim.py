@@ -1,6 +1,8 @@
 """The optimiser of a configuration: schedules and names made into one chain."""
 
-from collections.abc import Callable
+import fnmatch
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax import ranks, transforms
+from ssa_jax.factors import is_factors
 
 Array = jax.Array
 
@@ -17,13 +20,17 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+# Steps between choices of adaptive ranks, as in AdaLoRA; fewer in a short run.
+CHOOSE_EVERY = 10
+
+
 class OptimizerConfig(NamedTuple):
     """Settings of the chain.
 
     Attributes:
       learning_rate: peak of the schedule.
       total_steps: length of training.
-      steps_per_epoch: ranks are chosen anew at the end of every epoch.
+      steps_per_epoch: the energy rule cuts in the first step of every epoch.
       optimizer: a name in `OPTIMIZERS`.
       first_rate: rate of the first unit over that of the last; see `scale_by_depth`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
@@ -31,7 +38,13 @@ class OptimizerConfig(NamedTuple):
       clip: largest RMS of one gradient array; local, unlike a global norm.
       hoyer: η, coefficient of the Hoyer term.
       rank_schedule: a name in `ranks.SCHEDULES`.
-      rank_floor: lowest rank of the energy rule, as a fraction of the initial one.
+      rank_floor: lowest rank of any rule but `adaptive`, as a fraction of the initial one.
+      rank_target: what the linear phase leaves, as a fraction of the initial rank; never less
+        than the floor.
+      rank_cuts: how often the energy rule cuts, spread over training; 0 for once an epoch.
+      rank_exclude: patterns of the paths of layers that keep their rank.
+      rank_costs: of one singular direction of each layer, by path; for `adaptive`.
+      rank_budget: for the sum of those costs, at the start and at the end; for `adaptive`.
       energy: share of Σ s² that the energy rule keeps.
       projection: a name in `linalg.PROJECTIONS`.
       retraction: a name in `linalg.RETRACTIONS`.
@@ -48,6 +61,11 @@ class OptimizerConfig(NamedTuple):
     hoyer: float = 0.0
     rank_schedule: str = "none"
     rank_floor: float = 0.3
+    rank_target: float = ranks.LINEAR_TARGET
+    rank_cuts: int = 0
+    rank_exclude: tuple[str, ...] = ()
+    rank_costs: Mapping[str, float] = types.MappingProxyType({})
+    rank_budget: tuple[float, float] = (0.0, 0.0)
     energy: float = 0.95
     projection: str = "stiefel"
     retraction: str = "newton_schulz"
@@ -87,6 +105,18 @@ def scale_by_depth(first: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def excluded(patterns: Sequence[str], path: str) -> bool:
+    """Whether a layer's path fits one of the patterns, as a shell matches file names."""
+    return any(fnmatch.fnmatchcase(path, p) for p in patterns)
+
+
+def rank_period(config: OptimizerConfig) -> int:
+    """Steps between cuts of the energy rule and looks at the stable rank."""
+    if not config.rank_cuts:
+        return config.steps_per_epoch
+    return max(1, config.total_steps // config.rank_cuts)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The chain `transforms.ssa`, whose order is written there, with the settings of a config.
 
@@ -94,20 +124,80 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
       ValueError: an unknown name or a value out of range, from the transforms.
     """
     schedule = ranks.SCHEDULES[config.rank_schedule]
+    final = max(config.rank_target, config.rank_floor)
 
     def target(count: Array) -> ranks.Target:
-        return schedule(jnp.minimum(count / config.total_steps, 1.0), config.energy)
+        return schedule(_fraction(config, count), config.energy, final)
 
-    return transforms.ssa(
+    chain = transforms.ssa(
         learning_rate(config),
         optimizer=optax.chain(OPTIMIZERS[config.optimizer](), scale_by_depth(config.first_rate)),
         hoyer=lambda count: config.hoyer * target(count).hoyer,
         clip=config.clip,
-        target=lambda count: target(count)[:2],
+        target=1.0 if schedule is ranks.none else lambda count: target(count)[:2],
         floor=config.rank_floor,
-        truncate_every=config.steps_per_epoch,
-        least_rank=ranks.BUCKET,
+        truncate_every=rank_period(config),
+        least_rank=ranks.LEAST,
         metric=config.projection,
         retraction=config.retraction,
         retract_every=config.retract_every,
+        rank_mask=_rank_mask(config),
     )
+    rule = RULES.get(config.rank_schedule)
+    return chain if rule is None else rule(config, chain)
+
+
+def _fraction(config: OptimizerConfig, count: Array) -> Array:
+    return jnp.minimum(count / config.total_steps, 1.0)
+
+
+def _rank_mask(config: OptimizerConfig) -> Callable[[Any], Any]:
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: is_factors(x) and not excluded(config.rank_exclude, _name(path)),
+            params,
+            is_leaf=is_factors,
+        )
+
+    return mask
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _stable_rank(
+    config: OptimizerConfig, chain: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Truncates once, when the stable ranks have settled."""
+    rule = transforms.truncate_stable_rank(
+        every=rank_period(config),
+        floor=config.rank_floor,
+        least=ranks.LEAST,
+        mask=_rank_mask(config),
+    )
+    # Truncation changes s alone, so it may follow the retraction of U and V.
+    return optax.chain(chain, rule)
+
+
+def _adaptive(
+    config: OptimizerConfig, chain: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Shares out a budget that falls from the first to the last one."""
+    first, last = config.rank_budget
+
+    def budget(count: Array) -> Array:
+        return last + (first - last) * ranks.annealed(_fraction(config, count))
+
+    return transforms.adapt_rank(
+        chain,
+        budget,
+        cost=lambda path, f: config.rank_costs[path],
+        every=max(1, min(CHOOSE_EVERY, config.total_steps // 50)),
+        until=int(ranks.REST_PHASE * config.total_steps),
+        least=ranks.LEAST,
+        mask=_rank_mask(config),
+    )
+
+
+RULES = {"stable_rank": _stable_rank, "adaptive": _adaptive}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssa_jax import factors, losses
+from ssa_jax import factors, losses, transforms
 from ssa_jax.forward import Tape, forward, predict
 from ssa_jax.losses import LossWeights
 from ssa_jax.methods import Method
@@ -105,7 +105,7 @@ def make_step(
 
     Returns:
       (state, batch) -> (state, metrics), metrics being ``loss`` and ``accuracy`` at the
-      parameters before the step.
+      parameters before the step, and `truncation_losses`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -119,9 +119,42 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         feedback = method.update(state.feedback, state.params, params, tape, batch)
         metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels)}
+        metrics |= truncation_losses(units, params, state.mstate, opt_state, batch)
         return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def truncation_losses(
+    units: Sequence[Unit], params: Tree, mstate: Tree, opt_state: optax.OptState, batch: Batch
+) -> dict[str, Array]:
+    """What the truncation of a step does to the loss, measured where it happens.
+
+    Args:
+      units: the network.
+      params: after the step.
+      mstate: before it; the passes take the statistics of the batch.
+      opt_state: after the step; it keeps what was truncated.
+      batch: of the step.
+
+    Returns:
+      ``loss_before_truncation`` and ``loss_after_truncation``, of the new parameters without
+      and with the truncation, both NaN in a step that truncates nothing; empty where the chain
+      never truncates.
+    """
+    whole = transforms.restore_dropped(params, opt_state)
+    if whole is None:
+        return {}
+
+    def loss(p: Tree) -> Array:
+        logits = predict(units, p, mstate, batch.images, train=True)
+        return losses.cross_entropy(logits, batch.labels)
+
+    pairs = zip(factors.leaves(whole), factors.leaves(params), strict=True)
+    cut = jnp.any(jnp.stack([jnp.any(a.s != b.s) for a, b in pairs]))
+    nan = jnp.float32(jnp.nan)
+    before, after = jax.lax.cond(cut, lambda: (loss(whole), loss(params)), lambda: (nan, nan))
+    return {"loss_before_truncation": before, "loss_after_truncation": after}
 
 
 def all_finite(tree: Tree) -> bool:

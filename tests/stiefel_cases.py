@@ -76,6 +76,12 @@ TRANSFORMS = {
     ),
     "add_hoyer": (transforms.add_hoyer, {"weight": 0.1, "kind": "squared"}, ()),
     "truncate_rank": (transforms.truncate_rank, {"target": 0.9}, ("every",)),
+    "truncate_stable_rank": (transforms.truncate_stable_rank, {}, ("every",)),
+    "adapt_rank": (
+        transforms.adapt_rank,
+        {"inner": optax.sgd(0.1), "budget": 8.0, "every": 1},
+        ("inner", "cost", "every", "until", "least"),
+    ),
     "orthogonality_drift": (transforms.orthogonality_drift, {}, ("every",)),
     # QR compiles fastest; the other retractions have rows of their own.
     **{

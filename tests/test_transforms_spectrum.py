@@ -1,5 +1,6 @@
 """Truncation of spectra inside the step, and the compaction that follows it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,3 +122,126 @@ def test_compaction_slices_masks_and_moments_and_keeps_the_weight():
         keep = chosen["layer"]
         np.testing.assert_allclose(little["layer"].s, big.s[keep], atol=1e-6)
         assert jax.tree.structure(after) == jax.tree.structure(small_state)
+
+
+def stepped(chain, f, gradients):
+    """(spectrum, state) after every step on the given gradients of s."""
+    state, seen = chain.init(f), []
+    update = jax.jit(chain.update)
+    for g in gradients:
+        zero = jax.tree.map(jnp.zeros_like, f)
+        u, state = update(zero._replace(s=jnp.asarray(g, jnp.float32)), state, f)
+        f = optax.apply_updates(f, u)
+        seen.append((f.s, state))
+    return seen
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_a_budget_keeps_what_the_loss_needs_and_not_what_is_large(size):
+    """(s g)² decides, so the scale of a direction alone buys it nothing."""
+    f = spectrum([size, 1.0, 1.0])
+    chain = transforms.adapt_rank(optax.sgd(0.0), budget=2 * 17, every=1)
+    (s, state), *_ = stepped(chain, f, [[1e-3, 1.0, -1.0]])
+    np.testing.assert_array_equal(s, [0, 1, 1])
+    np.testing.assert_array_equal(state.dropped.s, [jnp.float32(size), 0, 0])
+
+
+def test_a_budget_is_shared_out_by_worth_per_cost_whatever_the_layer():
+    params = {"cheap": spectrum([1, 1, 1, 1], n=4), "dear": spectrum([1, 1, 1, 1], n=40)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    grads = {name: g._replace(s=jnp.array([8.0, 4, 2, 1])) for name, g in grads.items()}
+    chain = transforms.adapt_rank(optax.sgd(0.0), budget=2 * 81 + 4 * 9, every=1)
+    masks = chain.update(grads, chain.init(params), params)[1].masks
+    np.testing.assert_array_equal(masks["cheap"].s, [True] * 4)
+    np.testing.assert_array_equal(masks["dear"].s, [True, True, False, False])
+    # Local gradients of a layer may be on any scale.
+    grads["dear"] = grads["dear"]._replace(s=1e-4 * grads["dear"].s)
+    again = chain.update(grads, chain.init(params), params)[1].masks
+    chex.assert_trees_all_equal(again, masks)
+
+
+@pytest.mark.parametrize("budget", [0.0, 30.0, 90.0, 1e9])
+def test_what_stays_fits_the_budget_or_is_the_least(budget):
+    rng = np.random.default_rng(3)
+    params = {str(n): spectrum(rng.uniform(0.1, 1, 8), n=n) for n in (8, 9, 20)}
+    grads = jax.tree.map(lambda x: normal(rng, x.shape), params)
+    chain = transforms.adapt_rank(optax.sgd(0.0), budget, every=1, least=1)
+    masks = chain.update(grads, chain.init(params), params)[1].masks
+    kept = {n: int(masks[n].s.sum()) for n in params}
+    assert min(kept.values()) >= 1
+    spent = sum((2 * int(n) + 1) * k for n, k in kept.items())
+    assert spent <= max(budget, 17 + 19 + 41)
+    dearest = 41
+    if budget < 1e9:
+        assert spent > budget - dearest
+    else:
+        assert set(kept.values()) == {8}
+
+
+def test_a_dropped_direction_comes_back_at_zero_when_its_gradient_grows():
+    f = spectrum([1.0, 0.9])
+    chain = transforms.adapt_rank(optax.sgd(0.01), budget=17, every=1)
+    seen = stepped(chain, f, [[1.0, 0.1], *[[0.01, -3.0]] * 60])
+    assert seen[0][0][1] == 0
+    back = next(i for i, (_, state) in enumerate(seen) if state.masks.s[1])
+    before, after = seen[back - 1][0], seen[back][0]
+    assert before[1] == 0
+    assert after[1] == pytest.approx(0.03)  # the step of its own gradient, and nothing else
+    assert after[0] == 0
+    assert seen[back][1].dropped.s[0] == pytest.approx(float(before[0]) - 0.0001, abs=1e-6)
+
+
+def test_choices_are_made_in_every_kth_step_and_end():
+    f = spectrum([1.0, 1, 1, 1])
+    falling = transforms.adapt_rank(
+        optax.sgd(0.0), lambda count: 17 * (5 - count), every=2, until=3
+    )
+    kept = [int(jnp.count_nonzero(s)) for s, _ in stepped(falling, f, [[4.0, 3, 2, 1]] * 6)]
+    assert kept == [4, 3, 3, 3, 3, 3]
+
+
+def test_layers_outside_the_mask_are_whole_and_cost_nothing():
+    params = {"in": spectrum([1.0, 1, 1, 1]), "out": spectrum([1.0, 1, 1, 1])}
+    grads = jax.tree.map(jnp.ones_like, params)
+    chain = transforms.adapt_rank(
+        optax.sgd(0.0), 34, every=1, least=2, mask={"in": True, "out": False}
+    )
+    state = chain.update(grads, chain.init(params), params)[1]
+    assert state.masks["out"] is None
+    assert int(state.masks["in"].s.sum()) == 2
+
+
+def test_stable_ranks_cut_once_when_they_have_settled_and_by_their_share():
+    rule = transforms.truncate_stable_rank(tolerance=0.05, floor=0.0)
+    f = spectrum(np.ones(8))
+    state, still = rule.init(f), jax.tree.map(jnp.zeros_like, f)
+    kept = []
+    for tail in (1.0, 0.6, 0.2, 0.19, 0.0):
+        s = jnp.asarray([1, 1, *[tail] * 6], jnp.float32)
+        _, state = rule.update(still, state, f._replace(s=s))
+        kept.append(int(state.masks.s.sum()))
+    # ρ = 2 + 6 · 0.19² = 2.22 of 8 at the first look that moved less than a twentieth.
+    assert kept == [8, 8, 8, 3, 3]
+    with pytest.raises(ValueError, match="rank floor"):
+        transforms.truncate_stable_rank(floor=2.0)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "finite", "masked", "adaptive"])
+def test_what_a_step_truncated_can_be_put_back_exactly(wrap):
+    rng = np.random.default_rng(5)
+    params = {"layer": spectrum(rng.uniform(1, 2, 6)), "bias": jnp.ones(3)}
+    grads = jax.tree.map(lambda x: normal(rng, x.shape), params)
+    rule = transforms.truncate_rank(lambda count: 0.5)
+    chain, plain = optax.chain(optax.sgd(0.1), rule), optax.sgd(0.1)
+    chain = {
+        "bare": lambda: chain,
+        "finite": lambda: optax.apply_if_finite(chain, 2),
+        "masked": lambda: optax.chain(plain, optax.masked(rule, {"layer": True, "bias": False})),
+        "adaptive": lambda: transforms.adapt_rank(plain, 40.0, every=1),
+    }[wrap]()
+    updates, state = chain.update(grads, chain.init(params), params)
+    after = optax.apply_updates(params, updates)
+    expected = optax.apply_updates(params, plain.update(grads, plain.init(params), params)[0])
+    assert int(jnp.count_nonzero(after["layer"].s)) < 6
+    chex.assert_trees_all_equal(transforms.restore_dropped(after, state), expected)
+    assert transforms.restore_dropped(after, plain.init(params)) is None

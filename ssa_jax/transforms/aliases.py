@@ -178,6 +178,7 @@ def ssa(
     retraction: str = "newton_schulz",
     retract_every: int = 1,
     mask: Mask | None = None,
+    rank_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Hoyer -> clip -> tangent -> Adam or momentum -> tangent -> rate -> truncate -> retract.
 
@@ -191,7 +192,7 @@ def ssa(
       optimizer: the adaptive step, without a learning rate; `optax.scale_by_adam` by default.
       hoyer: weight of `add_hoyer`, a number or a schedule.
       clip: largest RMS of one gradient array; local, unlike a global norm.
-      target: of `truncate_rank`; 1 keeps every rank.
+      target: of `truncate_rank`; 1 keeps every rank, and the link is left out.
       floor: lowest rank of the energy rule, as a fraction of the initial one.
       truncate_every: period of the energy rule in steps.
       least_rank: no rank goes below this number.
@@ -200,6 +201,8 @@ def ssa(
       retract_every: steps between retractions.
       mask: which leaves outside `Factors` are orthonormal too, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
+      rank_mask: False at a `Factors` leaves its spectrum to the gradient: no Hoyer term and no
+        truncation; `mask` where it is None.
 
     Raises:
       ValueError: an unknown name or a value out of range; a leaf that does not fit its label.
@@ -216,14 +219,18 @@ def ssa(
     [2.99 1.99 0.  ]
     """
     tangent = project_to_tangent(metric, mask=mask)
+    rank_mask = mask if rank_mask is None else rank_mask
+    keeps_ranks = isinstance(target, int | float) and target == 1
+    # Made in any case, so that a wrong floor is always refused.
+    truncation = truncate_rank(target, floor, truncate_every, least_rank, mask=rank_mask)
     links: list[Any] = [
-        add_hoyer(hoyer, mask=mask),
+        add_hoyer(hoyer, mask=rank_mask),
         optax.clip_by_block_rms(clip),
         tangent,
         optax.scale_by_adam() if optimizer is None else optimizer,
         tangent,
         optax.scale_by_learning_rate(learning_rate),
-        truncate_rank(target, floor, truncate_every, least_rank, mask=mask),
+        *([] if keeps_ranks else [truncation]),
         retract(retraction, retract_every, mask=mask),
     ]
     return optax.chain(*links)

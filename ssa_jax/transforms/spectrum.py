@@ -1,5 +1,6 @@
 """An optax transformation that truncates the spectra s of `Factors`, with static shapes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax import linalg
-from ssa_jax.factors import Factors, is_factors
+from ssa_jax.factors import Factors
+from ssa_jax.transforms.entries import (
+    at_factors,
+    cut,
+    dropped_by,
+    keep_largest,
+    map_entries,
+    next_spectrum,
+    spectrum,
+)
 from ssa_jax.transforms.manifold import check_every
-from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_of, need_params
+from ssa_jax.transforms.selection import Mask, need_params
 
 Array = jax.Array
 Target = float | Array | Callable[[Array], Any]
@@ -26,24 +36,14 @@ class TruncateState(NamedTuple):
         `Factors`, and None elsewhere.
       initial_ranks: the parameter tree with an int32 scalar, the rank at init, at every
         `Factors`, and None elsewhere.
+      dropped: like `masks`, the singular values (..., r) that this step set to zero, and 0 for
+        the others; see `restore_dropped`.
     """
 
     count: chex.Array
     masks: Any
     initial_ranks: Any
-
-
-def keep_largest(s: Array, mask: Array, k: Array) -> Array:
-    """Mask (..., r) of the k largest |s| among those `mask` keeps; ties go to the first.
-
-    Args:
-      s: (..., r).
-      mask: (..., r) bool.
-      k: (...,) or a scalar.
-    """
-    # The dropped ones are zero and come last, so that they never displace a kept one.
-    position = jnp.sum(linalg.smaller_than(jnp.where(mask, s, 0)), axis=-2)
-    return mask & (position < jnp.broadcast_to(k, s.shape[:-1])[..., None])
+    dropped: Any
 
 
 def _target_at(target: Target, count: Array) -> tuple[Any, Any]:
@@ -114,17 +114,11 @@ def truncate_rank(
         raise ValueError(f"least rank must be at least 1, got {least}")
 
     def init(params: optax.Params) -> TruncateState:
-        def at_factors(make: Callable[[Factors], Any]) -> Any:
-            return jax.tree.map(
-                lambda kind, p: make(p) if _has_spectrum(kind) else None,
-                kinds_of(params, mask),
-                params,
-                is_leaf=is_factors,
-            )
-
-        masks = at_factors(lambda f: Factors(None, jnp.ones(f.s.shape, bool), None))  # type: ignore[arg-type]
-        initial = at_factors(lambda f: jnp.int32(f.s.shape[-1]))
-        return TruncateState(jnp.zeros([], jnp.int32), masks, initial)
+        at = functools.partial(at_factors, params, mask)
+        masks = at(lambda f: spectrum(jnp.ones(f.s.shape, bool)))
+        initial = at(lambda f: jnp.int32(f.s.shape[-1]))
+        dropped = at(lambda f: spectrum(jnp.zeros(f.s.shape, f.s.dtype)))
+        return TruncateState(jnp.zeros([], jnp.int32), masks, initial, dropped)
 
     def update(
         updates: optax.Updates,
@@ -140,26 +134,13 @@ def truncate_rank(
         def new_mask(m: Factors | None, r0: Any, g: Any, p: Any) -> Factors | None:
             if m is None:
                 return None
-            dtype = compute_dtype(p.s, g.s)
-            s = jnp.where(m.s, p.s.astype(dtype) + g.s.astype(dtype), 0)
+            s = next_spectrum(m, g, p)
             k = _ranks_to_keep(s, r0, ask, floor, count % every == 1 % every)
             return m._replace(s=keep_largest(s, m.s, jnp.maximum(k, jnp.minimum(least, r0))))
 
-        def cut(m: Factors | None, g: Any, p: Any) -> Any:
-            return g if m is None else g._replace(s=jnp.where(m.s, g.s, -p.s.astype(g.s.dtype)))
-
-        masks = jax.tree.map(
-            new_mask, state.masks, state.initial_ranks, updates, params, is_leaf=_is_entry
-        )
-        cut_updates = jax.tree.map(cut, masks, updates, params, is_leaf=_is_entry)
-        return cut_updates, TruncateState(count, masks, state.initial_ranks)
+        masks = map_entries(new_mask, state.masks, state.initial_ranks, updates, params)
+        dropped = map_entries(dropped_by, masks, state.masks, updates, params)
+        cut_updates = map_entries(cut, masks, updates, params)
+        return cut_updates, TruncateState(count, masks, state.initial_ranks, dropped)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _has_spectrum(kind: Any) -> bool:
-    return is_factors(kind) and kind.s == SPECTRUM
-
-
-def _is_entry(node: Any) -> bool:
-    return node is None or is_factors(node)
