@@ -5,8 +5,10 @@ metadata, its sealed `record`. Orbax makes it visible by renaming a finished fol
 process leaves whole checkpoints and at most one temporary folder, which the next writer removes.
 """
 
+import gc
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,12 +216,8 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
-        try:
-            loaded = ocp.load_checkpointables(folder.resolve(), {"state": abstract})["state"]
-        except Exception as e:
-            raise DamagedError(e.__cause__ or e) from e
         # Copied, since the buffers may belong to the reader and the first step is donated them.
-        loaded = jax.tree.map(jnp.copy, loaded)
+        loaded = jax.tree.map(jnp.copy, _load(folder, abstract))
         if different := differences(describe(loaded), record["arrays"], limit=1):
             raise DamagedError(f"its arrays are altered: {different}")
         return record, loaded
@@ -254,6 +252,19 @@ def _record(folder: Path) -> Record:
     except Exception as e:
         raise DamagedError(f"its metadata cannot be read: {e!r}") from e
     return unseal(sealed)
+
+
+def _load(folder: Path, abstract: TrainState) -> TrainState:
+    error = ""
+    with warnings.catch_warnings():
+        # A load that fails leaves coroutines behind, of which Python would warn the user.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            return ocp.load_checkpointables(folder.resolve(), {"state": abstract})["state"]
+        except Exception as e:
+            error = str(e.__cause__ or e)
+        gc.collect()
+    raise DamagedError(error)
 
 
 def _at_ranks(like: TrainState, stored: dict[str, int]) -> TrainState:

@@ -68,8 +68,13 @@ def _checked(name: str, data: Dataset) -> Dataset:
                 f"{name} {split}: expected uint8 images (n, H, W, C) and as many labels, got "
                 f"{images.dtype} {images.shape} and {labels.shape}"
             )
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= data.classes:
-            raise DataError(f"{name} {split}: empty, or labels outside [0, {data.classes})")
+        if len(labels) == 0:
+            raise DataError(f"{name} {split}: empty")
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= data.classes))):
+            raise DataError(
+                f"{name} {split}: record {wrong[0]} has label {labels[wrong[0]]}, outside "
+                f"[0, {data.classes})"
+            )
     return data
 
 
@@ -144,10 +149,15 @@ def _read_split(builder: Any, name: str, split: str) -> tuple[np.ndarray, np.nda
     for i in range(n):
         try:
             example = source[i]
+            images.append(np.asarray(example["image"]))
+            labels[i] = example["label"]
         except Exception as e:
             raise DataError(f"{name} {split} in {where}: record {i} is corrupt: {e}") from e
-        images.append(example["image"])
-        labels[i] = example["label"]
+        if images[i].shape != images[0].shape:
+            raise DataError(
+                f"{name} {split} in {where}: record {i} is corrupt: an image {images[i].shape} "
+                f"among images {images[0].shape}"
+            )
     return np.stack(images), labels
 
 

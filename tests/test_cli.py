@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
     config = dataclasses.replace(
         SMALL, method="bp", optimizer="momentum", learning_rate=1e12, workdir=str(folder)
     )
-    with pytest.raises(NotFiniteError, match="not finite in epoch 1; the state after epoch 0"):
+    with pytest.raises(NotFiniteError, match="not finite in epoch 1; the state after step 0"):
         run(config)
     assert json.loads((folder / "summary.json").read_text())["status"] == "not_finite"
     assert (folder / "checkpoints" / "0").is_dir()

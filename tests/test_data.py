@@ -118,6 +118,48 @@ def test_data_that_is_not_what_it_says_is_refused(change, monkeypatch):
         data.load("digits")
 
 
+def test_a_wrong_label_is_named_by_its_record(monkeypatch):
+    labels = np.arange(20, dtype=np.int32) % 3
+    labels[[7, 11]] = 3, -1
+    monkeypatch.setitem(data.DATASETS, "digits", lambda _: small()._replace(train_labels=labels))
+    with pytest.raises(DataError, match=r"digits train: record 7 has label 3, outside \[0, 3\)"):
+        data.load("digits")
+
+
+class Records:
+    """A prepared data set, one record of which cannot be used."""
+
+    data_dir = "there"
+
+    def __init__(self, spoilt):
+        self.spoilt = spoilt
+
+    def as_data_source(self, split):
+        del split
+        return self
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        whole = {"image": np.zeros((4, 4, 1), np.uint8), "label": i}
+        return self.spoilt(whole) if i == 3 else whole
+
+
+def undecodable(_):
+    raise ValueError("cannot identify image file")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [undecodable, lambda x: {"image": x["image"]}, lambda x: {**x, "image": x["image"][:2]}],
+    ids=["not decoded", "no label", "another shape"],
+)
+def test_a_corrupt_record_is_named_by_its_index(spoilt):
+    with pytest.raises(DataError, match="mnist train in there: record 3 is corrupt: "):
+        data._read_split(Records(spoilt), "mnist", "train")
+
+
 needs_prepared = pytest.mark.skipif(not PREPARED, reason="TFDS_DATA_DIR is not set")
 
 
