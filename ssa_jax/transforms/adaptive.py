@@ -19,14 +19,13 @@ from ssa_jax.transforms.entries import (
     spectrum,
 )
 from ssa_jax.transforms.manifold import check_every, when_due
-from ssa_jax.transforms.selection import Mask, compute_dtype, need_params, path_name
+from ssa_jax.transforms.selection import Mask, need_params, path_name
 
 Array = jax.Array
 
-# Decay of the running mean of squared gradients, and of the size that a direction once had: a
-# direction that came back has some hundred steps to grow before its past stops counting.
-GRADIENT_DECAY = 0.95
-SIZE_DECAY = 0.99
+# Decay of what is remembered of a direction: one that came back has some hundred steps to grow
+# before its past stops counting, and one that stays away is judged by as many last updates.
+DECAY = 0.99
 # Worths are compared as logarithms; this one stands for a worth of zero.
 LOWEST_LOG = -200.0
 
@@ -40,16 +39,16 @@ class AdaptState(NamedTuple):
     Attributes:
       count: steps done.
       masks: bool, the directions that are kept.
-      sizes: float32, |s|, or what it was of late.
-      squares: float32, running mean of (∂L/∂s)².
+      shadows: float32, s, or of a dropped direction what it would have come to.
+      sizes: float32, |shadow|, or what it was of late.
       dropped: the singular values that this step set to zero, and 0 for the others.
       inner: state of the wrapped transformation.
     """
 
     count: chex.Array
     masks: Any
+    shadows: Any
     sizes: Any
-    squares: Any
     dropped: Any
     inner: optax.OptState
 
@@ -75,18 +74,17 @@ def adapt_rank(
     With c_k the cost of direction k, whatever its layer, and w_k its worth, those with the
     largest w_k / c_k stay whose costs fit the budget together, chosen anew in every k-th step:
 
-        w_k = m_k² E[g_k²],   g_k = ∂L/∂s_k = u_kᵀ (∂L/∂W) v_k,
+        w_k = m_k² / Σ_j m_j²,   the sum over the directions of the same layer.
 
-    an estimate of what the loss loses without the direction (its curvature taken as the mean
-    of g², as in optimal brain damage and in Fisher pruning), whose scale does not depend on
-    that of the weights. E is a running mean, and m_k is |s_k|, or a decaying memory of it, or
-    the value it had when it was dropped. g_k is known for dropped directions too, since u_k and
-    v_k are still there; one that becomes worth its cost comes back, at zero, so that its return
-    does not move the loss, and is dropped again if it does not grow. Layers are compared after
-    division by their own total Σ_k w_k, since local gradients of different layers have
-    different scales.
+    m_k is |s_k|, so w_k is the share of the layer's energy ‖W‖² that truncating direction k
+    would take, whatever the scale of the layer. Of a dropped direction it is what s_k would
+    have come to: from the value it was dropped at, a decaying sum of the updates that the
+    wrapped chain makes of ∂L/∂s_k = u_kᵀ (∂L/∂W) v_k, which is known since u_k and v_k are
+    still there. A direction that becomes worth its cost comes back, at zero, so that its return
+    does not move the loss; it keeps a decaying m_k, and is dropped again if it does not grow.
 
-    The wrapped chain sees every gradient, and its update of a kept direction is untouched.
+    The wrapped chain sees every gradient, and its update of a kept direction is untouched. In
+    trials worths with gradients, (s_k g_k)² and |s_k g_k|, did no better (docs/research.md).
 
     Args:
       inner: the whole chain, retraction included: truncation changes s alone.
@@ -105,7 +103,7 @@ def adapt_rank(
 
     References:
       Zhang et al., AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning, 2023.
-      LeCun, Denker & Solla, Optimal brain damage, 1990.
+      Guo, Yao & Chen, Dynamic network surgery for efficient DNNs, 2016.
 
     >>> import jax.numpy as jnp
     >>> f = Factors(jnp.eye(4, 3), jnp.array([3.0, 0.1, 2.0]), jnp.eye(3))
@@ -125,8 +123,8 @@ def adapt_rank(
         return AdaptState(
             count=jnp.zeros([], jnp.int32),
             masks=at(lambda f: spectrum(jnp.ones(f.s.shape, bool))),
+            shadows=at(lambda f: spectrum(jnp.zeros(f.s.shape, jnp.float32))),
             sizes=at(lambda f: spectrum(jnp.zeros(f.s.shape, jnp.float32))),
-            squares=at(lambda f: spectrum(jnp.zeros(f.s.shape, jnp.float32))),
             dropped=at(lambda f: spectrum(jnp.zeros(f.s.shape, f.s.dtype))),
             inner=wrapped.init(params),
         )
@@ -140,8 +138,8 @@ def adapt_rank(
         need_params(params, updates)
         count = optax.safe_increment(state.count)
         inner_updates, inner_state = wrapped.update(updates, state.inner, params, **extra_args)
-        squares = map_entries(_mean_square, state.squares, updates)
-        sizes = map_entries(_size, state.sizes, state.masks, inner_updates, params)
+        shadows = map_entries(_shadow, state.shadows, state.masks, inner_updates, params)
+        sizes = map_entries(_size, state.sizes, state.masks, shadows)
 
         def choose() -> Any:
             allowed = budget(count) if callable(budget) else budget
@@ -151,47 +149,48 @@ def adapt_rank(
                 is_leaf=is_factors,
             )
             costs = map_entries(lambda size, c: None if size is None else c, sizes, costs)
-            return _choose(sizes, squares, costs, allowed, least)
+            return _choose(sizes, costs, allowed, least)
 
         chosen = when_due(count, every, choose, lambda: state.masks)
         if until is not None:
             chosen = jax.tree.map(lambda a, b: jnp.where(count <= until, a, b), chosen, state.masks)
         dropped = map_entries(dropped_by, chosen, state.masks, inner_updates, params)
         cut_updates = map_entries(cut, chosen, inner_updates, params)
-        return cut_updates, AdaptState(count, chosen, sizes, squares, dropped, inner_state)
+        return cut_updates, AdaptState(count, chosen, shadows, sizes, dropped, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mean_square(mean: Factors | None, gradient: Any) -> Factors | None:
-    if mean is None:
+def _shadow(shadow: Factors | None, mask: Any, update: Any, params: Any) -> Factors | None:
+    """Spectrum after the update; of a dropped direction the decaying sum of its updates."""
+    if shadow is None:
         return None
-    square = jnp.square(gradient.s.astype(jnp.float32))
-    return spectrum(GRADIENT_DECAY * mean.s + (1 - GRADIENT_DECAY) * square)
+    moved = update.s.astype(jnp.float32)
+    s = params.s.astype(jnp.float32)
+    return spectrum(jnp.where(mask.s, s, DECAY * shadow.s) + moved)
 
 
-def _size(size: Factors | None, mask: Any, update: Any, params: Any) -> Factors | None:
-    """The larger of |s + update| and what is left of the size; of a dropped one as it was."""
+def _size(size: Factors | None, mask: Any, shadow: Any) -> Factors | None:
+    """|shadow|; of a kept direction at least what is left of its former size."""
     if size is None:
         return None
-    dtype = compute_dtype(params.s, update.s)
-    s = jnp.abs(params.s.astype(dtype) + update.s.astype(dtype)).astype(jnp.float32)
-    return spectrum(jnp.where(mask.s, jnp.maximum(s, SIZE_DECAY * size.s), size.s))
+    now = jnp.abs(shadow.s)
+    return spectrum(jnp.where(mask.s, jnp.maximum(now, DECAY * size.s), now))
 
 
-def _choose(sizes: Any, squares: Any, costs: Any, budget: Any, least: int) -> Any:
+def _choose(sizes: Any, costs: Any, budget: Any, least: int) -> Any:
     """Masks of the directions that are worth most for their cost and fit the budget."""
 
-    def log_worth(size: Factors | None, square: Any, price: Any) -> Array | None:
+    def log_worth(size: Factors | None, price: Any) -> Array | None:
         if size is None:
             return None
-        worth = jnp.square(size.s) * square.s
+        worth = jnp.square(size.s)
         share = worth / jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
         kept = keep_largest(share, jnp.ones(share.shape, bool), jnp.int32(least))
         log = jnp.maximum(jnp.log(share / price), LOWEST_LOG)
         return jnp.where(kept, jnp.inf, log)
 
-    logs = map_entries(log_worth, sizes, squares, costs)
+    logs = map_entries(log_worth, sizes, costs)
     price = clearing_price(jax.tree.leaves(logs), jax.tree.leaves(costs), budget)
     return map_entries(lambda x: None if x is None else spectrum(x >= price), logs)
 
