@@ -51,7 +51,7 @@ def build(config: Config, data: Dataset) -> Built:
             f"--batch_size must be at most {len(data.train_labels)}, the number of training "
             f"examples, got {config.batch_size}"
         )
-    units, params, mstate = _split(config, data, config.rank_init if config.factorized else None)
+    units, params, mstate = _split(config, data, factorized=config.factorized)
     shapes = output_shapes(units, params, mstate, data.image_shape)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate,
@@ -105,9 +105,13 @@ def make_method(config: Config, network: Network) -> Method:
     return method
 
 
-def _split(
-    config: Config, data: Dataset, rank: float | None
-) -> tuple[tuple[Unit, ...], Tree, Tree]:
+def make_model(config: Config, data: Dataset, *, factorized: bool) -> nnx.Module:
+    """The untrained model that a config names, on factors at the initial rank or dense.
+
+    Raises:
+      ConfigError: a model that does not fit the data.
+    """
+    rank = config.rank_init if factorized else None
     try:
         model = MODELS[config.model](
             data.image_shape, data.classes, rank=rank, rngs=nnx.Rngs(config.seed)
@@ -116,6 +120,13 @@ def _split(
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
     if config.mean_gates:
         add_mean_slopes(model)
+    return model
+
+
+def _split(
+    config: Config, data: Dataset, *, factorized: bool
+) -> tuple[tuple[Unit, ...], Tree, Tree]:
+    model = make_model(config, data, factorized=factorized)
     return group_units(*split_units(model), config.unit_size)
 
 
@@ -131,7 +142,7 @@ def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dat
 
 def dense_costs(config: Config, data: Dataset) -> Costs:
     """Costs of the same network without factors."""
-    return network_costs(*_split(config, data, None), data)
+    return network_costs(*_split(config, data, factorized=False), data)
 
 
 def rank_fraction(params: Tree) -> float:

@@ -12,6 +12,7 @@ from experiments.config import Config, ConfigError
 from experiments.workdir import WorkdirError
 from ssa_jax.checkpoint import CheckpointError
 from ssa_jax.data import DataError
+from ssa_jax.export import ExportError
 
 EXIT_USAGE = 2
 EXIT_NOT_FINITE = 3
@@ -65,7 +66,7 @@ def _fail(message: str, code: int) -> None:
 def run_program(main: Callable[[], Any]) -> None:
     """Parses the flags and runs main; an error a user can mend becomes one line and a code.
 
-    Exit codes: 2 for wrong flags, data, workdir or checkpoint; 3 for a loss that is not
+    Exit codes: 2 for wrong flags, data, workdir, checkpoint or export; 3 for a loss that is not
     finite; 130 after Ctrl-C.
     """
 
@@ -73,7 +74,7 @@ def run_program(main: Callable[[], Any]) -> None:
         del argv
         try:
             main()
-        except (ConfigError, DataError, WorkdirError, CheckpointError) as e:
+        except (ConfigError, DataError, WorkdirError, CheckpointError, ExportError) as e:
             _fail(str(e), EXIT_USAGE)
         except OSError as e:
             _fail(f"cannot write results: {e}; the newest checkpoint is kept", EXIT_USAGE)
