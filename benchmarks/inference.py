@@ -39,12 +39,12 @@ def contestants(
 ) -> dict[tuple[str, float | None], InferenceModel]:
     """Inference models of one architecture by form and rank."""
 
-    def trained(rank: float | None) -> nnx.Module:
+    def initial(rank: float | None) -> nnx.Module:
         return MODELS[name](INPUT_SHAPE, CLASSES, rank=rank, rngs=nnx.Rngs(0))
 
-    found = {DENSE: export.to_inference(trained(None), INPUT_SHAPE)}
+    found: dict[Key, InferenceModel] = {DENSE: export.to_inference(initial(None), INPUT_SHAPE)}
     for rank in ranks:
-        model = trained(rank)
+        model = initial(rank)
         found |= {(form, rank): export.to_inference(model, INPUT_SHAPE, form) for form in FORMS}
     return found
 

@@ -11,6 +11,9 @@ from experiments.timing import side_by_side
 
 Array = jax.Array
 
+# How a contestant prepares itself, and what is timed.
+Contestant = tuple[Callable[[], Any], Callable[[], Any]]
+
 # More than any contestant here takes: every one runs all rounds.
 _BUDGET_S = 600.0
 
@@ -39,17 +42,18 @@ def latencies(
       rounds: measured calls of each.
     """
     images = jax.random.normal(jax.random.key(0), (batch, *input_shape), jnp.float32)
-    programs, compile_s = [], []
+    contestants, compile_s = [], []
     for call in calls.values():
         start = time.perf_counter()
-        programs.append(jax.jit(lambda x, call=call: call(x)).lower(images).compile())
+        program = jax.jit(lambda x, call=call: call(x)).lower(images).compile()
         compile_s.append(time.perf_counter() - start)
-    contestants: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
-        (lambda: None, lambda program=program: jax.block_until_ready(program(images)))
-        for program in programs
-    ]
+        contestants.append(_contestant(program, images))
     times = side_by_side(contestants, rounds, _BUDGET_S)
     return {
         name: Latency(t.median_ms, t.min_ms, t.rounds, seconds)
         for name, t, seconds in zip(calls, times, compile_s, strict=True)
     }
+
+
+def _contestant(program: Callable[[Array], Array], images: Array) -> Contestant:
+    return lambda: None, lambda: jax.block_until_ready(program(images))
