@@ -31,12 +31,11 @@ NAMES = ("mlp", "smallconv", "vgg13", "resnet32")
 RANKS = (0.5, 0.25, 0.125)
 FORMS = ("factored", "auto")
 BATCHES = (1, 128)
-DENSE: tuple[str, float | None] = ("dense", None)
+Key = tuple[str, float | None]
+DENSE: Key = ("dense", None)
 
 
-def contestants(
-    name: str, ranks: tuple[float, ...]
-) -> dict[tuple[str, float | None], InferenceModel]:
+def contestants(name: str, ranks: tuple[float, ...]) -> dict[Key, InferenceModel]:
     """Inference models of one architecture by form and rank."""
 
     def initial(rank: float | None) -> nnx.Module:
