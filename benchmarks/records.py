@@ -22,7 +22,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def setting(record: dict[str, Any], command: str) -> str:
     """What a record was measured on, as a paragraph."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"`{command}`; {record['hardware']}; {versions}; commit `{record['commit']}`."
+    notes = f" {record['notes']}" if record.get("notes") else ""
+    return f"`{command}`; {record['hardware']}; {versions}; commit `{record['commit']}`.{notes}"
 
 
 def _ms(row: Row | None) -> str:
@@ -116,14 +117,65 @@ def stiefel(record: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"stiefel": stiefel}
+def _inference_rows(rows: Sequence[Row]) -> str:
+    """A line for each form of a model, its batch sizes side by side."""
+    batches = sorted({r["batch"] for r in rows})
+    dense = {r["model"]: r for r in rows if r["form"] == "dense"}
+    table = []
+    for one in rows:
+        if one["batch"] != batches[0]:
+            continue
+        same = {k: one[k] for k in ("model", "form", "rank")}
+        cells = [_find(rows, **same, batch=batch) for batch in batches]
+        whole = dense[one["model"]]
+        rank = "" if one["rank"] is None else f" at {one['rank']}"
+        table.append(
+            [
+                f"{one['model']}, {one['form']}{rank}",
+                *(_ms({"median_ms": r["ms"]}) if r else "-" for r in cells),
+                *(f"{r['ratio_to_dense']:.2f}" if r else "-" for r in cells),
+                f"{one['macs'] / 1e6:.2f} M ({one['macs'] / whole['macs']:.2f})",
+                f"{one['bytes'] / 2**20:.2f} MiB ({one['bytes'] / whole['bytes']:.2f})",
+                f"{one['compile_s']:.2f}",
+            ]
+        )
+    header = ["model, form", *(f"ms at batch {b}" for b in batches),
+              *(f"/ dense at {b}" for b in batches), "MACs (/ dense)", "size (/ dense)",
+              "compile s"]  # fmt: skip
+    return markdown(header, table)
+
+
+def inference(record: dict[str, Any]) -> str:
+    """The section of `benchmarks.inference`."""
+    return "\n\n".join(
+        [
+            "## Inference, dense against compact",
+            "Milliseconds of one batch of 32x32 colour images, median of "
+            f"{min(r['rounds'] for r in record['rows'])} rounds in which all forms of a model took "
+            "turns, compilation excluded. Rank: fraction of full rank in every factorised layer, "
+            "the first convolution apart. Factored: two layers for each of those; auto: two where "
+            "that takes fewer multiply-accumulates, else one. Batch norms are folded in all forms. "
+            "The weights are untrained: these times do not depend on their values, what accuracy a "
+            "rank keeps is another question. Compilation: of batch "
+            f"{min(r['batch'] for r in record['rows'])}.",
+            setting(
+                record, "python -m benchmarks.inference --json benchmarks/records/inference.json"
+            ),
+            _inference_rows(record["rows"]),
+        ]
+    )
+
+
+SECTIONS = {"stiefel": stiefel, "inference": inference}
 
 
 def document() -> str:
-    """The whole of RECORDS.md."""
+    """The whole of RECORDS.md: the sections whose results are stored."""
     parts = ["# Records\n\nMade by `python -m benchmarks.records` from `benchmarks/records/`."]
     for name, section in SECTIONS.items():
-        parts.append(section(json.loads((STORED / f"{name}.json").read_text())))
+        file = STORED / f"{name}.json"
+        if file.exists():
+            parts.append(section(json.loads(file.read_text())))
     return "\n\n".join(parts) + "\n"
 
 

@@ -63,7 +63,7 @@ def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
         )
     config = config if config.rank_schedule != "none" else _at_budget(config, data)
     every_step = config.epochs * steps_per_epoch
-    units, params, mstate = _split(config, data, config.rank_init if config.factorized else None)
+    units, params, mstate = _split(config, data, factorized=config.factorized)
     shapes = output_shapes(units, params, mstate, data.image_shape)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate * rate_scale,
@@ -128,9 +128,13 @@ def make_methods(config: Config, network: Network) -> tuple[Method, Method]:
     return relay(METHODS[config.warmup_method](network, options), method)
 
 
-def _split(
-    config: Config, data: Dataset, rank: float | None
-) -> tuple[tuple[Unit, ...], Tree, Tree]:
+def make_model(config: Config, data: Dataset, *, factorized: bool) -> nnx.Module:
+    """The untrained model that a config names, on factors at the initial rank or dense.
+
+    Raises:
+      ConfigError: a model that does not fit the data.
+    """
+    rank = config.rank_init if factorized else None
     try:
         model = MODELS[config.model](
             data.image_shape, data.classes, rank=rank, rngs=nnx.Rngs(config.seed)
@@ -139,6 +143,13 @@ def _split(
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
     if config.mean_gates:
         add_mean_slopes(model)
+    return model
+
+
+def _split(
+    config: Config, data: Dataset, *, factorized: bool
+) -> tuple[tuple[Unit, ...], Tree, Tree]:
+    model = make_model(config, data, factorized=factorized)
     return group_units(*split_units(model), config.unit_size)
 
 
@@ -154,15 +165,15 @@ def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dat
 
 def dense_costs(config: Config, data: Dataset) -> Costs:
     """Costs of the same network without factors."""
-    return _costs_at(config, data, None)
+    return _costs_of(config, data, factorized=False)
 
 
-def _costs_at(config: Config, data: Dataset, rank: float | None) -> Costs:
-    """Costs of the network of a config at a fraction of full rank, from shapes alone."""
+def _costs_of(config: Config, data: Dataset, *, factorized: bool) -> Costs:
+    """Costs of the untrained network of a config, from shapes alone."""
     built: list[tuple[Unit, ...]] = []
 
     def shapes() -> tuple[Tree, Tree]:
-        units, params, mstate = _split(config, data, rank)
+        units, params, mstate = _split(config, data, factorized=factorized)
         built.append(units)
         return params, mstate
 
@@ -181,7 +192,8 @@ def _at_budget(config: Config, data: Dataset) -> Config:
     dense = getattr(dense_costs(config, data), config.budget_kind)
 
     def size_at(rank: float) -> int:
-        return getattr(_costs_at(config, data, rank), config.budget_kind)
+        at_rank = dataclasses.replace(config, rank_init=rank)
+        return getattr(_costs_of(at_rank, data, factorized=True), config.budget_kind)
 
     try:
         rank = budgets.fitting_fraction(size_at, config.rank_budget, dense)

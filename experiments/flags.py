@@ -13,6 +13,7 @@ from experiments.interrupt import Terminated
 from experiments.workdir import WorkdirError
 from ssa_jax.checkpoint import CheckpointError
 from ssa_jax.data import DataError
+from ssa_jax.export import ExportError
 
 EXIT_USAGE = 2
 EXIT_NOT_FINITE = 3
@@ -66,7 +67,7 @@ def _fail(message: str, code: int) -> None:
 def run_program(main: Callable[[], Any]) -> None:
     """Parses the flags and runs main; an error a user can mend becomes one line and a code.
 
-    Exit codes: 2 for wrong flags, data, workdir or checkpoint; 3 for a loss that is not
+    Exit codes: 2 for wrong flags, data, workdir, checkpoint or export; 3 for a loss that is not
     finite; 130 after Ctrl-C; 0 after SIGTERM, whose sender wants the program gone in good order.
     """
 
@@ -74,7 +75,7 @@ def run_program(main: Callable[[], Any]) -> None:
         del argv
         try:
             main()
-        except (ConfigError, DataError, WorkdirError, CheckpointError) as e:
+        except (ConfigError, DataError, WorkdirError, CheckpointError, ExportError) as e:
             _fail(str(e), EXIT_USAGE)
         except OSError as e:
             _fail(

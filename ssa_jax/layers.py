@@ -75,8 +75,8 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
-def _split_padding(padding: Padding) -> tuple[object, object]:
-    """Padding of the vertical and of the horizontal convolution of a pair."""
+def split_padding(padding: Padding) -> tuple[object, object]:
+    """Padding of the vertical and of the horizontal convolution of a pair, as Flax takes it."""
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID"):
             raise ValueError(f"padding must be SAME, VALID or numbers, got {padding!r}")
@@ -131,7 +131,7 @@ class SVDConv(nnx.Module):
         self.out_features = out_features
         self.kernel_size = _pair(kernel_size)
         self.strides = _pair(strides)
-        _split_padding(padding)
+        split_padding(padding)
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
         kernel = he_normal(
             rngs.params(), (*self.kernel_size, in_features, out_features), jnp.float32
@@ -143,7 +143,7 @@ class SVDConv(nnx.Module):
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
         u, s, v = self.kernel.get_value()
         (kh, kw), (sh, sw) = self.kernel_size, self.strides
-        pad_h, pad_w = _split_padding(self.padding)
+        pad_h, pad_w = split_padding(self.padding)
         down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
         across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
         dims = ("NHWC", "HWIO", "NHWC")

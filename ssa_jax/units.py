@@ -108,6 +108,11 @@ def group_units(
     return (*joined, units[-1]), join(params), join(mstate)
 
 
+def ungroup_units(tree: Tree) -> Tree:
+    """The parameters or the state of the single units from those of `group_units`."""
+    return tuple(x for group in tree for x in (group if isinstance(group, tuple) else (group,)))
+
+
 def _join(units: Sequence[Unit]) -> Unit:
     def apply(params: Tree, mstate: Tree, x: Array, *, train: bool) -> tuple[Array, Tree]:
         states = []

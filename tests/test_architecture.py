@@ -14,6 +14,8 @@ ALLOWED = {
     "factors": {"linalg"},
     "layers": {"factors", "linalg"},
     "models": {"layers", "models"},
+    "factorize": {"factors", "layers"},
+    "export": {"costs", "layers", "models", "export"},
     "units": set(),
     "forward": {"units"},
     "twins": {"factors"},

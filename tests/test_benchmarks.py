@@ -67,3 +67,25 @@ def test_stiefel_quick_writes_rows_with_errors_at_rounding(tmp_path):
     assert {r["optimizer"] for r in ours} >= {"sgd", "momentum", "adam (matrix)", "muon"}
     assert all(r["error"] < 1e-6 and r["median_ms"] > 0 for r in ours)
     assert "| 96x16, sgd | 1 |" in records.stiefel(record)
+
+
+@pytest.mark.slow
+def test_inference_quick_writes_rows_beside_the_dense_network(tmp_path):
+    file = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.inference", "--quick", "--notes", "A test.",
+         "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    dense, *compact = (r for r in record["rows"] if r["batch"] == 1)
+    assert dense["form"] == "dense"
+    assert dense["ratio_to_dense"] == 1
+    assert {r["form"] for r in compact} == {"factored", "auto"}
+    for r in compact:
+        assert r["macs"] < dense["macs"]
+        assert r["bytes"] < dense["bytes"]
+        assert r["ms"] > 0
+    page = records.inference(record)
+    assert "| mlp, auto at 0.5 |" in page
+    assert "A test." in page

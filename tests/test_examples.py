@@ -55,3 +55,15 @@ def test_linen_autoencoder_finds_the_principal_components():
     assert abs(result["excess_loss"]) < 1e-4
     assert result["largest_angle"] < 1
     assert result["drift"] < 1e-6
+
+
+def test_the_guide_to_exports_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (EXAMPLES.parent / "docs" / "export.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["chosen"].units[1].map.kernel.get_value().rank == 24
+    assert (tmp_path / "smallconv-export" / "model.json").exists()
