@@ -92,6 +92,7 @@ def run_program(main: Callable[[], Any]) -> None:
     # Shells start background jobs with the signal ignored, and a job runner's SIGINT should stop
     # a run as well as Ctrl-C does.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Orbax and TFDS tell every step they take; a run's own lines would drown.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax and TFDS tell every step they take, and every thread's traceback of an error that we
+    # tell in a line; a run's own lines would drown.
+    logging.set_verbosity(logging.FATAL)
     app.run(guarded, flags_parser=_parse)

@@ -276,4 +276,5 @@ def _at_ranks(like: TrainState, stored: dict[str, int]) -> TrainState:
 
 def _one_line(error: object) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."
+    # What went wrong stands at the end of such messages.
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-120:]}"

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -317,11 +316,12 @@ def cache(compiled_once):
     }
 
 
-def start(folder, env, *flags, **kwargs):
+def start(folder, env, *flags, prefix=()):
     resume = ["--resume"] if (Path(folder) / "config.json").exists() else []
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.cifar", *FLAGS, f"--workdir={folder}", *resume, *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
+        [*prefix, sys.executable, "-m", "experiments.cifar", *FLAGS, f"--workdir={folder}",
+         *resume, *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
 
 
@@ -438,12 +438,8 @@ def test_a_limit_on_files_ends_the_run_and_leaves_the_last_checkpoint(
     code, _, err = finish(start(folder, cache, f"--max_steps={STEPS}"))
     assert code == 0, err
     kept = trained_steps(folder)
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    result = finish(start(folder, cache, preexec_fn=limit))
+    limited = ("bash", "-c", 'trap "" XFSZ; ulimit -f 20; exec "$@"', "limited")
+    result = finish(start(folder, cache, prefix=limited))
     assert_refused(result, "a checkpoint could not be written to")
     assert trained_steps(folder) == kept
     code, _, err = finish(start(folder, cache))
