@@ -99,7 +99,8 @@ class _Run:
         """From the newest checkpoint, or with the first one."""
         # Also a run that was killed before its first checkpoint has nothing but its config.
         if not self.config.resume or self.checkpoints.latest() is None:
-            self.folder.keep_rows(0)
+            if self.config.resume:
+                self.folder.keep_rows(0)
             # The last good state of a run that fails in its first epoch.
             self.checkpoints.save(self.trainer.state, self.position)
             return
