@@ -144,11 +144,11 @@ def adapt_rank(
         def choose() -> Any:
             allowed = budget(count) if callable(budget) else budget
             costs = jax.tree_util.tree_map_with_path(
-                lambda path, p: cost(path_name(path), p) if is_factors(p) else None,
+                lambda path, size, p: None if size is None else cost(path_name(path), p),
+                sizes,
                 params,
-                is_leaf=is_factors,
+                is_leaf=lambda x: x is None or is_factors(x),
             )
-            costs = map_entries(lambda size, c: None if size is None else c, sizes, costs)
             return _choose(sizes, costs, allowed, least)
 
         chosen = when_due(count, every, choose, lambda: state.masks)
