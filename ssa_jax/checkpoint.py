@@ -247,24 +247,29 @@ class _Best(ocp.training.preservation_policies.PreservationPolicy):
 
 
 def _record(folder: Path) -> Record:
-    try:
-        sealed = ocp.checkpointables_metadata(folder.resolve()).custom_metadata
-    except Exception as e:
-        raise DamagedError(f"its metadata cannot be read: {e!r}") from e
-    return unseal(sealed)
+    return unseal(_read_by(lambda: ocp.checkpointables_metadata(folder.resolve())).custom_metadata)
 
 
 def _load(folder: Path, abstract: TrainState) -> TrainState:
-    error = ""
+    return _read_by(lambda: ocp.load_checkpointables(folder.resolve(), {"state": abstract}))[
+        "state"
+    ]
+
+
+def _read_by(read: Callable[[], Any]) -> Any:
+    """What a call of Orbax gives; DamagedError where it fails."""
+    result, error = None, ""
     with warnings.catch_warnings():
-        # A load that fails leaves coroutines behind, of which Python would warn the user.
+        # Where something is damaged Orbax leaves coroutines behind, of which Python would warn.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
-            return ocp.load_checkpointables(folder.resolve(), {"state": abstract})["state"]
+            result = read()
         except Exception as e:
-            error = str(e.__cause__ or e)
+            error = str(e.__cause__ or e) or repr(e)
         gc.collect()
-    raise DamagedError(error)
+    if error:
+        raise DamagedError(error)
+    return result
 
 
 def _at_ranks(like: TrainState, stored: dict[str, int]) -> TrainState:

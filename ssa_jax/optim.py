@@ -129,9 +129,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def target(count: Array) -> ranks.Target:
         return schedule(_fraction(config, count), config.energy, final)
 
+    adaptive = OPTIMIZERS[config.optimizer]()
+    if config.first_rate != 1:
+        adaptive = optax.chain(adaptive, scale_by_depth(config.first_rate))
     chain = transforms.ssa(
         learning_rate(config),
-        optimizer=optax.chain(OPTIMIZERS[config.optimizer](), scale_by_depth(config.first_rate)),
+        optimizer=adaptive,
         hoyer=lambda count: config.hoyer * target(count).hoyer,
         clip=config.clip,
         target=1.0 if schedule is ranks.none else lambda count: target(count)[:2],

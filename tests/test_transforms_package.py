@@ -18,10 +18,12 @@ from ssa_jax import transforms
 TESTS = pathlib.Path(__file__).parent
 MODULES = [m.name for m in pkgutil.iter_modules(transforms.__path__, f"{transforms.__name__}.")]
 ALLOWED = {"jax", "optax", "chex", "ssa_jax.factors", "ssa_jax.linalg", "ssa_jax.transforms"}
+# Functions of arrays and of masks, not transformations.
+OTHERS = ("keep_largest", "label_paths", "restore_dropped")
 FACTORIES = [
     name
     for name in transforms.__all__
-    if inspect.isfunction(getattr(transforms, name)) and name not in ("keep_largest", "label_paths")
+    if inspect.isfunction(getattr(transforms, name)) and name not in OTHERS
 ]
 
 
@@ -58,7 +60,8 @@ def test_every_factory_documents_itself(name):
         assert part in factory.__doc__, part
     if name not in ("add_alignment",):
         assert "(..., " in factory.__doc__ or "mask: False at a `Factors`" in factory.__doc__
-    kwargs = {"learning_rate": 0.1, "weight": 0.1, "target": 0.9}
+    kwargs = {"learning_rate": 0.1, "weight": 0.1, "target": 0.9,
+              "inner": optax.sgd(0.1), "budget": 10}  # fmt: skip
     signature = inspect.signature(factory)
     given = {k: v for k, v in kwargs.items() if k in signature.parameters}
     assert isinstance(factory(**given), optax.GradientTransformationExtraArgs)

@@ -1,6 +1,6 @@
 """Optax transformations for orthonormal and factored weights, usable alone in any optax chain."""
 
-from ssa_jax.transforms.adaptive import AdaptState, adapt_rank, clearing_price
+from ssa_jax.transforms.adaptive import AdaptState, adapt_rank
 from ssa_jax.transforms.aliases import ssa, stiefel_adam, stiefel_muon, stiefel_sgd
 from ssa_jax.transforms.entries import keep_largest, restore_dropped
 from ssa_jax.transforms.manifold import RetractState, project_to_tangent, retract
@@ -41,7 +41,6 @@ __all__ = [
     "add_alignment",
     "add_hoyer",
     "add_orthogonality_penalty",
-    "clearing_price",
     "keep_largest",
     "label_paths",
     "orthogonality_drift",
