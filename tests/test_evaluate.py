@@ -66,6 +66,7 @@ def test_every_form_has_the_accuracy_of_training(finished, untimed, tmp_path):
     assert alone[0]["test_accuracy"] == summary["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_dense_convolutional_run_and_its_normalisation(untimed, tmp_path):
     folder = tmp_path / "run"
     config = dataclasses.replace(

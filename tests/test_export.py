@@ -59,7 +59,14 @@ def test_inference_forms_give_the_logits_of_the_trained_model(name, rank, form):
     assert jnp.array_equal(logits(model, x), expected)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+# The others are of the same modules, at more depth.
+QUICK = ("mlp", "smallconv", "resnet32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(MODELS)],
+)
 def test_every_model_has_an_inference_form(name):
     # Small blocks keep the deep ones quick; what is tested is how they are put together.
     shape = (8, 8, 3)
