@@ -19,12 +19,11 @@ and how a study goes on; budget.png is the table's picture.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import flags, plots, study
 from experiments.study import Settings, Study, Variant
-from experiments.study_table import Column, accuracy, per_cent, spread
+from experiments.study_table import Column, accuracy, per_cent, train_loss
 
 DEFAULTS = {"rank_cuts": 20}
 BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5)
@@ -44,12 +43,6 @@ VARIANTS = tuple(
     for budget in reversed(BUDGETS)
     for name, label, schedule in SCHEDULES
 )
-
-
-def train_loss(name: str, rows: Sequence[study.Row]) -> str:
-    """Cross-entropy over the last epoch, in training."""
-    del name
-    return spread([r["train_loss"] for r in rows], ".3f")
 
 
 def columns(folder: Path) -> list[Column]:

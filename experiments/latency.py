@@ -2,17 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from experiments.timing import side_by_side
+from experiments.timing import Contestant, side_by_side
 
 Array = jax.Array
-
-# How a contestant prepares itself, and what is timed.
-Contestant = tuple[Callable[[], Any], Callable[[], Any]]
 
 # More than any contestant here takes: every one runs all rounds.
 _BUDGET_S = 600.0

@@ -10,12 +10,10 @@ import numpy as np
 from experiments import build
 from experiments.config import Config
 from experiments.environment import environment
-from experiments.timing import side_by_side
+from experiments.timing import Contestant, side_by_side
 from ssa_jax import data as data_lib
 from ssa_jax import train
 from ssa_jax.train import Batch, TrainState
-
-Contestant = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def measure(configs: dict[str, Config], rounds: int) -> dict[str, Any]:

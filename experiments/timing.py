@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# How a contestant prepares itself, and what is timed.
+Contestant = tuple[Callable[[], Any], Callable[[], Any]]
+
 
 class Timing(NamedTuple):
     """Milliseconds of one call: median and least over so many rounds."""
@@ -15,7 +18,7 @@ class Timing(NamedTuple):
 
 
 def side_by_side(
-    contestants: list[tuple[Callable[[], Any], Callable[[], Any]]],
+    contestants: list[Contestant],
     rounds: int,
     budget_s: float = 3.0,
 ) -> list[Timing]:

@@ -11,6 +11,7 @@ import optax
 
 from ssa_jax import ranks, transforms
 from ssa_jax.factors import is_factors
+from ssa_jax.transforms.selection import path_name
 
 Array = jax.Array
 
@@ -157,16 +158,12 @@ def _fraction(config: OptimizerConfig, count: Array) -> Array:
 def _rank_mask(config: OptimizerConfig) -> Callable[[Any], Any]:
     def mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: is_factors(x) and not excluded(config.rank_exclude, _name(path)),
+            lambda path, x: is_factors(x) and not excluded(config.rank_exclude, path_name(path)),
             params,
             is_leaf=is_factors,
         )
 
     return mask
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _stable_rank(
