@@ -106,6 +106,8 @@ class _Run:
             return
         self._restore(self.trainer.state)
         self.earlier_s = self.position.wall_s
+        self.compiling.steps += self.position.compiles
+        self.compiling.seconds += self.position.compile_s
         if self.position.rollbacks:
             self.trainer.use(self._built(len(self.position.rollbacks)))
 
@@ -183,6 +185,8 @@ class _Run:
                     rollbacks=position.rollbacks,
                     wall_s=row["wall_s"],
                     test_accuracy=row["test_accuracy"],
+                    compiles=row["compiles"],
+                    compile_s=row["compile_s"],
                 )
             )
         return whole
@@ -202,6 +206,8 @@ class _Run:
             sums=dict(tally.sums),
             wall_s=self._wall_s(),
             test_accuracy=None,
+            compiles=self.compiling.steps,
+            compile_s=self.compiling.seconds,
         )
         self._save(position)
 

@@ -37,6 +37,8 @@ class Position(NamedTuple):
       rollbacks: one record for each return to an earlier state.
       wall_s: seconds trained so far.
       test_accuracy: after the last epoch; None within one.
+      compiles: compilations of the step so far.
+      compile_s: seconds that all programs took to compile so far.
     """
 
     epoch: int = 0
@@ -45,6 +47,8 @@ class Position(NamedTuple):
     rollbacks: Sequence[dict[str, Any]] = ()
     wall_s: float = 0.0
     test_accuracy: float | None = None
+    compiles: int = 0
+    compile_s: float = 0.0
 
 
 def versions() -> dict[str, str]:

@@ -186,9 +186,10 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     steps = expected["steps"] // 4
     parts = dataclasses.replace(whole, workdir=str(tmp_path / "parts"))
     # Once at an epoch's end, once in the middle of an epoch, which is then repeated.
-    assert run(dataclasses.replace(parts, max_steps=2 * steps))["status"] == "stopped"
+    first = run(dataclasses.replace(parts, max_steps=2 * steps))
+    assert first["status"] == "stopped"
     resumed = dataclasses.replace(parts, resume=True)
-    run(dataclasses.replace(resumed, max_steps=2 * steps + 3))
+    second = run(dataclasses.replace(resumed, max_steps=2 * steps + 3))
     summary = run(resumed)
     assert summary["status"] == "finished"
     timed = {"images_per_second", "wall_s", "compiles", "compile_s"}
@@ -197,6 +198,9 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
             k: v for k, v in b.items() if k not in timed
         }
     assert summary["test_accuracy"] == expected["test_accuracy"]
+    # Every part compiles anew, and what compiling cost is that of all parts.
+    assert first["compiles"] < second["compiles"] < summary["compiles"]
+    assert first["compile_s"] < second["compile_s"] < summary["compile_s"]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
