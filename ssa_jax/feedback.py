@@ -142,21 +142,18 @@ def random_paths(
     return tuple(paths)
 
 
-def send(vectors: Array, paths: Sequence[Array], shapes: Sequence[Shape]) -> tuple[Array, ...]:
-    """Teaching signals of the hidden units δ_i = e · D_i.
+def send(vectors: Array, path: Array, shape: Shape) -> Array:
+    """The teaching signal δ_i = e · D_i of one hidden unit.
 
     Args:
       vectors: e (batch, classes), or what else is sent down.
-      paths: n - 1 arrays (classes, *shape of h_i), or per channel.
-      shapes: output shape of each of the n units for one example.
+      path: D_i (classes, *shape), or per channel.
+      shape: of h_i for one example.
 
     Returns:
-      n - 1 arrays (batch, *shape of h_i).
+      (batch, *shape).
     """
-    return tuple(
-        jnp.broadcast_to(jnp.tensordot(vectors, path, 1), (len(vectors), *shape))
-        for path, shape in zip(paths, shapes[:-1], strict=True)
-    )
+    return jnp.broadcast_to(jnp.tensordot(vectors, path, 1), (len(vectors), *shape))
 
 
 def walk(

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from ssa_jax.units import Unit
 
 Array = jax.Array
 Tree = Any
+Pullback = Callable[[Array], tuple[Tree, Array]]
 
 
 class Tape(NamedTuple):
@@ -25,7 +27,7 @@ class Tape(NamedTuple):
 
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
-    pullbacks: tuple[Callable[[Array], tuple[Tree, Array]], ...]
+    pullbacks: tuple[Pullback, ...]
     mstate: Tree
 
 
@@ -46,17 +48,33 @@ def forward(
     inputs, outputs, pullbacks, states = [], [], [], []
     for unit, p, m in zip(units, params, mstate, strict=True):
         inputs.append(x)
-        apply = functools.partial(_apply, unit, m)
-        x, pullback, state = jax.vjp(apply, p, x, has_aux=True)
-        x = lax.stop_gradient(x)
+        x, pullback, state = visit(unit, p, m, x)
         outputs.append(x)
         pullbacks.append(pullback)
         states.append(state)
     return x, tuple(states), Tape(tuple(inputs), tuple(outputs), tuple(pullbacks), mstate)
 
 
-def _apply(unit: Unit, mstate: Tree, params: Tree, x: Array) -> tuple[Array, Tree]:
-    return unit.apply(params, mstate, x, train=True)
+def visit(unit: Unit, params: Tree, mstate: Tree, x: Array) -> tuple[Array, Pullback, Tree]:
+    """One unit in training mode: its output, its pullback as in `Tape`, its new state."""
+
+    def apply(params: Tree, x: Array) -> tuple[Array, Tree]:
+        return unit.apply(params, mstate, x, train=True)
+
+    y, pullback, state = jax.vjp(apply, params, x, has_aux=True)
+    return lax.stop_gradient(y), pullback, state
+
+
+def after(x: Tree, *values: Tree) -> Tree:
+    """The arrays of x unchanged, but not to be had before all of the values are computed.
+
+    Compilers merge equal computations and order independent ones as they like. Adding zero
+    times a sum of the values makes a dependency that they have to respect: XLA:CPU drops
+    `lax.optimization_barrier` before it merges and schedules (jax 0.10). A value that is not
+    finite makes x NaN.
+    """
+    total = sum((jnp.sum(v) for v in jax.tree.leaves(values)), start=jnp.float32(0))
+    return jax.tree.map(lambda a: a + (0 * total).astype(a.dtype), x)
 
 
 def predict(

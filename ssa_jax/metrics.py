@@ -10,7 +10,8 @@ from ssa_jax import factors, linalg, losses
 from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
 from ssa_jax.methods import Method, chain
-from ssa_jax.train import Batch, TrainState, local_gradients
+from ssa_jax.passes import local_gradients
+from ssa_jax.train import Batch, TrainState
 from ssa_jax.units import Unit
 
 Array = jax.Array

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 
 from ssa_jax import factors, losses, transforms
-from ssa_jax.forward import Tape, forward, predict
+from ssa_jax.forward import predict
 from ssa_jax.losses import LossWeights
 from ssa_jax.methods import Method
+from ssa_jax.passes import MEMORY_MODES
 from ssa_jax.units import Unit
 
 Array = jax.Array
@@ -60,30 +61,6 @@ def init_state(
     return TrainState(jnp.int32(0), params, mstate, feedback, opt_state, key)
 
 
-def local_gradients(
-    params: Tree, twins: Tree | None, tape: Tape, signals: Sequence[Array], weights: LossWeights
-) -> Tree:
-    """Gradient of each unit's local loss (see `losses`), the Hoyer term left out.
-
-    Args:
-      params: one parameter tree a unit.
-      twins: their twins, or None for a method without any.
-      tape: of the forward pass at `params`.
-      signals: δ_i, one a unit, of the shapes of `tape.outputs`.
-      weights: its coefficients.
-    """
-    gradients = []
-    for i, (pullback, h, signal) in enumerate(
-        zip(tape.pullbacks, tape.outputs, signals, strict=True)
-    ):
-        last = i == len(signals) - 1
-        task = pullback(losses.cotangent(h, signal, weights, last=last))[0]
-        twin = None if twins is None else twins[i]
-        rest = jax.grad(losses.regulariser)(params[i], twin, weights)
-        gradients.append(jax.tree.map(jnp.add, task, rest))
-    return tuple(gradients)
-
-
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -93,6 +70,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     weights: LossWeights,
     on_compile: Callable[[], None] = lambda: None,
+    memory: str = "taped",
 ) -> Step:
     """The jitted training step; its state is donated.
 
@@ -102,19 +80,25 @@ def make_step(
       optimizer: the whole chain; see `optim`.
       weights: coefficients of the local loss.
       on_compile: called whenever the step is traced, which is once a set of shapes.
+      memory: ``"taped"`` or ``"streamed"``: the same step to rounding, see `passes`.
 
     Returns:
       (state, batch) -> (state, metrics), metrics being ``loss`` and ``accuracy`` at the
       parameters before the step, and `truncation_losses`.
+
+    Raises:
+      ValueError: an unknown memory mode; when first called, a streamed step of a method whose
+        signals need a tape.
     """
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+    run = MEMORY_MODES[memory]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         on_compile()
-        logits, mstate, tape = forward(units, state.params, state.mstate, batch.images)
-        loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
-        signals = method.signals(state.feedback, state.params, tape, error, batch)
-        twins = method.twins(state.feedback)
-        gradients = local_gradients(state.params, twins, tape, signals, weights)
+        logits, loss, mstate, gradients, tape = run(
+            units, method, weights, state.params, state.mstate, state.feedback, batch
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         feedback = method.update(state.feedback, state.params, params, tape, batch)

@@ -104,8 +104,8 @@ def make_method(name, units, params, mstate, shape=IMAGE, **options) -> Method:
 
 
 def max_difference(a, b):
-    """Largest absolute difference between two trees of one structure."""
+    """Largest absolute difference between two trees of one structure, of any number type."""
     return max(
-        float(jnp.max(jnp.abs(x - y)))
+        float(jnp.max(jnp.abs(x.astype(float) - y.astype(float)), initial=0))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )

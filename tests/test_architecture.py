@@ -25,12 +25,13 @@ ALLOWED = {
     "transforms": {"factors", "linalg", "transforms"},
     "ranks": {"factors", "linalg"},
     "optim": {"factors", "ranks", "transforms"},
-    "train": {"factors", "forward", "losses", "methods", "transforms", "units"},
-    "metrics": {"factors", "linalg", "forward", "losses", "methods", "train", "units"},
+    "passes": {"forward", "losses", "methods", "units"},
+    "train": {"factors", "forward", "losses", "methods", "passes", "transforms", "units"},
+    "metrics": {"factors", "linalg", "forward", "losses", "methods", "passes", "train", "units"},
     "data": {"train"},
     "record": {"train"},
     "checkpoint": {"ranks", "record", "train"},
-    "costs": set(),
+    "costs": {"forward", "losses", "methods", "passes", "units"},
     "__init__": set(),
 }
 

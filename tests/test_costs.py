@@ -1,12 +1,16 @@
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
+from helpers import CLASSES, make_batch, make_method, split
 from jax import lax
 
 from ssa_jax import costs
 from ssa_jax.forward import predict
+from ssa_jax.losses import LossWeights
 from ssa_jax.models import MODELS
+from ssa_jax.train import init_state, make_step
 from ssa_jax.units import split_units
 
 
@@ -55,3 +59,74 @@ def test_the_compiler_agrees_where_no_tap_is_padding():
 
 def test_parameters():
     assert costs.parameters({"a": jnp.ones((2, 3)), "b": [jnp.ones(4)]}) == 10
+
+
+def test_what_no_result_needs_and_what_repeats_is_not_counted():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    assert costs.macs(lambda a, b: (a @ b, a.T @ a)[0], a, b) == 3 * 4 * 5
+    assert costs.macs(lambda a, b: a @ b + a @ b, a, b) == 3 * 4 * 5
+    # Of a nested program too.
+    nested = jax.jit(lambda a, b: (a @ b, a.T @ a))
+    assert costs.macs(lambda a, b: nested(a, b)[0], a, b) == 3 * 4 * 5
+
+
+def test_a_scan_counts_every_turn_and_a_conditional_its_costliest_branch():
+    a = jnp.ones((4, 4))
+    assert costs.macs(lambda a: lax.scan(lambda x, _: (x @ a, None), a, None, 7)[0], a) == 7 * 64
+    branches = (lambda a: a, lambda a: a @ a @ a)
+    assert costs.macs(lambda a: lax.cond(a[0, 0] > 0, *branches, a), a) == 2 * 64
+
+
+def test_zeros_of_a_strided_gradient_are_no_work():
+    x, k = jnp.ones((2, 8, 8, 4)), jnp.ones((2, 2, 4, 6))
+
+    def conv(x):
+        return lax.conv_general_dilated(
+            x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    forward = 2 * 4 * 4 * 6 * 16
+    assert costs.macs(conv, x) == forward
+    assert costs.macs(lambda x, g: jax.vjp(conv, x)[1](g), x, jnp.ones((2, 4, 4, 6))) == forward
+
+
+def costs_of(name, network="conv", rank=None, batch=8):
+    units, params, mstate = split(network, rank)
+    method = make_method(name, units, params, mstate)
+    optimizer = optax.adam(1e-3)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    args = units, method, optimizer, LossWeights(), state, make_batch(batch)
+    return costs.step_costs(*args), args
+
+
+def test_costs_of_a_step_of_dense_layers():
+    shapes = [(3, 3, 6), (2, 2, 8), (7,), (CLASSES,)]
+    forward = [8 * 36 * 18 * 6, 8 * 4 * 54 * 8, 8 * 32 * 7, 8 * 7 * CLASSES]
+    bp, dfa = costs_of("bp")[0], costs_of("dfa")[0]
+    assert [r.forward for r in bp] == forward == [r.update for r in bp]
+    # A unit's signal is pulled back through the unit after it; a direct one is sent from e.
+    assert [r.signal for r in bp[1:]] == [*forward[2:], 0]
+    sizes = [h * w * c for h, w, c in shapes[:2]] + [7]
+    assert [r.signal for r in dfa] == [8 * CLASSES * n for n in sizes] + [0]
+    assert [r.update for r in dfa] == forward
+    for row in bp:
+        assert row.optimizer == 0
+        assert row.optimizer_bytes == 2 * 4 * row.params
+    # The hidden dense layer keeps its input, and of the activation something of its output.
+    assert 8 * 32 * 4 < dfa[2].activation_bytes <= 8 * (32 + 2 * 7) * 4
+    assert all(a.activation_bytes <= b.activation_bytes for a, b in zip(dfa, bp, strict=True))
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "dfa", "ssa"])
+def test_units_of_a_step_add_up_to_what_the_compiler_counts(name):
+    units, params, mstate = split_units(
+        MODELS["mlp"]((8, 8, 3), 10, rank=0.5, rngs=nnx.Rngs(0), hidden=(256, 256))
+    )
+    method = make_method(name, units, params, mstate, shape=(8, 8, 3))
+    optimizer = optax.sgd(1e-3)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    batch = make_batch(64, shape=(8, 8, 3), classes=10)
+    rows = costs.step_costs(units, method, optimizer, LossWeights(), state, batch)
+    ours = sum(r.forward + r.signal + r.update + r.optimizer for r in rows)
+    program = make_step(units, method, optimizer, LossWeights()).lower(state, batch).compile()
+    assert 2 * ours == pytest.approx(program.cost_analysis()["flops"], rel=0.06)

@@ -56,7 +56,7 @@ def test_path_enters_a_norm_by_its_scale_over_its_deviation():
 def test_send_is_linear_in_the_error():
     paths = (jnp.arange(24.0).reshape(2, 3, 4), jnp.ones((2, 5)))
     error = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-    first, second = feedback.send(error, paths, [(3, 4), (5,), (2,)])
+    first, second = map(feedback.send, (error, error), paths, [(3, 4), (5,)])
     assert jnp.array_equal(first[0], paths[0][0])
     assert jnp.array_equal(first[1], 2 * paths[0][1])
     assert jnp.array_equal(second, jnp.array([[1.0], [2.0], [2.0]]) * jnp.ones((1, 5)))
@@ -120,7 +120,7 @@ def test_per_channel_signals_are_uniform_over_positions():
     paths = feedback.random_paths(jax.random.key(0), shapes, [None] * 3, plan)
     assert [p.shape for p in paths] == [(CLASSES, 1, 1, 6), (CLASSES, 7)]
     error = jax.random.normal(jax.random.key(1), (2, CLASSES))
-    first, second = feedback.send(error, paths, shapes)
+    first, second = map(feedback.send, (error, error), paths, shapes[:-1])
     assert first.shape == (2, 4, 3, 6)
     assert jnp.array_equal(first, jnp.broadcast_to(first[:, :1, :1], first.shape))
     assert jnp.allclose(first[:, 0, 0], error @ paths[0][:, 0, 0])

@@ -9,7 +9,7 @@ from ssa_jax import factors, losses
 from ssa_jax import twins as tw
 from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
-from ssa_jax.train import local_gradients
+from ssa_jax.passes import local_gradients
 
 
 def setup():

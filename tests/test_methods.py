@@ -16,7 +16,8 @@ from ssa_jax.methods import METHODS, blend, chain, relay
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
-from ssa_jax.train import init_state, local_gradients, make_refresh, make_step, true_gradients
+from ssa_jax.passes import local_gradients
+from ssa_jax.train import init_state, make_refresh, make_step, true_gradients
 from ssa_jax.units import split_units
 
 SETTINGS = [

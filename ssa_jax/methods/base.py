@@ -10,6 +10,7 @@ from ssa_jax.units import Unit
 
 Array = jax.Array
 Tree = Any
+Direct = Callable[[Tree, Array, Any, int], Array]
 
 
 def _keep(feedback: Tree, *_: Any) -> Tree:
@@ -32,6 +33,9 @@ class Method(NamedTuple):
         compaction; runs outside the step, so it may be costly.
       refresh_every: 0 for never.
       twins: feedback -> parameter trees that the alignment term pulls towards, or None.
+      direct: (feedback, error, batch, i) -> δ_i of hidden unit i, for a method whose signals
+        need the error alone and whose update leaves the tape unread: such a method can train
+        without a tape (see `train.make_step`). None for the others.
       note: what a run should report of the feedback, in a few words; may be empty.
     """
 
@@ -41,7 +45,20 @@ class Method(NamedTuple):
     refresh: Callable[[Tree, Tree, Tree], Tree] = _keep
     refresh_every: int = 0
     twins: Callable[[Tree], Tree | None] = _no_twins
+    direct: Direct | None = None
     note: str = ""
+
+
+def all_direct(direct: Direct, units: int) -> Callable[..., Sequence[Array]]:
+    """The `signals` of a direct method on n units: those of every hidden unit, and the error."""
+
+    def signals(
+        feedback: Tree, params: Tree, tape: Tape, error: Array, batch: Any
+    ) -> Sequence[Array]:
+        del params, tape
+        return (*(direct(feedback, error, batch, i) for i in range(units - 1)), error)
+
+    return signals
 
 
 class Network(NamedTuple):

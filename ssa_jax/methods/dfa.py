@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import feedback as fb
-from ssa_jax.forward import Tape
-from ssa_jax.methods.base import FeedbackOptions, Method, Network
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, all_direct
 
 Array = jax.Array
 Tree = Any
@@ -53,8 +52,8 @@ def _random(
         del params, mstate
         return fb.random_paths(key, network.shapes, [None] * len(network.shapes), plan)
 
-    def signals(paths: Any, params: Tree, tape: Tape, error: Array, batch: Any) -> Sequence[Array]:
-        del params, tape
-        return (*fb.send(sent(error, batch), paths, network.shapes), error)
+    def direct(paths: Sequence[Array], error: Array, batch: Any, i: int) -> Array:
+        return fb.send(sent(error, batch), paths[i], network.shapes[i])
 
-    return Method(init=init, signals=signals, note=str(plan))
+    signals = all_direct(direct, len(network.units))
+    return Method(init=init, signals=signals, direct=direct, note=str(plan))

@@ -29,7 +29,7 @@ def blend(main: Method, helper: Method, weight: float) -> Method:
         mixed = (a + weight * b for a, b in zip(ours[:-1], theirs[:-1], strict=True))
         return (*mixed, error)
 
-    return _of_both(main, helper, 0)._replace(signals=signals)
+    return _of_both(main, helper, 0)._replace(signals=signals, direct=None)
 
 
 def relay(first: Method, then: Method) -> tuple[Method, Method]:
@@ -52,6 +52,10 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
     def signals(feedback: Both, *inputs: Any) -> Sequence[Array]:
         return lead.signals(feedback[leader], *inputs)
 
+    def direct(feedback: Both, error: Array, batch: Any, i: int) -> Array:
+        assert lead.direct is not None
+        return lead.direct(feedback[leader], error, batch, i)
+
     def update(feedback: Both, *moved: Any) -> Both:
         return a.update(feedback[0], *moved), b.update(feedback[1], *moved)
 
@@ -64,4 +68,6 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
         update=update,
         refresh=refresh,
         twins=lambda feedback: lead.twins(feedback[leader]),
+        # The update of either may read the tape.
+        direct=direct if a.direct and b.direct else None,
     )

@@ -10,7 +10,13 @@ from ssa_jax import factors
 from ssa_jax import feedback as fb
 from ssa_jax import twins as tw
 from ssa_jax.forward import Tape
-from ssa_jax.methods.base import FeedbackOptions, Method, Network, require_choice
+from ssa_jax.methods.base import (
+    FeedbackOptions,
+    Method,
+    Network,
+    all_direct,
+    require_choice,
+)
 
 Array = jax.Array
 Tree = Any
@@ -47,8 +53,8 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     require_choice("feedback_update", options.update, UPDATES)
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
-    direct = options.path != "sequential"
-    if options.lookahead and not direct:
+    has_paths = options.path != "sequential"
+    if options.lookahead and not has_paths:
         raise ValueError("feedback_lookahead needs a direct path: composed or random feedback")
     units, shapes = network
     plan = fb.plan(shapes, options.form, options.limit)
@@ -69,13 +75,16 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
             return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan))
         return SSAFeedback(twins, paths_of(twins, mstate))
 
+    def direct(feedback: SSAFeedback, error: Array, batch: Any, i: int) -> Array:
+        del batch
+        return fb.send(error, feedback.paths[i], shapes[i])
+
     def signals(
         feedback: SSAFeedback, params: Tree, tape: Tape, error: Array, batch: Any
     ) -> Sequence[Array]:
-        del batch
-        if not direct:
+        if not has_paths:
             return fb.walk(units, params, feedback.twins, tape, error)
-        sent = (*fb.send(error, feedback.paths, shapes), error)
+        sent = all_direct(direct, len(units))(feedback, params, tape, error, batch)
         return fb.look_ahead(tape, sent, options.lookahead)
 
     def update(
@@ -102,5 +111,6 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         refresh=refresh,
         refresh_every=options.every if moves else 0,
         twins=lambda feedback: feedback.twins,
-        note=str(plan) if direct else "",
+        direct=direct if has_paths and not options.lookahead else None,
+        note=str(plan) if has_paths else "",
     )

@@ -1,0 +1,136 @@
+"""A streamed step is a taped one to rounding, in the memory of one unit."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from helpers import make_batch, make_method, max_difference, split
+
+from ssa_jax import optim, transforms
+from ssa_jax.losses import LossWeights
+from ssa_jax.methods import METHODS, relay
+from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
+from ssa_jax.models.feedforward import Feedforward
+from ssa_jax.optim import OptimizerConfig
+from ssa_jax.train import Batch, init_state, make_refresh, make_step
+from ssa_jax.units import split_units
+
+WEIGHTS = LossWeights(alpha=1.0, beta=1e-3, gamma=1e-3, kappa=0.1)
+DIRECT = {
+    "dfa": {},
+    "drtp": {},
+    "ssa": {},
+    "ssa, per channel": {"form": "channel"},
+    "ssa, mutual": {"update": "mutual"},
+    "ssa, random": {"path": "random", "update": "fixed"},
+}
+TAPED_ONLY = {
+    **{name: {} for name in METHODS if name not in ("dfa", "drtp", "ssa")},
+    "ssa, sequential": {"path": "sequential"},
+    "ssa, ahead": {"lookahead": 1},
+}
+
+
+def chain(schedule="none"):
+    config = OptimizerConfig(
+        learning_rate=1e-2, total_steps=6, steps_per_epoch=2, hoyer=1e-3, rank_schedule=schedule
+    )
+    return optim.make_optimizer(config)
+
+
+def trained(name, options, memory, optimizer, steps=3, network="conv"):
+    """State and metrics after some steps with a refresh in between."""
+    units, params, mstate = split(network, rank=0.8)
+    method = make_method(name.split(",")[0], units, params, mstate, **options)
+    state = init_state(method, optimizer, jax.tree.map(jnp.copy, params), mstate, jax.random.key(1))
+    step, refresh = (
+        make_step(units, method, optimizer, WEIGHTS, memory=memory),
+        make_refresh(method),
+    )
+    for i in range(steps):
+        state, metrics = step(state, make_batch(seed=i))
+        state = refresh(state) if i == 1 else state
+    return state._replace(key=jax.random.key_data(state.key)), metrics
+
+
+@pytest.mark.parametrize("network", ["conv", "residual"])
+@pytest.mark.parametrize("name", DIRECT)
+def test_streamed_equals_taped(name, network):
+    ours, theirs = (
+        trained(name, DIRECT[name], memory, chain("hybrid"), network=network)
+        for memory in ("streamed", "taped")
+    )
+    assert max_difference(ours, theirs) < 2e-5
+    # And it moved: the initial state is far from both.
+    start, _ = trained(name, DIRECT[name], "taped", chain("hybrid"), steps=1, network=network)
+    assert max_difference(ours[0].params, start.params) > 1e-3
+
+
+def test_a_chain_that_looks_at_all_units_together_streams_too():
+    def clipped():
+        return optax.chain(optax.clip_by_global_norm(1e-2), transforms.ssa(1e-2))
+
+    states = [trained("ssa", {}, memory, clipped())[0] for memory in ("streamed", "taped")]
+    assert max_difference(*states) < 2e-5
+
+
+@pytest.mark.parametrize("name", TAPED_ONLY)
+def test_a_method_that_reads_the_tape_cannot_stream(name):
+    with pytest.raises(ValueError, match="need the error alone"):
+        trained(name, TAPED_ONLY[name], "streamed", chain(), steps=1)
+
+
+def test_a_relay_streams_only_if_neither_of_its_updates_reads_the_tape():
+    units, params, mstate = split("conv", rank=0.8)
+    ssa, dfa, local = (make_method(name, units, params, mstate) for name in ("ssa", "dfa", "local"))
+    assert all(method.direct for method in relay(dfa, ssa))
+    assert not any(method.direct for method in relay(local, ssa))
+
+
+def test_unknown_memory_mode():
+    units, params, mstate = split("conv")
+    method = make_method("dfa", units, params, mstate)
+    with pytest.raises(ValueError, match="memory must be one of taped, streamed, got 'tape'"):
+        make_step(units, method, optax.sgd(1e-2), LossWeights(), memory="tape")
+
+
+def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32):
+    """The compiled step of a deep convolutional network of equal units."""
+    rngs = nnx.Rngs(0)
+    first = [Plain(conv(3, width, 3, rank=None, rngs=rngs), activation=nnx.relu)]
+    units = [
+        Plain(conv(width, width, 3, rank=rank, rngs=rngs), norm=batch_norm(width, rngs),
+              activation=nnx.relu)
+        for _ in range(depth)
+    ]  # fmt: skip
+    last = Plain(dense(width, 10, rank=None, rngs=rngs), average=True, flatten=True)
+    units, params, mstate = split_units(Feedforward([*first, *units, last]))
+    method = make_method("ssa", units, params, mstate, shape=(size, size, 3))
+    optimizer = optax.sgd(1e-2)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    images = Batch(jnp.zeros((batch, size, size, 3)), jnp.zeros(batch, jnp.int32))
+    step = make_step(units, method, optimizer, LossWeights(), memory=memory)
+    program = step.lower(state, images).compile()
+    return program, 4 * batch * size * size * width
+
+
+def maps_held(depth, memory):
+    """Temporary memory of the step in maps of one unit."""
+    program, one_map = compiled(depth, memory)
+    return program.memory_analysis().temp_size_in_bytes / one_map
+
+
+def test_memory_is_flat_in_depth_when_streamed():
+    shallow, deep = (maps_held(depth, "streamed") for depth in (4, 12))
+    # Less than an eighth of one map a unit: nothing is kept of the units passed.
+    assert deep < shallow + 1
+    assert maps_held(12, "taped") - maps_held(4, "taped") > 8
+
+
+def test_the_two_forward_passes_are_not_merged():
+    flops = {
+        memory: compiled(4, memory)[0].cost_analysis()["flops"] for memory in ("streamed", "taped")
+    }
+    forward = 2 * 4 * (8 * 8) * 32 * (2 * 24 * 48) * 4
+    assert flops["streamed"] > flops["taped"] + 0.8 * forward
