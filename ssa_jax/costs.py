@@ -45,8 +45,8 @@ class Program:
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         self._jaxpr = closed.jaxpr
         self._same = _equal_values(closed.jaxpr)
-        flags = [False] * len(closed.jaxpr.outvars)
-        self.outputs: Tree = jax.tree.unflatten(jax.tree.structure(shapes), range(len(flags)))
+        numbers = range(len(closed.jaxpr.outvars))
+        self.outputs: Tree = jax.tree.unflatten(jax.tree.structure(shapes), numbers)
 
     def macs(self, *wanted: Tree) -> int:
         """Multiply-accumulates that parts of the result need together.
