@@ -54,8 +54,9 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     return state._replace(key=jax.random.key_data(state.key)), metrics
 
 
-@pytest.mark.parametrize("network", ["conv", "residual"])
-@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize(
+    ("name", "network"), [*((name, "conv") for name in DIRECT), ("ssa", "residual")]
+)
 def test_streamed_equals_taped(name, network):
     ours, theirs = (
         trained(name, DIRECT[name], memory, chain("hybrid"), network=network)
