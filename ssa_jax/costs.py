@@ -141,11 +141,9 @@ def parameters(params: Tree) -> int:
 
 def nbytes(tree: Tree) -> int:
     """Bytes of all arrays of a tree; typed PRNG keys count for nothing."""
-    leaves = (x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, _KEYS))
+    keys = jax.dtypes.prng_key
+    leaves = (x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, keys))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-
-
-_KEYS = jax.dtypes.prng_key
 
 
 class UnitCosts(NamedTuple):
@@ -202,7 +200,7 @@ def step_costs(
             forward=ahead[i + 1] - ahead[i],
             signal=sent[i] - sent[i + 1],
             update=step.macs(outputs, signals, gradients[i]) - sent[0],
-            optimizer=chain.macs(chain.outputs[0][i]) if state.params[i] else 0,
+            optimizer=chain.macs(chain.outputs[0][i]),
             activation_bytes=kept[i],
             optimizer_bytes=_optimizer_bytes(optimizer, state.params, i),
         )
@@ -260,7 +258,7 @@ def _residual_bytes(unit: Unit, params: Tree, mstate: Tree, x: Any, *, direct: b
         if eqn.primitive.name == "reshape":
             origin[eqn.outvars[0]] = origin.get(eqn.invars[0], eqn.invars[0])
     kept = {origin.get(v, v) for v in jaxpr.outvars if _is_variable(v)} - set(jaxpr.invars)
-    return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept)
+    return nbytes([v.aval for v in kept])
 
 
 def _optimizer_bytes(optimizer: Any, params: Tree, i: int) -> int:

@@ -56,7 +56,7 @@ class Pass(NamedTuple):
     Attributes:
       logits: (batch, classes).
       loss: the output loss.
-      mstate: the new model
+      mstate: the new model state.
       gradients: of every unit's local loss.
       tape: the Tape, or None of a streamed pass, whose method leaves it unread.
     """
@@ -119,7 +119,7 @@ def streamed(
     logits = predict(units, params, mstate, batch.images, train=True)
     loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
     gradient = functools.partial(_direct_gradient, method, weights, params, feedback, batch)
-    x, error = after((batch.images, error), error)
+    x = after(batch.images, error)
     gradients, states = [], []
     for i, unit in enumerate(units):
         x, pullback, state = visit(unit, params[i], mstate[i], x)
