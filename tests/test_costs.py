@@ -117,7 +117,9 @@ def test_costs_of_a_step_of_dense_layers():
     assert all(a.activation_bytes <= b.activation_bytes for a, b in zip(dfa, bp, strict=True))
 
 
-@pytest.mark.parametrize("name", ["bp", "fa", "dfa", "ssa"])
+@pytest.mark.parametrize(
+    "name", ["bp", "ssa", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fa", "dfa"))]
+)
 def test_units_of_a_step_add_up_to_what_the_compiler_counts(name):
     units, params, mstate = split_units(
         MODELS["mlp"]((8, 8, 3), 10, rank=0.5, rngs=nnx.Rngs(0), hidden=(256, 256))

@@ -55,7 +55,12 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
 
 
 @pytest.mark.parametrize(
-    ("name", "network"), [*((name, "conv") for name in DIRECT), ("ssa", "residual")]
+    ("name", "network"),
+    [
+        ("ssa", "conv"),
+        pytest.param("ssa", "residual", marks=pytest.mark.slow),
+        *(pytest.param(n, "conv", marks=pytest.mark.slow) for n in DIRECT if n != "ssa"),
+    ],
 )
 def test_streamed_equals_taped(name, network):
     ours, theirs = (
@@ -68,6 +73,7 @@ def test_streamed_equals_taped(name, network):
     assert max_difference(ours[0].params, start.params) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_chain_that_looks_at_all_units_together_streams_too():
     def clipped():
         return optax.chain(optax.clip_by_global_norm(1e-2), transforms.ssa(1e-2))
@@ -122,6 +128,7 @@ def maps_held(depth, memory):
     return program.memory_analysis().temp_size_in_bytes / one_map
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_depth_when_streamed():
     shallow, deep = (maps_held(depth, "streamed") for depth in (4, 12))
     # Less than an eighth of one map a unit: nothing is kept of the units passed.
