@@ -78,11 +78,11 @@ def _is_default(name: str, value: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
-    whole = functools.partial(_lax, strides, pads)
+    whole = functools.partial(by_xla, strides, pads)
     if not _unfolds(x.shape, kernel.shape):
         return whole(x, kernel)
     return lax.platform_dependent(
-        x, kernel, cpu=functools.partial(_product, strides, pads), default=whole
+        x, kernel, cpu=functools.partial(product, strides, pads), default=whole
     )
 
 
@@ -100,11 +100,11 @@ def _backwards(
         if _unfolds(g.shape, kernel.shape):
             dx = _spread(strides, pads, x.shape, kernel, g)
         else:
-            dx = jax.vjp(lambda x: _lax(strides, pads, x, kernel), x)[1](g)[0]
+            dx = jax.vjp(lambda x: by_xla(strides, pads, x, kernel), x)[1](g)[0]
         return dx, _kernel_gradient(strides, pads, kernel.shape, x, g)
 
     def elsewhere(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-        return jax.vjp(functools.partial(_lax, strides, pads), x, kernel)[1](g)
+        return jax.vjp(functools.partial(by_xla, strides, pads), x, kernel)[1](g)
 
     return lax.platform_dependent(*saved, cotangent, cpu=on_cpu, default=elsewhere)
 
@@ -112,7 +112,7 @@ def _backwards(
 _conv.defvjp(_forwards, _backwards)
 
 
-def _lax(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
+def by_xla(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=DIMENSIONS)
 
 
@@ -127,7 +127,7 @@ def _unfolds(maps: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
     return math.prod(kernel[:2]) > math.prod(maps[1:3])
 
 
-def _product(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
+def product(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
     """The convolution as one matrix product of the windows of x with the kernel."""
     windows = _windows(strides, pads, kernel.shape, x)
     return _dot(windows, kernel.reshape(-1, kernel.shape[-1]))
@@ -159,7 +159,7 @@ def _kernel_gradient(
     windows_of_g = math.prod(x.shape[1:3]) * math.prod(shape[:2]) * shape[3]
     of_x = 3 * windows_of_x < 2 * windows_of_g
     example = (windows_of_x if of_x else windows_of_g) * x.dtype.itemsize
-    gradient = functools.partial(_from_x if of_x else _from_g, strides, pads, shape)
+    gradient = functools.partial(gradient_from_x if of_x else gradient_from_g, strides, pads, shape)
     # Every part reads and writes the whole sum, so the parts should not be smaller than it.
     parts = _parts(x.shape[0], example, max(_CHUNK_BYTES, 2 * 4 * math.prod(shape)))
     if parts == 1:
@@ -178,11 +178,15 @@ def _parts(batch: int, example: int, limit: int) -> int:
     return next(fits, max(batch, 1))
 
 
-def _from_x(strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array) -> Array:
+def gradient_from_x(
+    strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
+) -> Array:
     return _outer(_windows(strides, pads, shape, x, g.shape[1:3]), g).reshape(shape)
 
 
-def _from_g(strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array) -> Array:
+def gradient_from_g(
+    strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
+) -> Array:
     kh, kw, c, n = shape
     windows = _reverse_windows(strides, pads, shape, x.shape, g)
     return _outer(x, windows).reshape(c, kh, kw, n).transpose(1, 2, 0, 3)
