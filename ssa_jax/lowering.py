@@ -113,6 +113,7 @@ _conv.defvjp(_forwards, _backwards)
 
 
 def by_xla(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
+    """The convolution as XLA lowers it."""
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=DIMENSIONS)
 
 
@@ -152,16 +153,19 @@ def _kernel_gradient(
     (3x3, 128 channels on 16x16: 57 against 75 ms) unless its windows are clearly larger, as they
     are at stride two. They are unfolded a part of the batch at a time, which takes both less
     memory and less time than the whole. Milliseconds (MiB) at batch 128 by XLA, in one product,
-    and in parts of 4 MiB: 3x3, 64 channels on 32x32 194 (64), 286 (544), 92 (69); 3x1, 128 to 96
-    on 16x16 73 (28), -, 15 (6); 3x1, 16 to 24 on 32x32 37 (20), 28 (49), 3.4 (4).
+    and in parts: 3x3, 64 channels on 32x32 225 (64), 318 (544), 61 (10); 3x1, 128 to 96 on 16x16
+    92 (28), 42 (60), 15 (6); 3x1, 16 to 24 on 32x32 31 (20), 27 (49), 3.9 (4). A first layer
+    (3x3, 3 to 16 on 32x32: 2.3 (10), 7.1 (26), 5.3 (9)) and 2x2 maps win nothing.
     """
     windows_of_x = math.prod(g.shape[1:3]) * math.prod(shape[:3])
     windows_of_g = math.prod(x.shape[1:3]) * math.prod(shape[:2]) * shape[3]
     of_x = 3 * windows_of_x < 2 * windows_of_g
     example = (windows_of_x if of_x else windows_of_g) * x.dtype.itemsize
     gradient = functools.partial(gradient_from_x if of_x else gradient_from_g, strides, pads, shape)
-    # Every part reads and writes the whole sum, so the parts should not be smaller than it.
-    parts = _parts(x.shape[0], example, max(_CHUNK_BYTES, 2 * 4 * math.prod(shape)))
+    # Every part reads and writes the whole sum, so the parts should not be smaller than it. Of
+    # parts of one example XLA transposes all before the loop: as much memory again as x or g.
+    limit = max(_CHUNK_BYTES, 2 * 4 * math.prod(shape), 2 * example)
+    parts = _parts(x.shape[0], example, limit)
     if parts == 1:
         return gradient(x, g).astype(x.dtype)
     split = (a.reshape(parts, -1, *a.shape[1:]) for a in (x, g))
@@ -181,12 +185,14 @@ def _parts(batch: int, example: int, limit: int) -> int:
 def gradient_from_x(
     strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
 ) -> Array:
+    """The kernel gradient, float32, as the product of the windows of x with g."""
     return _outer(_windows(strides, pads, shape, x, g.shape[1:3]), g).reshape(shape)
 
 
 def gradient_from_g(
     strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
 ) -> Array:
+    """The kernel gradient, float32, as the product of x with the windows of g."""
     kh, kw, c, n = shape
     windows = _reverse_windows(strides, pads, shape, x.shape, g)
     return _outer(x, windows).reshape(c, kh, kw, n).transpose(1, 2, 0, 3)
