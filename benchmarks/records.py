@@ -166,7 +166,47 @@ def inference(record: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"stiefel": stiefel, "inference": inference}
+def _convolution_rows(rows: Sequence[Row]) -> str:
+    """A line for each convolution and pass: XLA's own beside what is chosen."""
+    table = []
+    for one in rows:
+        if one["lowering"] != "lax":
+            continue
+        same = {k: one[k] for k in ("shape", "pass")}
+        chosen = _find(rows, **same, lowering="chosen")
+        assert chosen is not None
+        temporary = ("-" if r["temp_bytes"] is None else f"{r['temp_bytes'] / 2**20:.1f}"
+                     for r in (one, chosen))  # fmt: skip
+        table.append(
+            [
+                f"{one['shape']}, {one['pass']}",
+                *(_ms({"median_ms": r["ms"]}) for r in (one, chosen)),
+                f"{chosen['ratio_to_lax']:.2f}",
+                *temporary,
+            ]
+        )
+    header = ["convolution, pass", "XLA ms", "chosen ms", "/ XLA", "XLA MiB", "chosen MiB"]
+    return markdown(header, table)
+
+
+def convolution(record: dict[str, Any]) -> str:
+    """The section of `benchmarks.convolution`."""
+    return "\n\n".join(
+        [
+            "## Convolutions, XLA's own lowering against the chosen one",
+            f"Milliseconds at batch {record['rows'][0]['batch']}, median of rounds in which all "
+            "lowerings took turns, compilation excluded; MiB of temporary arrays. Both: the output "
+            "and both gradients.",
+            setting(
+                record,
+                "python -m benchmarks.convolution --json benchmarks/records/convolution.json",
+            ),
+            _convolution_rows(record["rows"]),
+        ]
+    )
+
+
+SECTIONS = {"stiefel": stiefel, "inference": inference, "convolution": convolution}
 
 
 def document() -> str:

@@ -33,7 +33,7 @@ class Program:
     As a compiler would, the count leaves out what no wanted result needs and takes equal
     computations once. Every tap of a convolution counts (XLA's own count leaves out those on
     padding), and the body of a scan as often as it runs. The body of any other loop counts once,
-    and of a conditional the costliest branch. Elementwise work counts for nothing, as in the
+    of a conditional the costliest branch, and of a choice by platform the branch for all others. Elementwise work counts for nothing, as in the
     literature.
 
     Args:
@@ -120,7 +120,9 @@ def _equation_macs(eqn: Any, live: Sequence[int]) -> int:
         for sub in _subjaxprs(eqn.params)
     ]  # fmt: skip
     if eqn.primitive.name == "cond":
-        return max(found)
+        # One program in several forms, of which `lax.platform_dependent` puts the default last.
+        by_platform = eqn.params.get("branches_platforms") is not None
+        return found[-1] if by_platform else max(found)
     return sum(found) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
 
 

@@ -5,14 +5,15 @@ The rank is read from the arrays, so a layer whose factors were sliced needs no 
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from ssa_jax import factors
 from ssa_jax.factors import Factors
+from ssa_jax.lowering import conv
 
 Array = jax.Array
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -75,7 +76,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
-def split_padding(padding: Padding) -> tuple[object, object]:
+def split_padding(padding: Padding) -> tuple[Any, Any]:
     """Padding of the vertical and of the horizontal convolution of a pair, as Flax takes it."""
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID"):
@@ -146,9 +147,8 @@ class SVDConv(nnx.Module):
         pad_h, pad_w = split_padding(self.padding)
         down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
         across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
-        dims = ("NHWC", "HWIO", "NHWC")
-        y = lax.conv_general_dilated(x, down, (sh, 1), pad_h, dimension_numbers=dims)  # type: ignore[arg-type]
-        y = lax.conv_general_dilated(y, across, (1, sw), pad_w, dimension_numbers=dims)  # type: ignore[arg-type]
+        y = conv(x, down, (sh, 1), pad_h)
+        y = conv(y, across, (1, sw), pad_w)
         if self.bias is not None:
             y = y + self.bias.get_value().reshape(1, 1, 1, -1)
         return y

@@ -89,3 +89,19 @@ def test_inference_quick_writes_rows_beside_the_dense_network(tmp_path):
     page = records.inference(record)
     assert "| mlp, auto at 0.5 |" in page
     assert "A test." in page
+
+
+@pytest.mark.slow
+def test_convolution_quick_writes_every_lowering_of_every_pass(tmp_path):
+    file = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.convolution", "--quick", "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    passes = {r["pass"] for r in record["rows"]}
+    assert passes == {"forward", "kernel gradient", "both"}
+    for row in record["rows"]:
+        assert row["ms"] > 0
+        assert (row["ratio_to_lax"] == 1) or row["lowering"] != "lax"
+    assert "| 3x3, 8 to 8 on 2x2, forward |" in records.convolution(record)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssa_jax.lowering import conv_general_dilated
+
 Array = jax.Array
 Layer = Callable[[Array], Array]
 Description = dict[str, Any]
@@ -137,7 +139,13 @@ def conv(kernel: Array, bias: Array | None, **options: Any) -> nnx.Conv:
     c_in *= options.get("feature_group_count", 1)
     return _filled(
         lambda: nnx.Conv(
-            c_in, c_out, tuple(size), use_bias=bias is not None, rngs=nnx.Rngs(0), **options
+            c_in,
+            c_out,
+            tuple(size),
+            use_bias=bias is not None,
+            rngs=nnx.Rngs(0),
+            conv_general_dilated=conv_general_dilated,
+            **options,
         ),
         kernel,
         bias,

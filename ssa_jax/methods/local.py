@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from ssa_jax.forward import Tape
+from ssa_jax.lowering import conv
 from ssa_jax.methods.base import FeedbackOptions, Method, Network, require_choice
 
 Array = jax.Array
@@ -135,8 +136,7 @@ def _average(h: Array, down: int, across: int) -> Array:
 
 def _sim_loss(readout: Tree, h: Array, targets: Array) -> Array:
     if _is_map(h.shape[1:]):
-        dims = ("NHWC", "HWIO", "NHWC")
-        h = lax.conv_general_dilated(h, readout["kernel"], (1, 1), "SAME", dimension_numbers=dims)
+        h = conv(h, readout["kernel"], (1, 1), "SAME")
         h = jnp.sqrt(jnp.var(h, axis=(1, 2)) + 1e-6)
     else:
         h = h.reshape(len(h), -1) @ readout["kernel"]

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 from ssa_jax.layers import SVDConv, SVDDense, max_pool
+from ssa_jax.lowering import conv_general_dilated
 
 Array = jax.Array
 
@@ -71,7 +72,7 @@ def conv(
         init = nnx.initializers.he_normal()
         return nnx.Conv(
             c_in, c_out, (size, size), strides=strides, padding=padding, use_bias=use_bias,
-            kernel_init=init, rngs=rngs,
+            kernel_init=init, conv_general_dilated=conv_general_dilated, rngs=rngs,
         )  # fmt: skip
     return SVDConv(
         c_in, c_out, size, rank=rank, strides=strides, padding=padding, use_bias=use_bias,
