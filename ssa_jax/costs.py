@@ -33,8 +33,8 @@ class Program:
     As a compiler would, the count leaves out what no wanted result needs and takes equal
     computations once. Every tap of a convolution counts (XLA's own count leaves out those on
     padding), and the body of a scan as often as it runs. The body of any other loop counts once,
-    of a conditional the costliest branch, and of a choice by platform the branch for all others. Elementwise work counts for nothing, as in the
-    literature.
+    of a conditional the costliest branch, and of a choice by platform the one for all others.
+    Elementwise work counts for nothing, as in the literature.
 
     Args:
       fn: any traceable function.
