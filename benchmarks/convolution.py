@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from experiments.environment import environment
 from experiments.table import markdown
-from experiments.timing import Contestant, side_by_side
+from experiments.timing import contestant, side_by_side
 from ssa_jax import factors, lowering
 
 Array = jax.Array
@@ -114,12 +114,13 @@ def measure(shape: Shape, batch: int, rounds: int) -> list[Row]:
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (batch, *shape.maps, shape.kernel[2]))
     kernel = jax.random.normal(keys[1], shape.kernel)
+    passes = lowerings(shape)
+    out = jax.eval_shape(passes["forward"]["lax"], x, kernel, x)
+    arguments = (x, kernel, jnp.ones(out.shape))
     rows: list[Row] = []
-    for name, functions in lowerings(shape).items():
-        out = jax.eval_shape(lowerings(shape)["forward"]["lax"], x, kernel, x)
-        arguments = (x, kernel, jnp.ones(out.shape))
+    for name, functions in passes.items():
         programs = [jax.jit(f).lower(*arguments).compile() for f in functions.values()]
-        times = side_by_side([_contestant(p, arguments) for p in programs], rounds, budget_s=1.0)
+        times = side_by_side([contestant(p, *arguments) for p in programs], rounds, budget_s=1.0)
         for kind, program, time in zip(functions, programs, times, strict=True):
             memory = program.memory_analysis()
             rows.append(
@@ -135,10 +136,6 @@ def measure(shape: Shape, batch: int, rounds: int) -> list[Row]:
                 }
             )
     return rows
-
-
-def _contestant(program: Callable[..., Any], arguments: tuple[Array, ...]) -> Contestant:
-    return (lambda: None), (lambda: jax.block_until_ready(program(*arguments)))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.timing import Contestant, side_by_side
+from experiments.timing import contestant, side_by_side
 
 Array = jax.Array
 
@@ -44,13 +44,9 @@ def latencies(
         start = time.perf_counter()
         program = jax.jit(lambda x, call=call: call(x)).lower(images).compile()
         compile_s.append(time.perf_counter() - start)
-        contestants.append(_contestant(program, images))
+        contestants.append(contestant(program, images))
     times = side_by_side(contestants, rounds, _BUDGET_S)
     return {
         name: Latency(t.median_ms, t.min_ms, t.rounds, seconds)
         for name, t, seconds in zip(calls, times, compile_s, strict=True)
     }
-
-
-def _contestant(program: Callable[[Array], Array], images: Array) -> Contestant:
-    return lambda: None, lambda: jax.block_until_ready(program(images))
