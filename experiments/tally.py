@@ -15,8 +15,8 @@ _COUNT = "truncations"
 class Tally:
     """Sums of metrics over the steps of an epoch, in float64, and its worst truncation.
 
-    A step's metrics are read when the next step has begun, so that the device never waits for
-    the host.
+    The metrics of a dispatch are read when the next one has begun, so that the device never
+    waits for the host.
 
     Args:
       sums: of the steps done before; with the number of steps that truncated, and the loss
@@ -28,16 +28,22 @@ class Tally:
         self.sums, self.steps = dict(sums), steps
         self._latest: dict[str, Array] = {}
 
-    def add(self, measured: dict[str, Array]) -> None:
-        """Counts a step, and reads the one before."""
+    def add(self, measured: dict[str, Array], steps: int) -> None:
+        """Counts the steps of a dispatch, each metric (steps,), and reads the one before."""
         self.flush()
         self._latest = measured
-        self.steps += 1
+        self.steps += steps
 
     def flush(self) -> None:
-        """Reads the last step."""
-        values = {name: float(value) for name, value in self._latest.items()}
+        """Reads the last dispatch."""
+        # The one transfer of the loop, and asked for in so many words.
+        latest = jax.device_get(self._latest)
         self._latest = {}
+        for values in zip(*(metric.tolist() for metric in latest.values()), strict=True):
+            self._read(dict(zip(latest, values, strict=True)))
+
+    def _read(self, values: dict[str, float]) -> None:
+        """Counts one step."""
         before, after = (values.pop(name, math.nan) for name in (_BEFORE, _AFTER))
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

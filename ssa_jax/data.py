@@ -60,6 +60,29 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     return _checked(name, DATASETS[name](data_dir))
 
 
+def hold_out(data: Dataset, share: float) -> Dataset:
+    """The data set with a share of its training examples in place of the test set.
+
+    Always the same examples, drawn at random; a choice made by them leaves the test set unseen.
+
+    Args:
+      data: whole.
+      share: in [0, 1); 0 leaves all as it is, and of any other at least one example is held out.
+    """
+    if not share:
+        return data
+    order = np.random.default_rng(0).permutation(len(data.train_labels))
+    held, kept = np.split(order, [max(1, round(share * len(order)))])
+    # In their old order, in which arrays as large as a data set are read.
+    held, kept = np.sort(held), np.sort(kept)
+    return data._replace(
+        train_images=data.train_images[kept],
+        train_labels=data.train_labels[kept],
+        test_images=data.train_images[held],
+        test_labels=data.train_labels[held],
+    )
+
+
 def _checked(name: str, data: Dataset) -> Dataset:
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
@@ -210,17 +233,36 @@ def shift_and_flip(key: Array, images: Array, crop: int, flip: bool) -> Array:
     return padded[jnp.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]]
 
 
+class Epoch(NamedTuple):
+    """All that the batches of an epoch are made of, on the device.
+
+    Attributes:
+      source: the training examples as they are stored.
+      rows: int32 (steps, batch size), the examples of every step.
+      key: of the augmentation.
+    """
+
+    source: Batch
+    rows: Array
+    key: Array
+
+
 class Loader(NamedTuple):
     """A data set on the device, as jitted functions.
 
     Attributes:
       train_size: number of training examples.
+      epoch: (key, number, batch size) -> the `Epoch` of that number in a run of that key.
+      batch_at: (epoch, step) -> the augmented training `Batch` of a step, an int32 scalar on the
+        device that counts from the start of the run.
       train_batch: (key, indices) -> augmented training `Batch`.
       fixed_batch: (indices) -> the same examples without augmentation.
       test_batches: normalised test batches; the last is padded with labels of -1.
     """
 
     train_size: int
+    epoch: Callable[[Array, int, int], Epoch]
+    batch_at: Callable[[Epoch, Array], Batch]
     train_batch: Callable[[Array, Array | np.ndarray], Batch]
     fixed_batch: Callable[[Array | np.ndarray], Batch]
     test_batches: Callable[[], Any]
@@ -228,7 +270,8 @@ class Loader(NamedTuple):
 
 def make_loader(data: Dataset, eval_batch_size: int = 500) -> Loader:
     """Puts a data set on the device as uint8 and closes the batch functions over it."""
-    mean, std = (jnp.asarray(x).reshape(1, 1, 1, -1) for x in channel_moments(data.train_images))
+    # Left on the host: a program takes them for constants, and would fetch them from the device.
+    mean, std = (x.reshape(1, 1, 1, -1) for x in channel_moments(data.train_images))
     train = Batch(jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32))
     size = min(eval_batch_size, len(data.test_labels))
     missing = -len(data.test_labels) % size
@@ -249,12 +292,25 @@ def make_loader(data: Dataset, eval_batch_size: int = 500) -> Loader:
         images = shift_and_flip(key, batch.images, data.crop, data.flip)
         return batch._replace(images=images)
 
+    def epoch(key: Array, number: int, size: int) -> Epoch:
+        order_key, crop_key = jax.random.split(key)
+        order = epoch_order(order_key, number, len(train.labels))
+        steps = len(order) // size
+        return Epoch(train, order[: steps * size].reshape(steps, size), crop_key)
+
+    @jax.jit
+    def batch_at(epoch: Epoch, step: Array) -> Batch:
+        indices = epoch.rows[step % len(epoch.rows)]
+        return augmented(epoch.source, jax.random.fold_in(epoch.key, step), indices)
+
     def test_batches() -> Any:
         for start in range(0, len(test.labels), size):
             yield pick(test, jnp.arange(start, start + size))
 
     return Loader(
         train_size=len(data.train_labels),
+        epoch=epoch,
+        batch_at=batch_at,
         train_batch=functools.partial(augmented, train),
         fixed_batch=functools.partial(pick, train),
         test_batches=test_batches,

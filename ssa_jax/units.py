@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Array = jax.Array
@@ -132,6 +133,39 @@ def _join(units: Sequence[Unit]) -> Unit:
         return x
 
     return Unit(apply, linear, walk)
+
+
+def in_precision(units: Sequence[Unit], dtype: Any) -> tuple[Unit, ...]:
+    """The units with `apply` and `walk` of the hidden ones computed in another precision.
+
+    Parameters, twins and input are cast on entry, inside of what is differentiated, and the
+    output is cast back: every array that leaves a unit stays float32, its gradients among them,
+    and so do the model state, whose statistics `nnx.BatchNorm` takes in float32 whatever its
+    input is, the signals and the losses. A cast up that meets a cast down costs nothing in a
+    compiled program. The last unit, which makes the logits, and every `linear` path stay as
+    they are.
+
+    Args:
+      units: the network, grouped as it is trained.
+      dtype: such as `jnp.bfloat16`; `jnp.float32` changes nothing.
+    """
+    if dtype == jnp.float32:
+        return tuple(units)
+    return (*(_cast_unit(unit, dtype) for unit in units[:-1]), units[-1])
+
+
+def _cast_unit(unit: Unit, dtype: Any) -> Unit:
+    def cast(tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    def apply(params: Tree, mstate: Tree, x: Array, *, train: bool) -> tuple[Array, Tree]:
+        y, new = unit.apply(cast(params), mstate, cast(x), train=train)
+        return y.astype(jnp.float32), new
+
+    def walk(params: Tree, twins: Tree, mstate: Tree, x: Array) -> Array:
+        return unit.walk(cast(params), cast(twins), mstate, cast(x)).astype(jnp.float32)
+
+    return Unit(apply, unit.linear, walk)
 
 
 def merge_units(model: Any, params: Tree, mstate: Tree) -> nnx.Module:

@@ -189,7 +189,8 @@ class Plain(nnx.Module):
         """The unit's output; with a twin, its x-derivative uses the twin's map."""
         y = through(self.map, twin.map if twin else None, self._enter(x))
         if self.norm is not None:
-            y = self.norm(y)
+            # The norm of bfloat16 values is float32: its statistics are.
+            y = self.norm(y).astype(y.dtype)
         if self.activation is not None:
             if self.slope is not None:
                 # Of a pooled map only the maxima pass a gradient on, and a monotone activation

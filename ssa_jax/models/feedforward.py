@@ -78,14 +78,21 @@ def _conv_stack(
 
 
 def smallconv(
-    input_shape: tuple[int, int, int], classes: int, *, rank: float | None, rngs: nnx.Rngs
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    rank: float | None,
+    rngs: nnx.Rngs,
+    width: int = 1,
 ) -> Feedforward:
     """Three 3x3 convolutions of 32, 64, 128 channels, each with norm, ReLU and 2x2 pooling,
-    a hidden layer of 512 and a linear classifier.
+    a hidden layer of 512 and a linear classifier; `width` multiplies channels and hidden layer.
     """
-    units, features = _conv_stack(input_shape, [32, "M", 64, "M", 128, "M"], rank, rngs)
-    hidden = Plain(dense(features, 512, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True)
-    return Feedforward([*units, hidden, _classifier(512, classes, rngs)])
+    plan: list[int | str] = [32 * width, "M", 64 * width, "M", 128 * width, "M"]
+    units, features = _conv_stack(input_shape, plan, rank, rngs)
+    size = 512 * width
+    hidden = Plain(dense(features, size, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True)
+    return Feedforward([*units, hidden, _classifier(size, classes, rngs)])
 
 
 def vgg13(
