@@ -39,7 +39,9 @@ def measure(configs: dict[str, Config], rounds: int) -> dict[str, Any]:
     costs: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         built = build.build(config, data)
-        step: Any = train.make_step(built.units, built.method, built.optimizer, built.weights)
+        step: Any = train.make_step(
+            built.units, built.method, built.optimizer, built.weights, memory=built.memory
+        )
         compiled = step.lower(built.state, batch).compile()
         every = built.method.refresh_every
         costs[name] = {"bytes": _bytes(compiled.memory_analysis()), "refresh_every": every}

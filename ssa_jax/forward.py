@@ -66,7 +66,7 @@ def visit(unit: Unit, params: Tree, mstate: Tree, x: Array) -> tuple[Array, Pull
 
 
 def after(x: Tree, *values: Tree) -> Tree:
-    """The arrays of x unchanged, but not to be had before all of the values are computed.
+    """The real arrays of x unchanged, but not to be had before all of the values are computed.
 
     Compilers merge equal computations and order independent ones as they like. Adding zero
     times a sum of the values makes a dependency that they have to respect: XLA:CPU drops
@@ -74,7 +74,11 @@ def after(x: Tree, *values: Tree) -> Tree:
     finite makes x NaN.
     """
     total = sum((jnp.sum(v) for v in jax.tree.leaves(values)), start=jnp.float32(0))
-    return jax.tree.map(lambda a: a + (0 * total).astype(a.dtype), x)
+
+    def wait(a: Array) -> Array:
+        return a + (0 * total).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(wait, x)
 
 
 def predict(
@@ -83,6 +87,17 @@ def predict(
     """Logits (batch, classes) by a plain forward pass, differentiable from end to end."""
     for unit, p, m in zip(units, params, mstate, strict=True):
         x, _ = unit.apply(p, m, x, train=train)
+    return x
+
+
+def predict_in_turn(units: Sequence[Unit], params: Tree, mstate: Tree, x: Array) -> Array:
+    """The logits of `predict` in training mode, each unit's parameters met when it is its turn.
+
+    A compiler may else begin with what needs parameters alone, such as the product of U, s or V
+    of every unit, and hold all of it until it is used. Costs a sum over every unit's input.
+    """
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        x, _ = unit.apply(after(p, x), m, x, train=True)
     return x
 
 

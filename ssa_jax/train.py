@@ -1,5 +1,6 @@
 """Training as pure functions: the state, the local gradients, the step, the evaluation."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssa_jax import factors, losses, transforms
+from ssa_jax import factors, losses, transforms, unitwise
 from ssa_jax.forward import predict
 from ssa_jax.losses import LossWeights
 from ssa_jax.methods import Method
-from ssa_jax.passes import MEMORY_MODES
+from ssa_jax.passes import MEMORY_MODES, PREDICTIONS
 from ssa_jax.units import Unit
 
 Array = jax.Array
@@ -80,7 +81,8 @@ def make_step(
       optimizer: the whole chain; see `optim`.
       weights: coefficients of the local loss.
       on_compile: called whenever the step is traced, which is once a set of shapes.
-      memory: ``"taped"`` or ``"streamed"``: the same step to rounding, see `passes`.
+      memory: ``"taped"`` or ``"streamed"``: the same step to rounding, see `passes`. A streamed
+        step updates each unit as soon as it has its gradient, where `unitwise.split` allows it.
 
     Returns:
       (state, batch) -> (state, metrics), metrics being ``loss`` and ``accuracy`` at the
@@ -96,26 +98,38 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         on_compile()
-        logits, loss, mstate, gradients, tape = run(
-            units, method, weights, state.params, state.mstate, state.feedback, batch
+        found = functools.partial(
+            run, units, method, weights, state.params, state.mstate, state.feedback, batch
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        chain = unitwise.split(optimizer, state.params) if memory == "streamed" else None
+        if chain is None:
+            logits, loss, mstate, gradients, tape = found()
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        else:
+            take = functools.partial(chain.update, opt_state=state.opt_state)
+            logits, loss, mstate, moved, tape = found(take=take)
+            params, opt_state = chain.join(moved, state.opt_state)
         feedback = method.update(state.feedback, state.params, params, tape, batch)
         metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels)}
-        metrics |= truncation_losses(units, params, state.mstate, opt_state, batch)
+        logits_of = functools.partial(PREDICTIONS[memory], units)
+        metrics |= truncation_losses(logits_of, params, state.mstate, opt_state, batch)
         return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def truncation_losses(
-    units: Sequence[Unit], params: Tree, mstate: Tree, opt_state: optax.OptState, batch: Batch
+    logits_of: Callable[[Tree, Tree, Array], Array],
+    params: Tree,
+    mstate: Tree,
+    opt_state: optax.OptState,
+    batch: Batch,
 ) -> dict[str, Array]:
     """What the truncation of a step does to the loss, measured where it happens.
 
     Args:
-      units: the network.
+      logits_of: (params, mstate, images) -> logits in training mode.
       params: after the step.
       mstate: before it; the passes take the statistics of the batch.
       opt_state: after the step; it keeps what was truncated.
@@ -131,8 +145,7 @@ def truncation_losses(
         return {}
 
     def loss(p: Tree) -> Array:
-        logits = predict(units, p, mstate, batch.images, train=True)
-        return losses.cross_entropy(logits, batch.labels)
+        return losses.cross_entropy(logits_of(p, mstate, batch.images), batch.labels)
 
     pairs = zip(factors.leaves(whole), factors.leaves(params), strict=True)
     cut = jnp.any(jnp.stack([jnp.any(a.s != b.s) for a, b in pairs]))

@@ -136,6 +136,39 @@ def test_memory_is_flat_in_depth_when_streamed():
     assert maps_held(12, "taped") - maps_held(4, "taped") > 8
 
 
+def held_beside_the_state(depth, memory, optimizer, width=128):
+    """Temporary memory of a step of equal dense units, in parameters of one of them."""
+    rngs = nnx.Rngs(0)
+    units = [
+        Plain(dense(width, width, rank=0.5, rngs=rngs), activation=nnx.relu, flatten=True)
+        for _ in range(depth)
+    ]
+    last = Plain(dense(width, 10, rank=None, rngs=rngs), flatten=True)
+    units, params, mstate = split_units(Feedforward([*units, last]))
+    shape = (width, 1, 1)
+    method = make_method("ssa", units, params, mstate, shape=shape)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    step = make_step(units, method, optimizer, WEIGHTS, memory=memory)
+    program = step.lower(state, make_batch(8, shape=shape, classes=10)).compile()
+    one_unit = sum(x.nbytes for x in jax.tree.leaves(params[0]))
+    return program.memory_analysis().temp_size_in_bytes / one_unit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["none", "linear"])
+def test_what_a_streamed_step_holds_of_parameters_is_flat_in_depth(schedule):
+    shallow, deep = (held_beside_the_state(d, "streamed", chain(schedule)) for d in (4, 12))
+    assert deep < 1.2 * shallow
+    assert held_beside_the_state(12, "taped", chain(schedule)) > deep + 8
+
+
+@pytest.mark.slow
+def test_a_chain_that_couples_units_holds_all_gradients():
+    coupled = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    shallow, deep = (held_beside_the_state(d, "streamed", coupled) for d in (4, 12))
+    assert deep - shallow > 8
+
+
 def test_the_two_forward_passes_are_not_merged():
     flops = {
         memory: compiled(4, memory)[0].cost_analysis()["flops"] for memory in ("streamed", "taped")
