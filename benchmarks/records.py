@@ -8,32 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import Row, find, format_ms, markdown, setting
+from benchmarks.training_page import depth, scaling, step
+
 STORED = Path(__file__).parent / "records"
-
-Row = dict[str, Any]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are right-aligned."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def setting(record: dict[str, Any], command: str) -> str:
-    """What a record was measured on, as a paragraph."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    notes = f" {record['notes']}" if record.get("notes") else ""
-    return f"`{command}`; {record['hardware']}; {versions}; commit `{record['commit']}`.{notes}"
-
-
-def _ms(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    return f"{row['median_ms']:.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.3g}"
-
-
-def _find(rows: Sequence[Row], **fields: Any) -> Row | None:
-    return next((r for r in rows if all(r[k] == v for k, v in fields.items())), None)
 
 
 def _optimizers(rows: Sequence[Row]) -> str:
@@ -45,17 +23,17 @@ def _optimizers(rows: Sequence[Row]) -> str:
         same = {"case": ours["case"], "threads": ours["threads"]}
         # Their Adam has one second moment a matrix; an elementwise one is compared with it too.
         rule = "adam (matrix)" if ours["optimizer"].startswith("adam") else ours["optimizer"]
-        qr = _find(rows, library="geoopt", optimizer=rule, retraction="qr", **same)
-        default = _find(rows, library="geoopt", optimizer=rule, retraction="default", **same)
-        jax_peer = _find(rows, library="riemannax", optimizer=ours["optimizer"], **same)
+        qr = find(rows, library="geoopt", optimizer=rule, retraction="qr", **same)
+        default = find(rows, library="geoopt", optimizer=rule, retraction="default", **same)
+        jax_peer = find(rows, library="riemannax", optimizer=ours["optimizer"], **same)
         table.append(
             [
                 f"{ours['case']}, {ours['optimizer']}",
                 str(ours["threads"]),
-                _ms(ours),
-                _ms(qr),
-                _ms(default),
-                _ms(jax_peer),
+                format_ms(ours),
+                format_ms(qr),
+                format_ms(default),
+                format_ms(jax_peer),
                 "-" if ours["of_geoopt_qr"] is None else f"{ours['of_geoopt_qr']:.2f}",
                 f"{ours['error']:.1e}",
                 "-" if qr is None else f"{qr['error']:.1e}",
@@ -88,7 +66,7 @@ def _within(rows: Sequence[Row], share: float) -> str:
 def _retractions(rows: Sequence[Row]) -> str:
     """Gradient descent with every retraction."""
     table = [
-        [f"{r['case']}, {r['retraction']}", str(r["threads"]), _ms(r),
+        [f"{r['case']}, {r['retraction']}", str(r["threads"]), format_ms(r),
          "-" if r["of_geoopt_qr"] is None else f"{r['of_geoopt_qr']:.2f}", f"{r['error']:.1e}"]
         for r in rows
         if (r["library"], r["optimizer"]) == ("ssa_jax", "sgd")
@@ -126,13 +104,13 @@ def _inference_rows(rows: Sequence[Row]) -> str:
         if one["batch"] != batches[0]:
             continue
         same = {k: one[k] for k in ("model", "form", "rank")}
-        cells = [_find(rows, **same, batch=batch) for batch in batches]
+        cells = [find(rows, **same, batch=batch) for batch in batches]
         whole = dense[one["model"]]
         rank = "" if one["rank"] is None else f" at {one['rank']}"
         table.append(
             [
                 f"{one['model']}, {one['form']}{rank}",
-                *(_ms({"median_ms": r["ms"]}) if r else "-" for r in cells),
+                *(format_ms({"median_ms": r["ms"]}) if r else "-" for r in cells),
                 *(f"{r['ratio_to_dense']:.2f}" if r else "-" for r in cells),
                 f"{one['macs'] / 1e6:.2f} M ({one['macs'] / whole['macs']:.2f})",
                 f"{one['bytes'] / 2**20:.2f} MiB ({one['bytes'] / whole['bytes']:.2f})",
@@ -173,14 +151,14 @@ def _convolution_rows(rows: Sequence[Row]) -> str:
         if one["lowering"] != "lax":
             continue
         same = {k: one[k] for k in ("shape", "pass")}
-        chosen = _find(rows, **same, lowering="chosen")
+        chosen = find(rows, **same, lowering="chosen")
         assert chosen is not None
         temporary = ("-" if r["temp_bytes"] is None else f"{r['temp_bytes'] / 2**20:.1f}"
                      for r in (one, chosen))  # fmt: skip
         table.append(
             [
                 f"{one['shape']}, {one['pass']}",
-                *(_ms({"median_ms": r["ms"]}) for r in (one, chosen)),
+                *(format_ms({"median_ms": r["ms"]}) for r in (one, chosen)),
                 f"{chosen['ratio_to_lax']:.2f}",
                 *temporary,
             ]
@@ -206,7 +184,14 @@ def convolution(record: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"stiefel": stiefel, "inference": inference, "convolution": convolution}
+SECTIONS = {
+    "step": step,
+    "depth": depth,
+    "scaling": scaling,
+    "stiefel": stiefel,
+    "inference": inference,
+    "convolution": convolution,
+}
 
 
 def document() -> str:

@@ -5,10 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import records
+from benchmarks import (
+    contestants,
+    peak,
+    records,
+    reference,
+    roofline,
+    step,
+    torch_step,
+    training_page,
+)
+from benchmarks.contestants import Entry
+from benchmarks.networks import Case, network, random_batch
 from experiments import environment, timing
+from ssa_jax import costs, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,3 +119,194 @@ def test_convolution_quick_writes_every_lowering_of_every_pass(tmp_path):
         assert row["ms"] > 0
         assert (row["ratio_to_lax"] == 1) or row["lowering"] != "lax"
     assert "| 3x3, 8 to 8 on 2x2, forward |" in records.convolution(record)
+
+
+def three_steps(step, state, batch):
+    found = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        found.append(float(metrics["loss"]))
+    return state, found
+
+
+def named_arrays(tree):
+    """Arrays by their path without the wrappers of either side, as float32."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [[str(getattr(k, "key", getattr(k, "idx", ""))) for k in path] for path, _ in flat]
+    return {
+        tuple(n for n in name if n not in ("", "units", "value")): np.asarray(x)
+        for name, (_, x) in zip(names, flat, strict=True)
+    }
+
+
+FLAX, PLAIN = contestants.REFERENCES
+
+
+@pytest.mark.parametrize(
+    ("entry", "case"),
+    [
+        (FLAX, Case("mlp", 4, depth=1)),
+        *(
+            pytest.param(entry, case, marks=pytest.mark.slow)
+            for case in (Case("smallconv", 4), Case("conv_chain", 4, depth=2))
+            for entry in (FLAX, PLAIN)
+        ),
+        pytest.param(PLAIN, Case("resnet32", 2), marks=pytest.mark.slow),
+    ],
+    ids=lambda x: getattr(x, "model", None) or x.method,
+)
+def test_the_hand_written_reference_trains_the_network_that_our_bp_trains(entry, case):
+    # The rate of the first step is zero, so the parameters after three tell of two updates.
+    settings = contestants.chain_settings(4)
+    batch = random_batch(case)
+    state, losses = three_steps(*contestants.build_reference(case, entry, settings), batch)
+    built = contestants.build(case, Entry("bp"), settings)
+    start = named_arrays(built.state.params)
+    ours, our_losses = three_steps(train.make_step(*built[:4]), built.state, batch)
+    np.testing.assert_allclose(losses[0], our_losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, our_losses, rtol=1e-3)
+    theirs, mine = named_arrays(state[0]), named_arrays(ours.params)
+    assert theirs.keys() == mine.keys()
+    for name, x in mine.items():
+        moved = np.linalg.norm(x - start[name])
+        assert moved > 0
+        # Sums in another order: Adam turns a gradient that is rounding into a step of its own.
+        assert np.linalg.norm(theirs[name] - x) < 1e-3 * moved, name
+        if entry == FLAX:
+            np.testing.assert_allclose(theirs[name], x, atol=1e-5, rtol=1e-5, err_msg=str(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case("smallconv", 4), Case("resnet32", 4), Case("mlp", 4)], ids=lambda c: c.model
+)
+def test_the_step_in_pytorch_starts_at_the_same_loss_and_follows_it(case):
+    pytest.importorskip("torch")
+    batch = random_batch(case)
+    rate = contestants.chain_settings().learning_rate
+    step = torch_step.make_step(network(case, None), batch, rate)
+    reference_step, state = reference.make_step(network(case, None), rate, clip=1e9)
+    _, losses = three_steps(reference_step, state, batch)
+    np.testing.assert_allclose([step(), step()], losses[:2], rtol=1e-3)
+
+
+def test_depth_and_width_are_refused_where_a_model_has_its_own():
+    with pytest.raises(ValueError, match="depth of its own; use mlp"):
+        network(Case("vgg13", 1, depth=3), None)
+    with pytest.raises(ValueError, match="width of its own; use mlp"):
+        network(Case("vgg13", 1, width=2), None)
+
+
+def test_chains_have_equal_hidden_units_at_every_depth():
+    sizes = {}
+    for depth in (3, 5):
+        params = contestants.build(Case("mlp", 1, depth=depth), Entry("bp")).state.params
+        sizes[depth] = [costs.parameters(p) for p in params]
+        assert len(params) == depth + 1
+        assert len(set(sizes[depth][1:-1])) == 1
+    assert sizes[5] == [*sizes[3][:2], *sizes[3][1:2] * 2, *sizes[3][2:]]
+
+
+def test_share_of_the_matrix_product_is_operations_over_what_the_time_allows():
+    # 5e6 multiply-accumulates in 2 ms are 5 GFLOP/s.
+    assert roofline.share(5_000_000, 2.0, matmul_gflops=20.0) == pytest.approx(0.25)
+
+
+@pytest.mark.slow
+def test_largest_resident_size_grows_with_what_is_held_and_not_with_the_parent():
+    before = peak.largest_resident()
+    held = np.ones(before // 8)
+    assert peak.largest_resident() > before
+    del held
+    base, most = peak.in_process(Case("mlp", 1), Entry("bp"))
+    assert most > base
+    assert base < peak.largest_resident()
+
+
+def row(method, ms, temp, rank=None, memory="taped", **fields):
+    return {"model": "vgg13", "method": method, "rank": rank, "memory": memory, "batch": 128,
+            "ms": ms, "temp_bytes": temp, **fields}  # fmt: skip
+
+
+def test_goals_are_judged_by_the_rows_and_left_out_where_a_row_is_missing():
+    rows = [
+        row(contestants.REFERENCE, 100.0, 1000),
+        row("bp", 104.0, 1000),
+        row("dfa", 70.0, 900),
+        row("ssa", 29.0, 500, rank=0.25),
+        row("ssa", 15.0, 100, rank=0.125),
+    ]
+    parts = [
+        {"model": "vgg13", "batch": 128, "part": part, "share": share}
+        for part, share in (("stiefel", 0.08), ("refresh", 0.03), ("chain", 0.5))
+    ]
+    page = training_page.goals({"rows": rows, "profile": parts})
+    assert "| time of bp over Flax BP, vgg13 | 1.03 | 1.040 | no |" in page
+    assert "| time of dfa over Flax BP, vgg13 | 0.70 | 0.700 | yes |" in page
+    assert "| time of ssa at 0.25 over Flax BP, vgg13 | 0.30 | 0.290 | yes |" in page
+    assert "| memory of ssa at 0.25, taped, over Flax BP, vgg13 | 0.55 | 0.500 | yes |" in page
+    assert "| Stiefel and refresh in a step of ssa at 0.25, vgg13 | 0.10 | 0.110 | no |" in page
+    assert "PyTorch" not in page
+    assert "streamed" not in page
+
+
+def test_growth_with_depth_is_that_of_streamed_steps_between_the_ends():
+    rows = [
+        row(method, 1.0, temp, memory=memory, depth=depth)
+        for method, memory, sizes in (
+            ("bp", "taped", (10, 40, 90)), ("dfa", "streamed", (10, 90, 12)),
+            ("ssa", "streamed", (10, 11, 13)),
+        )
+        for depth, temp in zip((8, 16, 64), sizes, strict=True)
+    ]  # fmt: skip
+    page = training_page.growth(rows)
+    assert "| memory at depth 64 over 8, vgg13, dfa, streamed | 1.20 | 1.200 | yes |" in page
+    assert "| memory at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no |" in page
+    assert ", bp" not in page
+
+
+FIELDS = ["model", "method", "rank", "memory", "batch", "ms", "compile_s", "temp_bytes",
+          "base_bytes", "peak_bytes", "ratio_to_bp", "macs", "share"]  # fmt: skip
+
+
+def quick_record(name, file, *flags):
+    subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", *flags, "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    assert record["matmul_gflops"] > 0
+    assert record["copy_gb_s"] > 0
+    for row in record["rows"]:
+        assert list(row)[: len(FIELDS)] == FIELDS
+        assert row["ms"] > 0
+        assert row["macs"] > 0
+        assert (row["ratio_to_bp"] == 1) or row["method"] != contestants.REFERENCE
+    return record
+
+
+@pytest.mark.slow
+def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
+    record = quick_record("step", tmp_path / "rows.json", "--notes", "A test.")
+    kinds = {(r["method"], r["rank"], r["memory"]) for r in record["rows"]}
+    assert kinds == {tuple(e) for e in step.entries((0.25,))}
+    for row in record["rows"]:
+        assert row["peak_bytes"] > row["base_bytes"] > 0
+    profile = {p["part"]: p for p in record["profile"]}
+    assert profile["step"]["share"] == 1
+    assert profile["chain"]["ms"] == pytest.approx(
+        profile["adam"]["ms"] + profile["stiefel"]["ms"], abs=1e-3
+    )
+    page = records.step(record)
+    assert "| mlp, ssa at 0.25, streamed |" in page
+    assert "A test." in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["depth", "scaling"])
+def test_depth_and_scaling_quick_write_a_row_for_every_size(tmp_path, name):
+    record = quick_record(name, tmp_path / "rows.json", "--no_peak")
+    field = {"depth": "depth", "scaling": "width"}[name]
+    assert len({r[field] for r in record["rows"]}) == 2
+    page = getattr(records, name)(record)
+    assert "| mlp, ssa at 0.25" in page
