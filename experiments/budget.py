@@ -96,7 +96,6 @@ def main() -> None:
     """Runs the study that the flags give, shows it and draws it."""
     settings = to_its_end(study.settings_from_flags(STUDY))
     rows = study.run_study(STUDY, settings)
-    study.show(settings)
     kind = settings.config.budget_kind
     unit = {"params": "parameters", "macs": "MACs"}[kind]
     file = plots.draw_curves(
@@ -105,6 +104,8 @@ def main() -> None:
         f"{unit} over the dense network's (%)",
         "test accuracy (%)",
     )
+    # After its picture is drawn, which is on its page too.
+    study.show(STUDY, settings, rows)
     if file:
         print(f"plot: {file}")
 

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from experiments import budgets
+from experiments import budgets, memory
 from experiments.budgets import BudgetError
 from experiments.config import Config, ConfigError
 from ssa_jax import costs, factors, optim, ranks
@@ -18,7 +19,7 @@ from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import add_mean_slopes
 from ssa_jax.optim import OptimizerConfig
 from ssa_jax.train import TrainState, init_state
-from ssa_jax.units import Unit, group_units, split_units
+from ssa_jax.units import Unit, group_units, in_precision, split_units
 
 Array = jax.Array
 Tree = Any
@@ -27,13 +28,15 @@ Tree = Any
 class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
-    `warmup` is at work in the first `warmup_epochs` epochs, on the state that `method` shares.
+    `warmup` is at work in the first `warmup_epochs` epochs, on the state that `method` shares;
+    `memory` is the mode of the steps of both.
     """
 
     units: tuple[Unit, ...]
     method: Method
     warmup: Method
     warmup_epochs: int
+    memory: str
     optimizer: Any
     weights: LossWeights
     learning_rate: Any
@@ -92,6 +95,7 @@ def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
         method=method,
         warmup=warmup,
         warmup_epochs=0 if config.warmup_method == "none" else config.warmup_epochs,
+        memory=_memory(config, units, method, params, mstate, data),
         optimizer=optimizer,
         weights=LossWeights(
             config.alpha, config.beta, config.gamma, config.kappa, config.label_smoothing
@@ -123,9 +127,23 @@ def make_methods(config: Config, network: Network) -> tuple[Method, Method]:
     method = METHODS[config.method](network, options)
     if config.method == "ssa" and config.local_weight:
         method = blend(method, METHODS["local"](network, options), config.local_weight)
-    if config.warmup_method == "none":
-        return method, method
-    return relay(METHODS[config.warmup_method](network, options), method)
+    warmup = method
+    if config.warmup_method != "none":
+        warmup = METHODS[config.warmup_method](network, options)
+    if config.memory == "streamed":
+        memory.require_direct({"method": method, "warmup_method": warmup}, config)
+    return (method, method) if warmup is method else relay(warmup, method)
+
+
+def _memory(
+    config: Config, units: tuple[Unit, ...], method: Method, params: Tree, mstate: Tree,
+    data: Dataset,
+) -> str:  # fmt: skip
+    """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
+    if config.memory != "auto":
+        return config.memory
+    images = jax.ShapeDtypeStruct((config.batch_size, *data.image_shape), "float32")
+    return memory.choose(units, method, params, mstate, images, memory.device_bytes())
 
 
 def make_model(config: Config, data: Dataset, *, factorized: bool) -> nnx.Module:
@@ -150,7 +168,8 @@ def _split(
     config: Config, data: Dataset, *, factorized: bool
 ) -> tuple[tuple[Unit, ...], Tree, Tree]:
     model = make_model(config, data, factorized=factorized)
-    return group_units(*split_units(model), config.unit_size)
+    units, params, mstate = group_units(*split_units(model), config.unit_size)
+    return in_precision(units, jnp.dtype(config.precision)), params, mstate
 
 
 def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dataset) -> Costs:

@@ -13,6 +13,7 @@ from ssa_jax.methods.local import READOUT_UPDATES, READOUTS
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
 from ssa_jax.optim import OPTIMIZERS
+from ssa_jax.passes import MEMORY_MODES
 from ssa_jax.ranks import SCHEDULES
 
 
@@ -33,6 +34,12 @@ class Config:
     model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
     dataset: str = setting("cifar10", "Data set.", choices=tuple(DATASETS))
     data_dir: str | None = setting(None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.")
+    validation: float = setting(
+        0.0,
+        "Share of the training images held out of training and measured in place of the test set.",
+        low=0.0,
+        high=0.5,
+    )
     factorize: str = setting(
         "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
     )
@@ -40,6 +47,16 @@ class Config:
     max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
     schedule_steps: int = setting(
         0, "Length of the schedules of rate and ranks in steps; 0: all epochs.", low=0
+    )
+    precision: str = setting(
+        "float32", "What hidden units compute in; the state stays float32.",
+        choices=("float32", "bfloat16"),
+    )  # fmt: skip
+    memory: str = setting(
+        "auto",
+        "Keep what units' gradients need of the forward pass, or make it again a unit at a time; "
+        "auto: streamed where keeping it takes over half the memory of the device.",
+        choices=("auto", *MEMORY_MODES),
     )
     batch_size: int = setting(128, "Examples in a step.", low=1)
     optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
@@ -53,6 +70,9 @@ class Config:
         None,
         "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
         "ssa_jax/jax in the user's cache folder.",
+    )
+    steps_per_dispatch: int = setting(
+        0, "Steps in one program, where nothing is due between them; 0: 1 on a CPU, else 10.", low=0
     )
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
     save_every: int = setting(
@@ -70,6 +90,10 @@ class Config:
         1e-2,
         "Repair U and V at the end of an epoch where |XᵀX - I| exceeds this; 0: never.",
         low=0.0,
+    )
+    watch: bool = setting(False, "Diagnose after every epoch, not at the end alone.")
+    tensorboard: bool = setting(
+        False, "Write events for TensorBoard to tensorboard/ in the workdir, every epoch."
     )
     alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
     beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
@@ -157,7 +181,7 @@ class Config:
 # Flags that say where, how far and how safely to run, not what the run is.
 _NOT_IDENTITY = (
     "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints", "on_nan",
-    "compile_cache",
+    "compile_cache", "watch", "tensorboard",
 )  # fmt: skip
 
 

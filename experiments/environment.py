@@ -3,10 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
-
-from experiments.workdir import commit
 
 
 def environment(*peers: str) -> dict[str, Any]:
@@ -31,4 +30,23 @@ def hardware() -> str:
     if info.exists():
         models = (x.partition(":")[2] for x in info.read_text().splitlines() if "model name" in x)
         name = next(models, name).strip()
-    return f"{name}, {len(os.sched_getaffinity(0))} CPUs"
+    # Not every system lets a process be bound to some of its processors.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cpus} CPUs"
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with ``+`` for uncommitted changes; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

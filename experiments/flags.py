@@ -1,6 +1,7 @@
 """absl flags from the config's fields, and the exit codes of every program."""
 
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import Callable
@@ -49,12 +50,12 @@ def config_from_flags() -> Config:
     return config
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:
         _fail(str(e), EXIT_USAGE)
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         _fail(f"unexpected argument {rest[1]!r}; flags start with --", EXIT_USAGE)
     return rest
 
@@ -64,17 +65,18 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
-def run_program(main: Callable[[], Any]) -> None:
+def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
     """Parses the flags and runs main; an error a user can mend becomes one line and a code.
+
+    With `arguments` main takes the list of those that are no flags, else there may be none.
 
     Exit codes: 2 for wrong flags, data, workdir, checkpoint or export; 3 for a loss that is not
     finite; 130 after Ctrl-C; 0 after SIGTERM, whose sender wants the program gone in good order.
     """
 
     def guarded(argv: list[str]) -> None:
-        del argv
         try:
-            main()
+            main(argv[1:]) if arguments else main()
         except (ConfigError, DataError, WorkdirError, CheckpointError, ExportError) as e:
             _fail(str(e), EXIT_USAGE)
         except OSError as e:
@@ -95,4 +97,4 @@ def run_program(main: Callable[[], Any]) -> None:
     # Orbax and TFDS tell every step they take, and every thread's traceback of an error that we
     # tell in a line; a run's own lines would drown.
     logging.set_verbosity(logging.FATAL)
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, arguments=arguments))

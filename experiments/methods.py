@@ -93,7 +93,7 @@ def main() -> None:
     rows = study.run_study(STUDY, settings)
     if study.all_done(STUDY, settings, rows):
         measure_costs(settings)
-    study.show(settings)
+    study.show(STUDY, settings, rows)
 
 
 if __name__ == "__main__":

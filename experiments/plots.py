@@ -5,9 +5,12 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 Row = dict[str, Any]
+File = TypeVar("File", Path, IO[bytes])
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
@@ -72,7 +75,119 @@ def draw_curves(file: Path, curves: Sequence[Curve], x: str, y: str) -> Path | N
     return _figure(file, fill)
 
 
-def _figure(file: Path, fill: Callable[[Any], None]) -> Path:
+Named = tuple[str, list[Row]]
+
+
+def draw_runs(file: Path, runs: Sequence[Named]) -> Path | None:
+    """Draws test accuracy and training loss by epoch of runs side by side, each with its label.
+
+    Returns:
+      The file; None without matplotlib, which a line on the terminal says, or without a run.
+    """
+    if not runs:
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: pip install 'ssa_jax[plots]'")
+        return None
+
+    def fill(figure: Any) -> None:
+        longest = max((rows for _, rows in runs), key=len)
+        left = _axes(figure, 121, "Test accuracy", "%", longest)
+        right = _axes(figure, 122, "Training loss", "nats (logarithmic)", longest)
+        right.set_yscale("log")
+        # Told apart without colours too, and beyond the ten of the cycle.
+        marks = itertools.product(("-", "--", ":"), "os^DvP*X")
+        for (label, rows), (line, marker) in zip(runs, itertools.cycle(marks), strict=False):
+            epochs = [r["epoch"] for r in rows]
+            style = {"linestyle": line, "marker": marker, "markersize": 4, "label": _plain(label)}
+            left.plot(epochs, [100 * r["test_accuracy"] for r in rows], **style)
+            right.plot(epochs, [r["train_loss"] for r in rows], **style)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+
+    return _figure(file, fill)
+
+
+def draw_heat_map(
+    file: IO[bytes],
+    values: np.ndarray,
+    labels: Sequence[str],
+    epochs: Sequence[int],
+    top: float,
+    title: str,
+) -> bool:
+    """Draws values (labels, epochs) between 0 and `top`, lighter for more.
+
+    Returns:
+      Whether it could: False without matplotlib.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+
+    def fill(figure: Any) -> None:
+        axes = figure.add_subplot(111, title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        # A cell is centred on its epoch. Cividis reads the same with any colour vision.
+        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(labels) - 0.5, -0.5)
+        image = axes.imshow(
+            values, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent,
+            vmin=0, vmax=top,
+        )  # fmt: skip
+        axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
+        figure.colorbar(image, ax=axes)
+
+    _figure(file, fill)
+    return True
+
+
+class Panel(NamedTuple):
+    """A grid of numbers: names of its axes, their ticks, values and marks as (ys, xs)."""
+
+    names: tuple[str, str]
+    xs: Sequence[str]
+    ys: Sequence[str]
+    values: Sequence[Sequence[float]]
+    marks: Sequence[Sequence[str]]
+
+
+def draw_panels(file: Path, panels: Sequence[Panel], title: str) -> Path | None:
+    """Draws grids side by side as colours of one scale, with their marks; NaN stays white.
+
+    Returns:
+      The file; None without matplotlib, which a line on the terminal says.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: pip install 'ssa_jax[plots]'")
+        return None
+    top = max((v for p in panels for row in p.values for v in row if v == v), default=1.0)
+
+    def fill(figure: Any) -> None:
+        figure.suptitle(title)
+        places = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, panel in zip(places, panels, strict=True):
+            image = axes.imshow(
+                np.array(panel.values), cmap="cividis", aspect="auto", origin="lower",
+                vmin=0, vmax=top,
+            )  # fmt: skip
+            axes.set(xlabel=panel.names[0], ylabel=panel.names[1])
+            axes.set_xticks(range(len(panel.xs)), panel.xs)
+            axes.set_yticks(range(len(panel.ys)), panel.ys)
+            for j, (values, marks) in enumerate(zip(panel.values, panel.marks, strict=True)):
+                for i, (value, mark) in enumerate(zip(values, marks, strict=True)):
+                    # Readable on dark cells, on bright ones and on none.
+                    color = "white" if value < 0.6 * top else "black"
+                    axes.text(i, j, mark, ha="center", va="center", color=color)
+        figure.colorbar(image, ax=list(places), label="%")
+
+    return _figure(file, fill)
+
+
+def _plain(label: str) -> str:
+    """A label as it reads: matplotlib takes dollars for formulas and hides what begins with _."""
+    return ("\u200a" if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
+def _figure(file: File, fill: Callable[[Any], None]) -> File:
     # The object interface, since pyplot keeps global state and may want a display.
     import matplotlib
     from matplotlib.figure import Figure

@@ -3,11 +3,13 @@
 import time
 from typing import Any
 
-from experiments import build, plots, report, workdir
+from experiments import build, plots, summary, tensorboard, workdir
 from experiments.compiling import Compiling, use_cache
 from experiments.config import Config, identity
+from experiments.environment import commit
 from experiments.flags import NotFiniteError
 from experiments.interrupt import Interruptible, Terminated
+from experiments.progress import Progress
 from experiments.tally import Tally
 from experiments.trainer import Trainer
 from experiments.workdir import Workdir
@@ -40,14 +42,22 @@ def run(config: Config, data: Dataset | None = None) -> Row:
         message says how to go on.
     """
     config.validate()
+    if config.tensorboard:
+        tensorboard.require()
     use_cache(config.compile_cache)
     data = data or data_lib.load(config.dataset, config.data_dir)
+    data = data_lib.hold_out(data, config.validation)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
-    with Interruptible() as interrupt, Compiling() as compiling, checkpoints:
+    with (
+        Interruptible() as interrupt,
+        Compiling() as compiling,
+        checkpoints,
+        Progress(config, folder) as progress,
+    ):
         trainer = Trainer(config, data, built, compiling)
-        return _Run(config, trainer, folder, checkpoints, interrupt).go()
+        return _Run(config, trainer, folder, checkpoints, interrupt, progress).go()
 
 
 class _Run:
@@ -65,9 +75,11 @@ class _Run:
         folder: Workdir,
         checkpoints: Checkpoints,
         interrupt: Interruptible,
+        progress: Progress,
     ):
         self.config, self.trainer, self.compiling = config, trainer, trainer.compiling
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
+        self.progress = progress
         self.position, self.saved, self.earlier_s = Position(), 0, 0.0
         self.dense = build.dense_costs(config, trainer.data)
         self.started = time.monotonic()
@@ -177,7 +189,7 @@ class _Run:
             "wall_s": self._wall_s(),
         }
         self.folder.log(row)
-        print(report.line(row, self.config.epochs), flush=True)
+        self.progress.epoch(row, self.trainer.state.params)
         if whole:
             self._save(
                 Position(
@@ -223,22 +235,24 @@ class _Run:
 
     def _finish(self, status: str) -> Row:
         rows, built, state = self.folder.rows(), self.trainer.built, self.trainer.state
-        summary: Row = {
+        result: Row = {
             "status": status,
             "epochs": self.position.epoch,
-            **report.settings(self.config),
+            **summary.settings(self.config),
             "feedback_note": built.method.note,
-            **report.last_epoch(rows),
-            **report.best_epoch(rows[: self.position.epoch]),
+            "memory": built.memory,
+            **summary.last_epoch(rows),
+            **summary.best_epoch(rows[: self.position.epoch]),
+            "diagnosis": [f._asdict() for f in self.progress.diagnose()],
             "rollbacks": list(self.position.rollbacks),
-            **report.sizes(built.units, state, self.trainer.data, self.dense),
+            **summary.sizes(built.units, state, self.trainer.data, self.dense),
             "compiles": self.compiling.steps,
             "compile_s": self.compiling.seconds,
             "wall_s": self._wall_s(),
-            "commit": workdir.commit(),
+            "commit": commit(),
             "workdir": str(self.folder.path),
         }
-        self.folder.write_json("summary.json", summary)
+        self.folder.write_json("summary.json", result)
         print(
             f"step compiled {self.compiling.steps} times; all programs took "
             f"{self.compiling.seconds:.1f} s to compile",
@@ -246,4 +260,4 @@ class _Run:
         )
         if rows:
             plots.draw(rows, self.folder.plots)
-        return summary
+        return result

@@ -1,7 +1,8 @@
 """A study: variants of one configuration, each run with several seeds, and one table of them.
 
 The folder of a study holds study.json (settings, hardware, versions, commit), a workdir for each
-variant and seed (see `cells`), results.jsonl (the summaries of all that are done) and table.md.
+variant and seed (see `cells`), results.jsonl (the summaries of all that are done), table.md and, at
+the end, index.html.
 Several processes may work on one folder: each takes the cells that no other one is running, and
 `--only` says among which.
 """
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from experiments import flags, workdir
+from experiments import flags, study_page, workdir
 from experiments.cells import Cell, locked, result, run_cell
 from experiments.config import Config, ConfigError, differences
 from experiments.environment import environment
-from experiments.study_table import Column, table
+from experiments.study_table import Column, cells, table
 from experiments.workdir import WorkdirError, read_json, write_json, write_text
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
@@ -210,26 +211,45 @@ def write_results(study: Study, settings: Settings) -> list[Row]:
     return rows
 
 
+def read_results(folder: Path) -> list[Row]:
+    """The rows of a folder's results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
 def _page(study: Study, settings: Settings, rows: Sequence[Row]) -> str:
+    lines = table(_labels(study), study.columns(settings.folder), rows)
+    return f"{_about(study, settings)}\n\n{lines}\n\n{_note(study)}\n"
+
+
+def _labels(study: Study) -> dict[str, str]:
+    return {v.name: v.label for v in study.variants}
+
+
+def _about(study: Study, settings: Settings) -> str:
     config = settings.config
     limit = f", at most {config.max_steps} steps" if config.max_steps else ""
-    lines = table({v.name: v.label for v in study.variants}, study.columns(settings.folder), rows)
     models = {v.changes.get("model", config.model): None for v in study.variants}
     return (
         f"{', '.join(models)} on {config.dataset}, {config.epochs} epochs{limit}, batch "
-        f"{config.batch_size}\n\n{lines}\n\n"
-        f"Mean ± sample standard deviation over n seeds. {study.note}\n"
+        f"{config.batch_size}"
     )
 
 
-def show(settings: Settings) -> None:
-    """Prints the table and where it lies."""
-    print("\n" + (settings.folder / "table.md").read_text())
-    print(f"results: {settings.folder}")
+def _note(study: Study) -> str:
+    return f"Mean ± sample standard deviation over n seeds. {study.note}"
+
+
+def show(study: Study, settings: Settings, rows: Sequence[Row]) -> None:
+    """Writes the page of the results, prints the table and where all lies."""
+    folder, labels = settings.folder, _labels(study)
+    shown = cells(labels, study.columns(folder), rows)
+    page = study_page.write(folder, _about(study, settings), labels, shown, _note(study), rows)
+    print("\n" + (folder / "table.md").read_text())
+    print(f"results: {folder}\npage: {page}")
 
 
 def main(study: Study) -> None:
     """Runs the study that the flags give, and shows it."""
     settings = settings_from_flags(study)
-    run_study(study, settings)
-    show(settings)
+    rows = run_study(study, settings)
+    show(study, settings, rows)

@@ -18,7 +18,14 @@ class Column(NamedTuple):
 
 
 def table(labels: Mapping[str, str], columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """The results of a study as Markdown.
+    """The results of a study as Markdown; see `cells`."""
+    return markdown(*cells(labels, columns, rows))
+
+
+def cells(
+    labels: Mapping[str, str], columns: Sequence[Column], rows: Sequence[Row]
+) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """The results of a study: the header, and a line a variant that has any.
 
     Args:
       labels: name of a variant -> how the table calls it; in the table's order.
@@ -26,14 +33,14 @@ def table(labels: Mapping[str, str], columns: Sequence[Column], rows: Sequence[R
       rows: summaries with the name of their variant. A run that was not finite counts in the
         state alone, and in no mean.
     """
-    lines = []
+    lines: list[Sequence[str]] = []
     for name, label in labels.items():
         ours = [r for r in rows if r["variant"] == name]
         good = [r for r in ours if r["status"] != "not_finite"]
         if ours:
-            cells = (c.text(name, good) for c in columns)
-            lines.append((label, *cells, str(len(good)), _states(ours)))
-    return markdown(("variant", *(c.title for c in columns), "n", "state"), lines)
+            texts = (c.text(name, good) for c in columns)
+            lines.append((label, *texts, str(len(good)), _states(ours)))
+    return ("variant", *(c.title for c in columns), "n", "state"), lines
 
 
 def _states(rows: Sequence[Row]) -> str:

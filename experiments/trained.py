@@ -55,6 +55,7 @@ def restore(path: Path, data_dir: str | None = None) -> Trained:
     if checkpoints.latest() is None:
         raise CheckpointError(f"{path} holds no checkpoint; train it first, with --resume")
     data = data_lib.load(config.dataset, data_dir or config.data_dir)
+    data = data_lib.hold_out(data, config.validation)
     position, state = checkpoints.restore(build.build(config, data).state)
     model = build.make_model(config, data, factorized=config.factorized)
     model = merge_units(model, ungroup_units(state.params), ungroup_units(state.mstate))

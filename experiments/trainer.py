@@ -9,14 +9,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import build, report
+from experiments import build, summary
 from experiments.compiling import Compiling
 from experiments.config import Config
 from experiments.flags import NotFiniteError
 from experiments.tally import Tally
 from ssa_jax import data as data_lib
 from ssa_jax import factors, metrics, ranks, train
-from ssa_jax.data import Dataset, Loader
+from ssa_jax.data import Dataset, Epoch, Loader
+from ssa_jax.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
 from ssa_jax.methods import Method
 from ssa_jax.train import Batch, TrainState
 
@@ -26,12 +27,25 @@ Row = dict[str, Any]
 # Examples of the fixed batch on which angles and loss terms are measured.
 PROBE_SIZE = 512
 
+# Steps in a program by backend. A CPU runs the backward pass of a convolution slower in a loop
+# than as single programs, and starts a program in no time.
+_STEPS_PER_DISPATCH = {"cpu": 1}
+_STEPS_PER_DISPATCH_ELSE = 10
+
+
+class Steps(NamedTuple):
+    """The steps of a method: what is due at which of them, and their programs by length."""
+
+    periods: tuple[int, ...]
+    length: int
+    programs: dict[int, Dispatch]
+
 
 class Programs(NamedTuple):
     """The jitted functions of a run."""
 
-    step: train.Step
-    warmup: train.Step
+    steps: Steps
+    warmup: Steps
     refresh: Callable[[TrainState], TrainState]
     evaluate: Callable[..., dict[str, Array]]
     probe: Callable[[TrainState, Batch], metrics.Probe]
@@ -56,22 +70,33 @@ class Trainer:
     def use(self, built: build.Built) -> None:
         """Takes over the programs of another build of the same run; the state stays."""
         self.built = built
-        step, warmup = (
-            train.make_step(built.units, method, built.optimizer, built.weights, self.compiling)
-            for method in (built.method, built.warmup)
-        )
         self.programs = Programs(
-            step,
-            warmup,
+            self._steps(built.method),
+            self._steps(built.warmup),
             train.make_refresh(built.method),
             train.make_eval(built.units),
             metrics.make_probe(built.units, built.method, built.weights),
         )
 
+    def _steps(self, method: Method) -> Steps:
+        built, config = self.built, self.config
+        step = train.make_step(
+            built.units, method, built.optimizer, built.weights, memory=built.memory
+        )
+        periods = (method.refresh_every, config.save_every)
+        asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
+            jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
+        )
+        length = fitting_length(asked, periods)
+        programs = {
+            n: make_dispatch(step, self.loader.batch_at, n, self.compiling) for n in {1, length}
+        }
+        return Steps(periods, length, programs)
+
     @property
     def step(self) -> int:
         """Steps done."""
-        return int(self.state.step)
+        return int(jax.device_get(self.state.step))
 
     def train_epoch(self, epoch: int, tally: Tally, between: Callable[[int], None]) -> Row:
         """The rest of an epoch, in the order that seed and epoch give.
@@ -79,20 +104,17 @@ class Trainer:
         Args:
           epoch: whole epochs done.
           tally: of the steps done in this one; counts on.
-          between: called with the number of every step before it.
+          between: called before every dispatch with the number of its first step, so before
+            every step at which a save or a refresh is due.
 
         Raises:
           NotFiniteError: the loss is not finite.
         """
-        size = self.config.batch_size
-        order_key, crop_key = jax.random.split(self.state.key)
-        order = np.asarray(data_lib.epoch_order(order_key, epoch, self.loader.train_size))
-        method, train_step = self._at_work(epoch)
-        every = method.refresh_every
-        # Paths of the method that takes over may be old.
-        takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
-        first = epoch * self.built.steps_per_epoch
-        last = first + self.built.steps_per_epoch
+        size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
+        feed = self.loader.epoch(self.state.key, epoch, size)
+        steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
+        first = epoch * per_epoch
+        last = first + per_epoch
         if self.config.max_steps:
             last = min(last, self.config.max_steps)
         with tqdm(
@@ -103,16 +125,14 @@ class Trainer:
             disable=not sys.stderr.isatty(),
             leave=False,
         ) as bar:
-            for step in range(first + tally.steps, last):
+            runs = dispatches(first + tally.steps, last, steps.length, steps.periods)
+            for step, count in runs:
                 between(step)
-                if (every and step % every == 0) or 0 < takes_over == step:
-                    self.state = self.programs.refresh(self.state)
-                index = order[(step - first) * size : (step - first + 1) * size]
-                batch = self.loader.train_batch(jax.random.fold_in(crop_key, step), index)
-                self.state, measured = train_step(self.state, batch)
-                tally.add(measured)
+                # Whatever comes from the host or goes there in here is asked for explicitly.
+                with jax.transfer_guard("disallow"):
+                    self._dispatch(steps, feed, step, count, tally)
                 _check_finite(tally.finite)
-                bar.update(size)
+                bar.update(count * size)
         row = tally.row()
         _check_finite(tally.finite)
         return {
@@ -121,11 +141,18 @@ class Trainer:
             "learning_rate": float(self.built.learning_rate(first + tally.steps - 1)),
         }
 
-    def _at_work(self, epoch: int) -> tuple[Method, train.Step]:
-        """The method of an epoch and its step."""
-        if epoch < self.built.warmup_epochs:
-            return self.built.warmup, self.programs.warmup
-        return self.built.method, self.programs.step
+    def _warming_up(self, epoch: int) -> bool:
+        return epoch < self.built.warmup_epochs
+
+    def _dispatch(self, steps: Steps, feed: Epoch, step: int, count: int, tally: Tally) -> None:
+        """The steps from `step` on, after the refresh where one is due."""
+        every, _ = steps.periods
+        # Paths of the method that takes over may be old.
+        takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
+        if (every and step % every == 0) or 0 < takes_over == step:
+            self.state = self.programs.refresh(self.state)
+        self.state, measured = steps.programs[count](self.state, feed)
+        tally.add(measured, count)
 
     def measure(self) -> Row:
         """Evaluates and probes, and mends and shrinks the factors where that is due.
@@ -136,7 +163,7 @@ class Trainer:
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
         index = np.arange(min(PROBE_SIZE, self.loader.train_size))
-        row |= report.probe_row(self.programs.probe(self.state, self.loader.fixed_batch(index)))
+        row |= summary.probe_row(self.programs.probe(self.state, self.loader.fixed_batch(index)))
         row |= self._repair(row)
         row |= self._compact(row)
         return row

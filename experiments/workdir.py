@@ -4,11 +4,11 @@ import dataclasses
 import datetime
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Config, differences
+from experiments.environment import commit, hardware
 from ssa_jax.record import versions
 
 
@@ -144,22 +144,6 @@ def _record(config: Config) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "versions": versions(),
         "commit": commit(),
+        "hardware": hardware(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def commit() -> str | None:
-    """Commit of the source tree, with ``+`` for uncommitted changes; None outside of one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

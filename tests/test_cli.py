@@ -82,6 +82,7 @@ def test_a_warm_up_is_its_method_until_the_other_takes_over(tmp_path):
 def test_it_learns_and_stays_on_the_manifold(finished):
     _, folder, summary = finished
     assert summary["status"] == "finished"
+    assert summary["diagnosis"] == []
     assert summary["test_accuracy"] > 0.7
     assert rows(folder)[-1]["train_loss"] < rows(folder)[0]["train_loss"]
     assert max(r["drift"] for r in rows(folder)) < 1e-4
@@ -259,6 +260,9 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(flags, message):
         ({"learning_rate": float("inf")}, "--learning_rate must be finite"),
         ({"epochs": -3}, "--epochs must be at least 1, got -3"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
+        ({"precision": "float16"}, "--precision must be one of float32, bfloat16, got float16"),
+        ({"memory": "none"}, "--memory must be one of auto, taped, streamed, got none"),
+        ({"steps_per_dispatch": -1}, "--steps_per_dispatch must be at least 0"),
         ({"max_steps": -1}, "--max_steps must be at least 0"),
         ({"rank_init": 0.0}, "--rank_init must be more than 0"),
         ({"rank_init": 1.5}, "--rank_init must be at most 1"),
@@ -305,6 +309,14 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
     with pytest.raises(ConfigError, match="feedback_lookahead needs a direct path"):
         run(dataclasses.replace(SMALL, feedback="sequential", feedback_lookahead=1,
                                 workdir=str(folder)))  # fmt: skip
+    streamed = dataclasses.replace(SMALL, memory="streamed", workdir=str(folder))
+    for change, named in {
+        ("method", "bp"): "--method=bp",
+        ("feedback", "sequential"): "--method=ssa",
+        ("warmup_method", "local"): "--warmup_method=local",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{named}, as set here.*--memory=taped or auto$"):
+            run(dataclasses.replace(streamed, **dict([change])))
     assert not folder.exists()
 
 
@@ -348,7 +360,8 @@ def test_rows_survive_a_line_cut_short(tmp_path):
 
 
 def test_every_setting_is_identity_or_excused():
-    other = {"method": "bp", "seed": 5, "energy": 0.5}
+    other = {"method": "bp", "seed": 5, "energy": 0.5, "precision": "bfloat16"}
+    other |= {"steps_per_dispatch": 7, "memory": "streamed"}
     for name, value in other.items():
         changed = dataclasses.asdict(dataclasses.replace(SMALL, **{name: value}))
         assert name in config_lib.differences(SMALL, changed)

@@ -129,6 +129,21 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(
     assert_equal_runs(tmp_path / "run", whole)
 
 
+def test_a_run_of_several_steps_a_program_stops_between_two_and_goes_on(whole, signal_at, tmp_path):
+    """And is bit for bit a run of single steps, without convolutions, through compactions."""
+    several = dataclasses.replace(SMALL, steps_per_dispatch=4)
+    undo = signal_at(2 * STEPS + 4, signal.SIGTERM)
+    with pytest.raises(Terminated, match=f"after step {2 * STEPS + 4} is kept"):
+        run.run(at(several, tmp_path / "run"))
+    undo()
+    run.run(at(several, tmp_path / "run", resume=True))
+    assert rows(tmp_path / "run") == rows(whole)
+    a = last_state(tmp_path / "run", several)._replace(key=None)
+    b = last_state(whole)._replace(key=None)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    assert all(np.array_equal(x, y) for x, y in pairs)
+
+
 @pytest.mark.slow
 def test_steps_that_end_within_an_epoch_are_kept(whole, tmp_path):
     """Each part logs what it saw of its last epoch; the next takes that row back."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,22 @@ def test_table_has_mean_and_deviation_of_the_summaries(shared):
         angles = [statistics.mean(r["angles"][:-1]) for r in ours]
         assert float(line[2].rstrip("°")) == pytest.approx(statistics.mean(angles), abs=0.051)
         assert line[3:] == ["100.0 %", "2", "finished"]
+
+
+def test_the_page_has_the_table_every_run_and_the_curves(shared, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(shared[0], folder)
+    study.show(pair(), settings(folder, 2), shared[1])
+    page = (folder / "index.html").read_text()
+    for line in table_lines(folder):
+        for cell in line:
+            assert f">{cell}<" in page
+    for row in shared[1]:
+        assert f">{row['variant']}-seed{row['seed']}<" in page
+    record = json.loads((folder / "study.json").read_text())
+    for fact in (record["hardware"], record["versions"]["jax"], record["commit"]):
+        assert f"<td>{fact}</td>" in page
+    assert page.count("data:image/png;base64,") == 1
 
 
 def test_finished_cells_are_kept(shared, capsys):

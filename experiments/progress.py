@@ -1,0 +1,49 @@
+"""What a run shows while it trains: a line an epoch, failures as they occur, TensorBoard."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments import diagnosis, summary, tensorboard
+from experiments.config import Config
+from experiments.diagnosis import Finding
+from experiments.workdir import Workdir
+from ssa_jax import factors
+
+Row = dict[str, Any]
+Tree = Any
+
+
+class Progress:
+    """A context that ends what it writes; makes nothing before the first epoch.
+
+    Args:
+      config: the run.
+      folder: its workdir, whose metrics.jsonl has every epoch before it is shown.
+    """
+
+    def __init__(self, config: Config, folder: Workdir):
+        self.config, self.folder = config, folder
+        self.board = tensorboard.Board(folder.path / "tensorboard") if config.tensorboard else None
+        self._told: list[Finding] = []
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board:
+            self.board.close()
+
+    def epoch(self, row: Row, params: Tree) -> None:
+        """Shows an epoch that is logged."""
+        print(summary.line(row, self.config.epochs), flush=True)
+        if self.config.watch:
+            self.diagnose()
+        if self.board:
+            spectra = {n: np.asarray(f.s) for n, f in factors.named_leaves(params).items()}
+            self.board.write(self.folder.rows(), spectra)
+
+    def diagnose(self) -> list[Finding]:
+        """The failures so far; those that are new are printed."""
+        self._told = diagnosis.tell(diagnosis.diagnose(self.folder.rows(), self.config), self._told)
+        return self._told

@@ -1,0 +1,150 @@
+"""The comparison of runs, and pages that open from disk and show what they are given as text."""
+
+import html.parser
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments import report, results, webpage
+from experiments.config import ConfigError
+from experiments.workdir import WorkdirError
+
+ROOT = Path(__file__).parent.parent
+EVIL = '<script>alert("x")</script>|$x_1'
+
+
+def make_run(folder, accuracies=(0.5, 0.6), summary=True, **config):
+    folder.mkdir(parents=True)
+    record = {
+        "config": {"method": "bp", "learning_rate": 0.1, "workdir": str(folder), **config},
+        "versions": {"jax": "9.9.9"}, "commit": "abc", "hardware": "A&B processor, 3 CPUs",
+        "started": "2026-01-01",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(record))
+    rows = [
+        {"epoch": i, "test_accuracy": a, "train_loss": 2.0 - a, "ranks": {"0": 8, "1": 16},
+         "wall_s": 3.0 * i, "compile_s": 1.5}
+        for i, a in enumerate(accuracies, start=1)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary:
+        told = {
+            **rows[-1], "status": "finished", "epochs": 2, "factorized": True, "params": 2_000_000,
+            "params_ratio": 0.5, "macs": 3_000_000, "macs_ratio": 0.25, "rank_fraction": 0.4,
+            "diagnosis": [],
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(told))
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A finished run, and one that still runs and has a name to be careful with."""
+    return [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / EVIL.replace("/", "∕"), (0.7,), summary=False, method="dfa", seed=1),
+    ]
+
+
+class Tags(html.parser.HTMLParser):
+    """The tags of a page, the text of its cells, and its images."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.cells, self.images = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+
+    def handle_data(self, data):
+        if self.cells and self.tags[-1] == "td":
+            self.cells[-1] += data
+
+
+def test_a_report_tells_results_differences_and_origin(runs, tmp_path):
+    page = report.write(report.read(runs), tmp_path / "out")
+    told = (tmp_path / "out/report.md").read_text()
+    first, second = (
+        line for line in told.splitlines() if "| finished " in line or "running" in line
+    )
+    cells = [c.strip() for c in first.strip("|").split("|")]
+    assert dict(zip(results.HEADER, cells, strict=True)) == {
+        "run": "a", "state": "finished", "epochs": "2", "test accuracy": "60.00 %",
+        "train loss": "1.400", "rank": "40.0 %", "ranks": "8 16", "parameters": "2.000 M (50 %)",
+        "MACs": "3.00 M (25 %)", "wall time": "6.0 s", "compile time": "1.5 s",
+        "diagnosis": "healthy",
+    }  # fmt: skip
+    # What a run that goes on does not tell yet is a dash, the rest is of its last row.
+    assert "| running  | 1      | 70.00 %       | 1.300      | -" in second
+    differences = told.split("## Settings that differ")[1].split("##")[0]
+    assert "method" in differences
+    assert "seed" in differences
+    assert "learning" not in differences
+    assert "workdir" not in differences
+    assert "9.9.9" in told
+    with Image.open(tmp_path / "out/curves.png") as picture:
+        low, high = picture.convert("L").getextrema()
+        assert high - low > 100
+    # Once more over the same folder, as a report of runs that go on is made.
+    assert report.write(report.read(runs), tmp_path / "out") == page
+
+
+def test_a_page_shows_names_as_text_and_fetches_nothing(runs, tmp_path):
+    page = report.write(report.read(runs), tmp_path / "out").read_text()
+    tags = Tags(page)
+    assert tags.tags.count("script") == 1
+    assert any(EVIL.replace("/", "∕") in cell for cell in tags.cells)
+    assert "A&B processor, 3 CPUs" in tags.cells
+    assert len(tags.images) == 1
+    assert all(src.startswith("data:image/png;base64,") for src in tags.images)
+    assert "http" not in page.replace("http-equiv", "")
+    told = (tmp_path / "out/report.md").read_text()
+    assert "<script" not in told.replace(r"\<script", "")
+
+
+def test_equal_settings_are_said_to_be_equal(tmp_path):
+    runs = report.read([make_run(tmp_path / "x/a"), make_run(tmp_path / "y/a")])
+    # Told apart by their paths, where their last parts are the same.
+    assert [run.name for run in runs] == [str(tmp_path / "x/a"), str(tmp_path / "y/a")]
+    page = report.write(runs, tmp_path / "out")
+    assert "All settings are the same." in page.read_text()
+
+
+def test_a_folder_that_is_no_run_or_not_ours(runs, tmp_path):
+    with pytest.raises(WorkdirError, match=r"nowhere holds no run: config\.json is missing"):
+        report.read([*runs, str(tmp_path / "nowhere")])
+    with pytest.raises(ConfigError, match="give the workdirs to compare"):
+        report.read([])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    with pytest.raises(WorkdirError, match="holds other things than a report"):
+        report.write(report.read(runs), tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    with pytest.raises(WorkdirError, match="cannot write to /dev/null/out"):
+        report.write(report.read(runs), Path("/dev/null/out"))
+
+
+def test_a_wrong_command_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.report", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} holds no run")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_every_head_of_a_table_is_a_button_to_sort_by():
+    table = webpage.table(("a", "<b>"), [("1", "&")])
+    assert table.count("<th scope") == table.count("<button") == 2
+    assert [cell.strip() for cell in Tags(table).cells] == ["1", "&"]
+    assert "&lt;b&gt;" in table
