@@ -168,10 +168,13 @@ def test_the_hand_written_reference_trains_the_network_that_our_bp_trains(entry,
     theirs, mine = named_arrays(state[0]), named_arrays(ours.params)
     assert theirs.keys() == mine.keys()
     for name, x in mine.items():
-        moved = np.linalg.norm(x - start[name])
+        moved = np.sqrt(np.mean((x - start[name]) ** 2))
         assert moved > 0
-        # Sums in another order: Adam turns a gradient that is rounding into a step of its own.
-        assert np.linalg.norm(theirs[name] - x) < 1e-3 * moved, name
+        # Sums in another order: Adam turns a gradient that is rounding into a step of its own, so
+        # of thousands of entries one may differ by a step, and all others by rounding.
+        off = np.abs(theirs[name] - x)
+        assert np.mean(off > 1e-3 * moved) < 1e-3, name
+        assert np.median(off) < 1e-5 * moved, name
         if entry == FLAX:
             np.testing.assert_allclose(theirs[name], x, atol=1e-5, rtol=1e-5, err_msg=str(name))
 
