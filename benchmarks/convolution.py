@@ -8,23 +8,17 @@ forward; kernel gradient; both, which is the output and both gradients. All lowe
 are timed side by side in one process, compilation excluded.
 """
 
-import argparse
 import functools
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from experiments.environment import environment
-from experiments.table import markdown
-from experiments.timing import contestant, side_by_side
+from benchmarks.programs import Row, compare, main
 from ssa_jax import factors, lowering
 
 Array = jax.Array
-Row = dict[str, Any]
 Lowering = Callable[[Array, Array, Array], Any]
 
 BATCH = 128
@@ -117,43 +111,18 @@ def measure(shape: Shape, batch: int, rounds: int) -> list[Row]:
     passes = lowerings(shape)
     out = jax.eval_shape(passes["forward"]["lax"], x, kernel, x)
     arguments = (x, kernel, jnp.ones(out.shape))
-    rows: list[Row] = []
-    for name, functions in passes.items():
-        programs = [jax.jit(f).lower(*arguments).compile() for f in functions.values()]
-        times = side_by_side([contestant(p, *arguments) for p in programs], rounds, budget_s=1.0)
-        for kind, program, time in zip(functions, programs, times, strict=True):
-            memory = program.memory_analysis()
-            rows.append(
-                {
-                    "shape": str(shape),
-                    "batch": batch,
-                    "pass": name,
-                    "lowering": kind,
-                    "ms": round(time.median_ms, 3),
-                    "ratio_to_lax": round(time.median_ms / times[0].median_ms, 3),
-                    "temp_bytes": None if memory is None else memory.temp_size_in_bytes,
-                    "rounds": time.rounds,
-                }
-            )
-    return rows
+    return [
+        {"shape": str(shape), "batch": batch, "pass": name, **row}
+        for name, functions in passes.items()
+        for row in compare(functions, arguments, rounds, "lowering", "ratio_to_lax")
+    ]
 
 
-def main() -> None:
-    """Measures the convolutions one after the other and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, to see that it runs")
-    parser.add_argument("--json", help="write versions and rows to this file")
-    parser.add_argument("--notes", help="what else the record should say, such as other load")
-    args = parser.parse_args()
-    rows: list[Row] = []
-    for shape in QUICK if args.quick else shapes():
-        rows += measure(shape, 8 if args.quick else BATCH, rounds=3 if args.quick else 9)
-        if args.json:
-            notes = {"notes": args.notes} if args.notes else {}
-            record = {**environment(), **notes, "rows": rows}
-            Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(tuple(rows[0]), [tuple(str(v) for v in row.values()) for row in rows]))
+def rows(quick: bool) -> Iterator[list[Row]]:
+    """Of one convolution after the other."""
+    for shape in QUICK if quick else shapes():
+        yield measure(shape, 8 if quick else BATCH, rounds=3 if quick else 9)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, rows)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.forms_page import pair, stacked
 from benchmarks.page import Row, find, format_ms, markdown, setting
 from benchmarks.training_page import depth, scaling, step
 
@@ -191,6 +192,8 @@ SECTIONS = {
     "stiefel": stiefel,
     "inference": inference,
     "convolution": convolution,
+    "pair": pair,
+    "stacked": stacked,
 }
 
 

@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import (
     contestants,
+    pair,
     peak,
     records,
     reference,
     roofline,
+    stacked,
     step,
     torch_step,
     training_page,
@@ -22,7 +25,7 @@ from benchmarks import (
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
 from experiments import environment, timing
-from ssa_jax import costs, train
+from ssa_jax import costs, factors, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,6 +122,47 @@ def test_convolution_quick_writes_every_lowering_of_every_pass(tmp_path):
         assert row["ms"] > 0
         assert (row["ratio_to_lax"] == 1) or row["lowering"] != "lax"
     assert "| 3x3, 8 to 8 on 2x2, forward |" in records.convolution(record)
+
+
+def test_all_forms_of_a_factorised_convolution_are_one_function():
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = factors.from_dense(jax.random.normal(keys[0], (3 * 6, 3 * 4)), 5)
+    x, g = jax.random.normal(keys[1], (2, 5, 5, 4)), jax.random.normal(keys[2], (2, 5, 5, 6))
+    base, *others = (pair.local(form)(w, x, g) for form in pair.FORMS.values())
+    for other in others:
+        for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pair", "stacked"])
+def test_forms_quick_writes_every_form_of_every_part(name, tmp_path):
+    file = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    part = {"pair": "pass", "stacked": "part"}[name]
+    forms = {"pair": list(pair.FORMS), "stacked": ["in turn", "stacked"]}[name]
+    for of_part in {r[part] for r in record["rows"]}:
+        rows = [r for r in record["rows"] if r[part] == of_part]
+        assert [r["form"] for r in rows] == forms
+        assert all(r["ms"] > 0 for r in rows)
+    page = getattr(records, name)(record)
+    ratio = record["rows"][-1]["ms"] / record["rows"][-len(forms)]["ms"]
+    assert f"{ratio:.2f}" in page.splitlines()[-1]
+
+
+def test_a_stacked_update_is_the_update_of_each_unit():
+    built = contestants.build(Case("mlp", 2, depth=3), stacked.ENTRY)
+    params = list(built.state.params[1:-1])
+    chain, together = stacked.whole(), stacked.stack(params)
+    gradients = jax.tree.map(jnp.sin, params)
+    apart, _ = chain.update(gradients, chain.init(params), params)
+    whole, _ = chain.update(stacked.stack(gradients), chain.init(together), together)
+    for a, b in zip(jax.tree.leaves(stacked.stack(apart)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4)
 
 
 def three_steps(step, state, batch):
