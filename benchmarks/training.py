@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def measure(
     convolutions, which must be among the entries. ``macs`` are a step's multiply-accumulates with
     its share of a refresh (PyTorch's are taken to be the reference's), and ``share`` is the part
     of the measured rate of a matrix product that they come to. ``compile_s`` is tracing and
-    compiling, without a cache on disk. ``base_bytes`` and ``peak_bytes`` are those of
+    compiling. ``base_bytes`` and ``peak_bytes`` are those of
     `peak.Peak`.
 
     Args:
@@ -94,14 +95,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
 class Record:
     """What a run has measured so far, kept in a file if one is named.
 
-    Programs are compiled anew from here on: the cache on disk is switched off.
+    Programs are compiled anew from here on: the cache on disk is an empty folder, which lasts as
+    long as this. From it the processes of `peak` read what was compiled here.
 
     Attributes:
       content: the record: environment, rounds, rates of `roofline.rates`, rows.
     """
 
     def __init__(self, args: argparse.Namespace):
-        compiling.use_cache(compiling.OFF)
+        self._cache = tempfile.TemporaryDirectory()
+        compiling.use_cache(self._cache.name)
         about = environment("torch")
         notes = {"notes": args.notes} if args.notes else {}
         self._file = args.json and Path(args.json)

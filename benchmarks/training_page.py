@@ -130,8 +130,8 @@ def _columns(record: dict[str, Any]) -> str:
         "network's took turns, feedback refreshes included by their share. Flax BP: written by "
         "hand in Flax NNX and optax on the same modules, with this project's convolutions, the "
         "basis of all ratios. Temporary: as the compiler plans it. Process: largest resident size "
-        "of a process that builds, compiles and runs three steps, less what its libraries and "
-        "batch take. Compilation: of the step, without a cache on disk."
+        "of a process that builds, reads the compiled step and runs three of them, less what its "
+        "libraries and batch take. Compilation: of the step, without a cache on disk."
     )
 
 

@@ -336,7 +336,7 @@ def quick_record(name, file, *flags):
 def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
     record = quick_record("step", tmp_path / "rows.json", "--notes", "A test.")
     kinds = {(r["method"], r["rank"], r["memory"]) for r in record["rows"]}
-    assert kinds == {tuple(e) for e in step.entries((0.25,))}
+    assert kinds == {tuple(e) for e in step.entries("mlp", (0.25,))}
     for row in record["rows"]:
         assert row["peak_bytes"] > row["base_bytes"] > 0
     profile = {p["part"]: p for p in record["profile"]}
