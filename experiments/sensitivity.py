@@ -75,6 +75,13 @@ VARIANTS = tuple(
     for j in plane.y_decades
 )
 
+# The first plane at its four corners, the second at two that lie opposite each other.
+CORNERS = (
+    *(PLANES[0].name(i, j) for i in (-2, 2) for j in (-4, 0)),
+    PLANES[1].name(-4, -5),
+    PLANES[1].name(0, -1),
+)
+
 
 def outcome(row: study.Row, best: float) -> str:
     """The mark of a run.
@@ -129,6 +136,8 @@ STUDY = Study(
     f"accuracy here; else over-pruned where a rank step shows a sudden drop, collapsed below "
     f"{COLLAPSED:.0%} of the best or {LEAST_CHANCES} times chance, weaker in between; "
     "diverged is a loss that is not finite.",
+    quick={"model": "mlp"},
+    quick_only=CORNERS,
 )
 
 
