@@ -64,22 +64,27 @@ def draw(file: Path, panels: Sequence[Panel]) -> Path | None:
         return None
 
     def fill(figure: Any) -> None:
-        places = figure.subplots(1, len(panels), squeeze=False)[0]
+        # Heights compare across panels of one quantity.
+        share = len({panel.y for panel in panels}) == 1
+        places = figure.subplots(1, len(panels), squeeze=False, sharey=share)[0]
         for axes, panel in zip(places, panels, strict=True):
             _panel(axes, panel)
+            if share:
+                axes.label_outer()
         handles, labels = places[0].get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside right upper")
+            figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
     return plots.figure(file, fill)
 
 
 def _panel(axes: Any, panel: Panel) -> None:
     axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
-    axes.grid(alpha=0.3)
     if panel.log:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3, which="both")
     for level in panel.levels:
         axes.axhline(level, color="0.4", linestyle=":")
     # Told apart without colours too.
@@ -88,12 +93,24 @@ def _panel(axes: Any, panel: Panel) -> None:
             _curve(axes, curve, marker)
 
 
+def _logarithmic(axes: Any) -> None:
+    """Both axes, with plain numbers at 1, 2, 3 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
 def _curve(axes: Any, curve: Curve, marker: str) -> None:
     xs, ys = [p.x for p in curve.points], [p.y for p in curve.points]
     spread = [p.deviation or 0.0 for p in curve.points]
     style = {"label": plots.plain(curve.label), "marker": marker, "markersize": 5}
     if len(xs) <= _FEW:
-        axes.errorbar(xs, ys, yerr=spread, capsize=3, **style)
+        axes.errorbar(xs, ys, yerr=spread if any(spread) else None, capsize=3, **style)
         return
     (line,) = axes.plot(xs, ys, markevery=len(xs) // _FEW, **style)
     low, high = ([y + sign * d for y, d in zip(ys, spread, strict=True)] for sign in (-1, 1))

@@ -65,9 +65,9 @@ def test_the_share_to_reach_a_floor_does_so_on_a_flat_spectrum(schedule, target,
     assert share <= 0.95
     rank = 1.0
     for step in range(1, 1001):
-        target = ranks.SCHEDULES[schedule](jnp.float32(step / 1000), share, final)
-        kept = float(target.energy) if step % 50 == 1 else 1.0
-        rank = max(floor, min(float(target.rank), rank * kept))
+        asked = ranks.SCHEDULES[schedule](jnp.float32(step / 1000), share, final)
+        kept = float(asked.energy) if step % 50 == 1 else 1.0
+        rank = max(floor, min(float(asked.rank), rank * kept))
     assert rank == pytest.approx(floor, rel=2e-3)
     assert ranks.energy_to_reach("linear", 0.95, floor, 0.05) == 0.95
 
