@@ -82,7 +82,7 @@ def _parts(case: Case, rank: float, ms: float, rounds: int) -> Row:
 def svd_ms(params: Any, rounds: int) -> float:
     """Milliseconds of the truncated SVDs that make all factors of a tree, from matrices at hand."""
     made = factors.leaves(params)
-    keys = jax.random.split(jax.random.key(0), len(made))
+    keys = list(jax.random.split(jax.random.key(0), len(made)))
     matrices = [
         jax.random.normal(key, (f.u.shape[0], f.v.shape[0]))
         for key, f in zip(keys, made, strict=True)

@@ -42,6 +42,8 @@ OUTCOMES = {
     "C": "collapsed",
     "X": "diverged",
 }
+# What the terms of the coefficients are called.
+TERMS = {"alpha": "task", "beta": "alignment", "gamma": "orthogonality", "hoyer": "Hoyer"}
 PRUNED = "sudden drop at a rank step"
 
 
@@ -151,8 +153,12 @@ def panel(plane: Plane, rows: Sequence[study.Row]) -> plots.Panel:
         good = [[r["test_accuracy"] for r in c if r["status"] != "not_finite"] for c in cells]
         values.append([100 * statistics.fmean(g) if g else float("nan") for g in good])
         marks.append([worst(c, best) for c in cells])
+    x, y = (
+        f"{symbol} ({TERMS[field]})"
+        for symbol, field in zip(plane.symbols, (plane.x, plane.y), strict=True)
+    )
     return plots.Panel(
-        plane.symbols,
+        (x, y),
         [f"1e{i}" for i in plane.x_decades],
         [f"1e{j}" for j in plane.y_decades],
         values,
