@@ -77,12 +77,8 @@ VARIANTS = tuple(
     for j in plane.y_decades
 )
 
-# The first plane at its four corners, the second at two that lie opposite each other.
-CORNERS = (
-    *(PLANES[0].name(i, j) for i in (-2, 2) for j in (-4, 0)),
-    PLANES[1].name(-4, -5),
-    PLANES[1].name(0, -1),
-)
+# Of each plane two corners that lie opposite each other.
+CORNERS = [plane.name(plane.x_decades[k], plane.y_decades[k]) for plane in PLANES for k in (0, -1)]
 
 
 def outcome(row: study.Row, best: float) -> str:
