@@ -63,7 +63,8 @@ def network(case: Case, rank: float | None) -> nnx.Module:
 
 def _conv_chain(case: Case, rank: float | None, rngs: nnx.Rngs) -> Feedforward:
     """Equal 3x3 convolutions with norm and ReLU at one size of map, then a mean classifier."""
-    units, c_in = [], case.input_shape[2]
+    units: list[Plain] = []
+    c_in = case.input_shape[2]
     for _ in range(case.depth):
         layer = conv(c_in, CONV_WIDTH, 3, rank=rank if units or rank is None else 1.0, rngs=rngs)
         units.append(Plain(layer, norm=batch_norm(CONV_WIDTH, rngs), activation=nnx.relu))

@@ -18,8 +18,8 @@ Row = dict[str, Any]
 ENTRY = Entry("ssa", 0.25)
 
 
-def profile(case: Case, rounds: int) -> list[Row]:
-    """Milliseconds of the parts of one step, and their share of the whole step.
+def profile(case: Case, rounds: int, entry: Entry = ENTRY) -> list[Row]:
+    """Milliseconds of the parts of one taped direct step, and their share of the whole step.
 
     ``step`` is the whole with its share of a refresh. ``forward`` keeps what the gradients need,
     ``signal`` makes all teaching signals, ``update`` the gradients of all units, ``chain`` the
@@ -28,7 +28,7 @@ def profile(case: Case, rounds: int) -> list[Row]:
     period. Apart, the parts share nothing and fuse less, so they may add up to more than the
     whole.
     """
-    built = build(case, ENTRY)
+    built = build(case, entry)
     units, method, optimizer, weights, state = built
     batch = random_batch(case)
 

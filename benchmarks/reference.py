@@ -52,7 +52,7 @@ def make_step(
         module: Any = nnx.merge(graph, params, rest, copy=True)
         logits = module(batch.images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return jnp.mean(losses), (logits, nnx.split(module, nnx.Param, ...)[2])
+        return jnp.mean(losses), (logits, nnx.split(module, nnx.Param, ...)[2])  # type: ignore[misc]
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         params, rest, opt_state = state

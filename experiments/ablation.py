@@ -8,15 +8,14 @@ tangent projection and the retraction. The twins are fixed here, since only then
 term do anything: tracked twins take the weights' factors at every refresh, where the term
 vanishes. Ranks fall by the hybrid schedule, whose first phase has the Hoyer term.
 
-All flags of a run change the base; `experiments.study` says what the folder holds and how a study
-goes on.
+ablation.png is the table's picture. All flags of a run change the base; `experiments.study` says
+what the folder holds and how a study goes on.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import flags, study
+from experiments import bars, flags, study
 from experiments.study import Study, Variant
 from experiments.study_table import Column, accuracy, hidden_angle, per_cent
 
@@ -63,9 +62,37 @@ STUDY = Study(
     columns,
     "Rank is relative to full rank and MACs to the dense network; drift is the largest |XᵀX - I| "
     "over U, V and seeds; angles are between local and true gradient, the mean over hidden units.",
+    quick={"model": "mlp"},
 )
+
+# Key of a summary -> what the picture calls it.
+SHOWN = {"test_accuracy": "test accuracy", "rank_fraction": "rank", "macs_ratio": "MACs"}
+
+
+def panel(rows: Sequence[study.Row]) -> bars.Panel:
+    """Accuracy, rank and MACs of every variant that has a run."""
+    good = [row for row in rows if row["status"] != "not_finite"]
+    found = {v.label: [r for r in good if r["variant"] == v.name] for v in VARIANTS}
+    found = {label: ours for label, ours in found.items() if ours}
+    return bars.Panel(
+        "% (rank of full rank, MACs of the dense network's)",
+        list(found),
+        [
+            bars.Bars(name, [[100 * r[key] for r in ours] for ours in found.values()])
+            for key, name in SHOWN.items()
+        ],
+    )
+
+
+def main() -> None:
+    """Runs the study that the flags give, draws it and shows it."""
+    settings = study.settings_from_flags(STUDY)
+    rows = study.run_study(STUDY, settings)
+    if (drawn := panel(rows)).names:
+        bars.draw(settings.folder / "ablation.png", [drawn])
+    study.show(STUDY, settings, rows)
 
 
 if __name__ == "__main__":
     study.define(DEFAULTS)
-    flags.run_program(functools.partial(study.main, STUDY))
+    flags.run_program(main)

@@ -21,7 +21,7 @@ and how a study goes on; budget.png is the table's picture.
 import dataclasses
 from pathlib import Path
 
-from experiments import flags, plots, study
+from experiments import curves, flags, study
 from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column, accuracy, per_cent, train_loss
 
@@ -75,20 +75,21 @@ def to_its_end(settings: Settings) -> Settings:
     return settings._replace(config=config)
 
 
-def curves(rows: list[study.Row], kind: str) -> list[plots.Curve]:
+def frontier(rows: list[study.Row], kind: str) -> list[curves.Curve]:
     """Mean and deviation of the accuracy by the size reached, one curve a schedule."""
     found, good = [], [r for r in rows if r["status"] != "not_finite"]
     for prefix, label, _ in SCHEDULES:
         names = [v.name for v in VARIANTS if v.name.startswith(f"{prefix}_")]
         cells = [ours for name in names if (ours := [r for r in good if r["variant"] == name])]
         points = [
-            plots.Point.of(
+            curves.Point.of(
                 [100 * r[f"{kind}_ratio"] for r in ours], [100 * r["test_accuracy"] for r in ours]
             )
             for ours in cells
         ]
+        points.sort()
         if points:
-            found.append(plots.Curve(label, points))
+            found.append(curves.Curve(label, points))
     return found
 
 
@@ -98,12 +99,10 @@ def main() -> None:
     rows = study.run_study(STUDY, settings)
     kind = settings.config.budget_kind
     unit = {"params": "parameters", "macs": "MACs"}[kind]
-    file = plots.draw_curves(
-        settings.folder / "budget.png",
-        curves(rows, kind),
-        f"{unit} over the dense network's (%)",
-        "test accuracy (%)",
+    panel = curves.Panel(
+        f"{unit} over the dense network's (%)", "test accuracy (%)", frontier(rows, kind)
     )
+    file = curves.draw(settings.folder / "budget.png", [panel])
     # After its picture is drawn, which is on its page too.
     study.show(STUDY, settings, rows)
     if file:

@@ -76,6 +76,7 @@ def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
         first_rate=config.first_rate,
         hoyer=config.hoyer,
         rank_schedule=config.rank_schedule,
+        rank_target=config.rank_target,
         rank_floor=config.rank_floor,
         rank_cuts=config.rank_cuts,
         rank_exclude=_patterns(config),
@@ -254,7 +255,9 @@ def _within_budget(
     if config.rank_schedule == "linear":
         return chain._replace(rank_floor=floor, rank_target=floor)
     period = optim.rank_period(chain) / chain.total_steps
-    energy = ranks.energy_to_reach(config.rank_schedule, chain.energy, floor, period)
+    energy = ranks.energy_to_reach(
+        config.rank_schedule, chain.energy, floor, period, chain.rank_target
+    )
     return chain._replace(rank_floor=floor, energy=energy)
 
 

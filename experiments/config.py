@@ -14,7 +14,7 @@ from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
 from ssa_jax.optim import OPTIMIZERS
 from ssa_jax.passes import MEMORY_MODES
-from ssa_jax.ranks import SCHEDULES
+from ssa_jax.ranks import LINEAR_TARGET, SCHEDULES
 
 
 class ConfigError(ValueError):
@@ -39,6 +39,9 @@ class Config:
         "Share of the training images held out of training and measured in place of the test set.",
         low=0.0,
         high=0.5,
+    )
+    train_size: int = setting(
+        0, "Train on at most this many of the training images, always the same; 0: all.", low=0
     )
     factorize: str = setting(
         "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
@@ -105,6 +108,13 @@ class Config:
     )
     rank_schedule: str = setting("none", "How ranks fall.", choices=tuple(SCHEDULES))
     rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
+    rank_target: float = setting(
+        LINEAR_TARGET,
+        "What the linear fall of linear and hybrid leaves of the initial rank, never below the "
+        "floor.",
+        above=0.0,
+        high=1.0,
+    )
     rank_floor: float = setting(0.3, "Lowest rank over the initial one.", low=0.0, high=1.0)
     rank_budget: float = setting(
         0.0,

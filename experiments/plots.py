@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -13,66 +12,27 @@ Row = dict[str, Any]
 File = TypeVar("File", Path, IO[bytes])
 
 
+def available() -> bool:
+    """Whether matplotlib is there; a line on the terminal says so if not."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        print("no plots: pip install 'ssa_jax[plots]'")
+    return found
+
+
 def draw(rows: list[Row], folder: Path) -> list[Path]:
     """Draws curves.png, angles.png and, for a factorised model, ranks.png.
 
     Returns:
       The files written; none without matplotlib, which a line on the terminal says.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: pip install 'ssa_jax[plots]'")
+    if not available():
         return []
-    files = [_figure(folder / "curves.png", lambda f: _curves(f, rows))]
-    files.append(_figure(folder / "angles.png", lambda f: _angles(f, rows)))
+    files = [figure(folder / "curves.png", lambda f: _curves(f, rows))]
+    files.append(figure(folder / "angles.png", lambda f: _angles(f, rows)))
     if rows[-1]["ranks"]:
-        files.append(_figure(folder / "ranks.png", lambda f: _ranks(f, rows)))
+        files.append(figure(folder / "ranks.png", lambda f: _ranks(f, rows)))
     return files
-
-
-class Point(NamedTuple):
-    """Mean of both coordinates, and sample standard deviation of y; None of a single value."""
-
-    x: float
-    y: float
-    deviation: float | None
-
-    @classmethod
-    def of(cls, x: Sequence[float], y: Sequence[float]) -> "Point":
-        """The point of several runs."""
-        deviation = statistics.stdev(y) if len(y) > 1 else None
-        return cls(statistics.fmean(x), statistics.fmean(y), deviation)
-
-
-class Curve(NamedTuple):
-    """A line of a picture: its label and its points."""
-
-    label: str
-    points: Sequence[Point]
-
-
-def draw_curves(file: Path, curves: Sequence[Curve], x: str, y: str) -> Path | None:
-    """Draws labelled curves with error bars, over axes named x and y.
-
-    Returns:
-      The file; None without matplotlib, which a line on the terminal says.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: pip install 'ssa_jax[plots]'")
-        return None
-
-    def fill(figure: Any) -> None:
-        axes = figure.add_subplot(111, xlabel=x, ylabel=y)
-        axes.grid(alpha=0.3)
-        # Told apart without colours too.
-        for curve, marker in zip(curves, itertools.cycle("os^Dv")):
-            points = sorted(curve.points)
-            bars = [p.deviation or 0.0 for p in points]
-            axes.errorbar([p.x for p in points], [p.y for p in points], yerr=bars,
-                          label=curve.label, marker=marker, capsize=3)  # fmt: skip
-        if curves:
-            axes.legend()
-
-    return _figure(file, fill)
 
 
 Named = tuple[str, list[Row]]
@@ -86,8 +46,7 @@ def draw_runs(file: Path, runs: Sequence[Named]) -> Path | None:
     """
     if not runs:
         return None
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: pip install 'ssa_jax[plots]'")
+    if not available():
         return None
 
     def fill(figure: Any) -> None:
@@ -99,13 +58,13 @@ def draw_runs(file: Path, runs: Sequence[Named]) -> Path | None:
         marks = itertools.product(("-", "--", ":"), "os^DvP*X")
         for (label, rows), (line, marker) in zip(runs, itertools.cycle(marks), strict=False):
             epochs = [r["epoch"] for r in rows]
-            style = {"linestyle": line, "marker": marker, "markersize": 4, "label": _plain(label)}
+            style = {"linestyle": line, "marker": marker, "markersize": 4, "label": plain(label)}
             left.plot(epochs, [100 * r["test_accuracy"] for r in rows], **style)
             right.plot(epochs, [r["train_loss"] for r in rows], **style)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
 
-    return _figure(file, fill)
+    return figure(file, fill)
 
 
 def draw_heat_map(
@@ -133,10 +92,10 @@ def draw_heat_map(
             values, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent,
             vmin=0, vmax=top,
         )  # fmt: skip
-        axes.set_yticks(range(len(labels)), [_plain(label) for label in labels])
+        axes.set_yticks(range(len(labels)), [plain(label) for label in labels])
         figure.colorbar(image, ax=axes)
 
-    _figure(file, fill)
+    figure(file, fill)
     return True
 
 
@@ -156,8 +115,7 @@ def draw_panels(file: Path, panels: Sequence[Panel], title: str) -> Path | None:
     Returns:
       The file; None without matplotlib, which a line on the terminal says.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: pip install 'ssa_jax[plots]'")
+    if not available():
         return None
     top = max((v for p in panels for row in p.values for v in row if v == v), default=1.0)
 
@@ -179,23 +137,27 @@ def draw_panels(file: Path, panels: Sequence[Panel], title: str) -> Path | None:
                     axes.text(i, j, mark, ha="center", va="center", color=color)
         figure.colorbar(image, ax=list(places), label="%")
 
-    return _figure(file, fill)
+    return figure(file, fill)
 
 
-def _plain(label: str) -> str:
+def plain(label: str) -> str:
     """A label as it reads: matplotlib takes dollars for formulas and hides what begins with _."""
     return ("\u200a" if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
-def _figure(file: File, fill: Callable[[Any], None]) -> File:
+def figure(file: File, fill: Callable[[Any], None], height: float = 4.0) -> File:
+    """Saves what `fill` draws on a figure; colours that differ with any colour vision.
+
+    It is 9 inches wide and `height` inches high.
+    """
     # The object interface, since pyplot keeps global state and may want a display.
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"axes.prop_cycle": _cycle()}):
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        fill(figure)
-        figure.savefig(file, dpi=120)
+        made = Figure(figsize=(9, height), layout="constrained")
+        fill(made)
+        made.savefig(file, dpi=120)
     return file
 
 

@@ -46,7 +46,7 @@ def run(config: Config, data: Dataset | None = None) -> Row:
         tensorboard.require()
     use_cache(config.compile_cache)
     data = data or data_lib.load(config.dataset, config.data_dir)
-    data = data_lib.hold_out(data, config.validation)
+    data = data_lib.limited(data_lib.hold_out(data, config.validation), config.train_size)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))

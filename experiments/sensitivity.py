@@ -42,6 +42,8 @@ OUTCOMES = {
     "C": "collapsed",
     "X": "diverged",
 }
+# What the terms of the coefficients are called.
+TERMS = {"alpha": "task", "beta": "alignment", "gamma": "orthogonality", "hoyer": "Hoyer"}
 PRUNED = "sudden drop at a rank step"
 
 
@@ -74,6 +76,9 @@ VARIANTS = tuple(
     for i in plane.x_decades
     for j in plane.y_decades
 )
+
+# Of each plane two corners that lie opposite each other.
+CORNERS = [plane.name(plane.x_decades[k], plane.y_decades[k]) for plane in PLANES for k in (0, -1)]
 
 
 def outcome(row: study.Row, best: float) -> str:
@@ -129,6 +134,8 @@ STUDY = Study(
     f"accuracy here; else over-pruned where a rank step shows a sudden drop, collapsed below "
     f"{COLLAPSED:.0%} of the best or {LEAST_CHANCES} times chance, weaker in between; "
     "diverged is a loss that is not finite.",
+    quick={"model": "mlp"},
+    quick_only=CORNERS,
 )
 
 
@@ -142,8 +149,12 @@ def panel(plane: Plane, rows: Sequence[study.Row]) -> plots.Panel:
         good = [[r["test_accuracy"] for r in c if r["status"] != "not_finite"] for c in cells]
         values.append([100 * statistics.fmean(g) if g else float("nan") for g in good])
         marks.append([worst(c, best) for c in cells])
+    x, y = (
+        f"{symbol} ({TERMS[field]})"
+        for symbol, field in zip(plane.symbols, (plane.x, plane.y), strict=True)
+    )
     return plots.Panel(
-        plane.symbols,
+        (x, y),
         [f"1e{i}" for i in plane.x_decades],
         [f"1e{j}" for j in plane.y_decades],
         values,

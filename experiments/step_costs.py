@@ -13,10 +13,11 @@ from experiments.environment import environment
 from experiments.timing import Contestant, side_by_side
 from ssa_jax import data as data_lib
 from ssa_jax import train
+from ssa_jax.data import Dataset
 from ssa_jax.train import Batch, TrainState
 
 
-def measure(configs: dict[str, Config], rounds: int) -> dict[str, Any]:
+def measure(configs: dict[str, Config], rounds: int, data: Dataset) -> dict[str, Any]:
     """Costs of the step of every configuration, at its initial ranks.
 
     `ms` is the median of a step, with its share of a refresh of the feedback: that is a program
@@ -27,12 +28,12 @@ def measure(configs: dict[str, Config], rounds: int) -> dict[str, Any]:
     Args:
       configs: by name; one data set and batch size.
       rounds: measured calls of each.
+      data: that data set.
 
     Returns:
-      Hardware, versions, commit, device, model, data set, batch size, and `costs` by name.
+      Hardware, versions, commit, device, batch size, and `costs` by name, with model and data set.
     """
     first = next(iter(configs.values()))
-    data = data_lib.load(first.dataset, first.data_dir)
     loader = data_lib.make_loader(data)
     batch = loader.train_batch(jax.random.key(0), np.arange(first.batch_size))
     contestants: list[Contestant] = []
@@ -44,7 +45,12 @@ def measure(configs: dict[str, Config], rounds: int) -> dict[str, Any]:
         )
         compiled = step.lower(built.state, batch).compile()
         every = built.method.refresh_every
-        costs[name] = {"bytes": _bytes(compiled.memory_analysis()), "refresh_every": every}
+        costs[name] = {
+            "model": config.model,
+            "dataset": config.dataset,
+            "bytes": _bytes(compiled.memory_analysis()),
+            "refresh_every": every,
+        }
         contestants.append(_step(compiled, built.state, batch))
         contestants.append(_refresh(train.make_refresh(built.method), built.state, bool(every)))
     timings = iter(side_by_side(contestants, rounds))
@@ -62,8 +68,6 @@ def measure(configs: dict[str, Config], rounds: int) -> dict[str, Any]:
     return {
         **environment(),
         "device": jax.devices()[0].device_kind,
-        "model": first.model,
-        "dataset": first.dataset,
         "batch_size": first.batch_size,
         "costs": costs,
     }

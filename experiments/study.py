@@ -11,7 +11,8 @@ import dataclasses
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +23,15 @@ from experiments.cells import Cell, locked, result, run_cell
 from experiments.config import Config, ConfigError, differences
 from experiments.environment import environment
 from experiments.study_table import Column, cells, table
-from experiments.workdir import WorkdirError, read_json, write_json, write_text
+from experiments.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
 
 Row = dict[str, Any]
 
 # What `--quick` sets where the command line does not: it shows that a study runs, no more.
-QUICK = {"epochs": 1, "max_steps": 20, "seeds": 1}
+# Schedules end with the run, which a limit on the steps of a long one would not let them.
+QUICK = {"epochs": 1, "train_size": 2560, "max_steps": 0, "seeds": 1}
 
 
 class Variant(NamedTuple):
@@ -46,6 +48,12 @@ class Variant(NamedTuple):
     changes: dict[str, Any]
 
 
+def nothing(rows: Sequence[Row]) -> Row:
+    """A summary says it all."""
+    del rows
+    return {}
+
+
 class Study(NamedTuple):
     """What a study compares and how it is shown.
 
@@ -54,12 +62,18 @@ class Study(NamedTuple):
       variants: rows of the table, in order.
       columns: folder of the study -> columns between the label and the number of seeds.
       note: what the columns mean, below the table.
+      measured: rows of a run's metrics.jsonl -> what its result tells beside its summary.
+      quick: what `--quick` sets beside `QUICK`, or in its place.
+      quick_only: the variants that `--quick` runs; all if empty.
     """
 
     name: str
     variants: Sequence[Variant]
     columns: Callable[[Path], Sequence[Column]]
     note: str
+    measured: Callable[[Sequence[Row]], Row] = nothing
+    quick: Mapping[str, Any] = types.MappingProxyType({})
+    quick_only: Sequence[str] = ()
 
 
 class Settings(NamedTuple):
@@ -86,7 +100,7 @@ def define(defaults: dict[str, Any], seeds: int = 3) -> None:
     absl_flags.DEFINE_integer("seeds", seeds, "Runs of each variant, at --seed, --seed + 1, ...")
     absl_flags.DEFINE_string("folder", None, "Where cells go; default: a new folder under runs/.")
     absl_flags.DEFINE_list("only", [], "Run these variants alone; the table has all in the folder.")
-    absl_flags.DEFINE_boolean("quick", False, f"Defaults for a short look: {QUICK}.")
+    absl_flags.DEFINE_boolean("quick", False, "A short look: few steps, perhaps few variants.")
 
 
 def settings_from_flags(study: Study) -> Settings:
@@ -97,7 +111,7 @@ def settings_from_flags(study: Study) -> Settings:
     """
     values = absl_flags.FLAGS
     if values.quick:
-        for name, value in QUICK.items():
+        for name, value in {**QUICK, **study.quick}.items():
             values.set_default(name, value)
     config = flags.config_from_flags()
     if config.workdir or config.resume:
@@ -115,8 +129,9 @@ def settings_from_flags(study: Study) -> Settings:
         if name not in known:
             raise ConfigError(f"--only must be among {', '.join(known)}, got {name}")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(values.folder or f"runs/{stamp}-{study.name}-{config.dataset}-{config.model}")
-    return Settings(config, values.seeds, folder, values.only or known, values.quick)
+    folder = Path(values.folder or f"runs/{stamp}-{study.name}")
+    only = values.only or _short(study, values.quick) or known
+    return Settings(config, values.seeds, folder, only, values.quick)
 
 
 def run_study(study: Study, settings: Settings) -> list[Row]:
@@ -133,14 +148,10 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
         cell.config.validate()
     _open(study, settings)
 
-    @functools.cache
-    def load() -> Dataset:
-        return data_lib.load(settings.config.dataset, settings.config.data_dir)
-
     try:
         for cell in cells:
             if cell.variant in settings.only:
-                run_cell(cell, load)
+                run_cell(cell, functools.partial(load, cell.config))
                 write_results(study, settings)
     except KeyboardInterrupt as e:
         write_results(study, settings)
@@ -149,6 +160,14 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
             f"interrupted; go on with the same flags and --folder={settings.folder}"
         ) from None
     return write_results(study, settings)
+
+
+def load(config: Config) -> Dataset:
+    """The data set of a config, read once in this process."""
+    return _load(config.dataset, config.data_dir)
+
+
+_load = functools.cache(data_lib.load)
 
 
 def _seeds(settings: Settings) -> range:
@@ -163,9 +182,17 @@ def make_cell(settings: Settings, variant: Variant, seed: int) -> Cell:
 
 
 def all_done(study: Study, settings: Settings, rows: Sequence[Row]) -> bool:
-    """Whether every variant has all its seeds, whichever process ran them."""
+    """Whether every variant has all its seeds, whichever process ran them.
+
+    Of a quick study those that it runs of itself.
+    """
     done = {(row["variant"], row["seed"]) for row in rows}
-    return all((v.name, seed) in done for v in study.variants for seed in _seeds(settings))
+    wanted = _short(study, settings.quick) or [v.name for v in study.variants]
+    return all((name, seed) in done for name in wanted for seed in _seeds(settings))
+
+
+def _short(study: Study, quick: bool) -> Sequence[str]:
+    return study.quick_only if quick else ()
 
 
 def _open(study: Study, settings: Settings) -> None:
@@ -205,7 +232,8 @@ def write_results(study: Study, settings: Settings) -> list[Row]:
         rows = []
         for cell in _present(study, settings):
             if summary := result(cell):
-                rows.append({"variant": cell.variant, **summary})
+                measured = study.measured(Workdir(cell.path).rows())
+                rows.append({"variant": cell.variant, **summary, **measured})
         write_text(settings.folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         write_text(settings.folder / "table.md", _page(study, settings, rows))
     return rows
@@ -228,9 +256,16 @@ def _labels(study: Study) -> dict[str, str]:
 def _about(study: Study, settings: Settings) -> str:
     config = settings.config
     limit = f", at most {config.max_steps} steps" if config.max_steps else ""
-    models = {v.changes.get("model", config.model): None for v in study.variants}
+    if config.train_size:
+        limit += f" of at most {config.train_size} images"
+
+    def all_of(name: str) -> str:
+        return ", ".join(
+            dict.fromkeys(v.changes.get(name, getattr(config, name)) for v in study.variants)
+        )
+
     return (
-        f"{', '.join(models)} on {config.dataset}, {config.epochs} epochs{limit}, batch "
+        f"{all_of('model')} on {all_of('dataset')}, {config.epochs} epochs{limit}, batch "
         f"{config.batch_size}"
     )
 

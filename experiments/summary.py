@@ -28,6 +28,7 @@ def probe_row(probe: Probe) -> Row:
         "gradient_ratios": [float(r) for r in probe.gradient_ratios],
         "signal_ratios": [float(r) for r in probe.signal_ratios],
         "drift": float(probe.drift),
+        "gradient_norm": float(probe.gradient_norm),
         **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
     }
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class Timing(NamedTuple):
 
 
 def side_by_side(
-    contestants: list[Contestant],
+    contestants: Sequence[Contestant],
     rounds: int,
     budget_s: float = 3.0,
 ) -> list[Timing]:

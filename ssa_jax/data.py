@@ -83,6 +83,19 @@ def hold_out(data: Dataset, share: float) -> Dataset:
     )
 
 
+def limited(data: Dataset, size: int) -> Dataset:
+    """The data set with at most `size` of its training examples, always the same; 0 keeps all.
+
+    Drawn at random, so that the classes stay about as frequent as they are. The test set stays.
+    """
+    if not 0 < size < len(data.train_labels):
+        return data
+    kept = np.sort(np.random.default_rng(0).permutation(len(data.train_labels))[:size])
+    return data._replace(
+        train_images=data.train_images[kept], train_labels=data.train_labels[kept]
+    )
+
+
 def _checked(name: str, data: Dataset) -> Dataset:
     for split in ("train", "test"):
         images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")

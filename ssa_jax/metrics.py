@@ -36,6 +36,8 @@ class Probe(NamedTuple):
         twin and of V and of its twin; None for a unit without factors or without twins.
       terms: each term of the local loss by name, (units,), without its coefficient.
       drift: largest |XᵀX - I| over all U and V.
+      gradient_norm: length of the true gradient on the manifold (see `tangent`), all units
+        together.
     """
 
     angles: Array
@@ -46,6 +48,7 @@ class Probe(NamedTuple):
     subspace_angles: tuple[Array | None, ...]
     terms: dict[str, Array]
     drift: Array
+    gradient_norm: Array
 
 
 def make_probe(
@@ -82,6 +85,7 @@ def make_probe(
             subspace_angles=tuple(map(subspace_angle, state.params, twin_of)),
             terms={name: jnp.stack([t[name] for t in terms]) for name in terms[0]},
             drift=factors.orthogonality_error(state.params),
+            gradient_norm=jnp.linalg.norm(flatten(tangent(state.params, true))),
         )
 
     return jax.jit(probe)
@@ -104,6 +108,27 @@ def weight_change(params: Tree, direction: Tree) -> Tree:
         return (d.u * f.s[None, :] + f.u * d.s[None, :]) @ f.v.T + (f.u * f.s[None, :]) @ d.v.T
 
     return jax.tree.map(change, params, direction, is_leaf=factors.is_factors)
+
+
+def tangent(params: Tree, gradient: Tree) -> Tree:
+    """The gradient on the product of Stiefel manifolds and Euclidean spaces.
+
+    G - X sym(XᵀG) of U and V, the orthogonal projection onto the tangent space in the embedded
+    metric; s and arrays outside `Factors` as they are. Zero where the loss is stationary under
+    the constraint, which the gradient itself is not.
+
+    Args:
+      params: parameter trees of units, with orthonormal U and V.
+      gradient: a tree of the same structure.
+    """
+
+    def project(f: Any, g: Any) -> Any:
+        if not factors.is_factors(f):
+            return g
+        u, v = linalg.project_stiefel(f.u, g.u), linalg.project_stiefel(f.v, g.v)
+        return g._replace(u=u, v=v)
+
+    return jax.tree.map(project, params, gradient, is_leaf=factors.is_factors)
 
 
 def subspace_angle(params: Tree, twins: Tree | None) -> Array | None:

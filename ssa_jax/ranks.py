@@ -19,7 +19,7 @@ Array = jax.Array
 Tree = Any
 
 # The phase of the paper in which the rank falls linearly under the Hoyer term, and what it
-# leaves of the initial rank.
+# leaves of the initial rank unless a run says otherwise.
 LINEAR_PHASE = 0.3
 LINEAR_TARGET = 0.7
 # From here on ranks rest: at a vanishing learning rate no cut can be mended.
@@ -117,7 +117,9 @@ def lowest(fraction: float, rank: int) -> int:
     return max(math.ceil(fraction * rank - 1e-4), min(LEAST, rank))
 
 
-def energy_to_reach(schedule: str, energy: float, floor: float, period: float) -> float:
+def energy_to_reach(
+    schedule: str, energy: float, floor: float, period: float, target: float = LINEAR_TARGET
+) -> float:
     """The largest share up to `energy` with which the energy rule surely reaches a floor.
 
     Of a flat spectrum one cut by the share ε keeps ε of the rank, of any other one less; so n
@@ -128,10 +130,11 @@ def energy_to_reach(schedule: str, energy: float, floor: float, period: float) -
       energy: the share that is asked for.
       floor: fraction of r₀.
       period: fraction of training between cuts.
+      target: fraction of r₀ that a linear fall leaves, where that is more than the floor.
     """
     # A rule that is due in the first step of a period cuts just after its beginning.
     moments = [period * i + 1e-4 for i in range(math.ceil(1 / period))]
-    asked = [SCHEDULES[schedule](jnp.float32(t), 0.5, max(LINEAR_TARGET, floor)) for t in moments]
+    asked = [SCHEDULES[schedule](jnp.float32(t), 0.5, max(target, floor)) for t in moments]
     cuts = sum(float(t.energy) < 1 for t in asked)
     if not cuts or not floor:
         return energy

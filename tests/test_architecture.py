@@ -85,3 +85,9 @@ def test_one_place_knows_flax_split_and_merge():
         if file.name != "units.py":
             assert "nnx.merge" not in text, file
             assert "nnx.split" not in text, file
+
+
+def test_one_program_of_experiments_measures_with_the_benchmarks():
+    for file in sorted((ROOT / "experiments").glob("*.py")):
+        uses = any(name.split(".")[0] == "benchmarks" for name in imports(file))
+        assert uses == (file.name in ("overhead.py", "overhead_page.py")), file

@@ -155,7 +155,7 @@ def test_variants_share_their_budgets_and_curves_their_points():
         for a in (0.5, 0.7)
     ]
     results.append({"variant": "adaptive_30", "status": "not_finite"})
-    (curve,) = budget.curves(results, "params")
+    (curve,) = budget.frontier(results, "params")
     assert curve.label == "uniform"
     (point,) = curve.points
     assert (point.x, point.y) == pytest.approx((10, 60))

@@ -9,6 +9,7 @@ from helpers import NETWORKS, make_batch, make_method, split
 
 from ssa_jax import factors, metrics
 from ssa_jax.factors import Factors
+from ssa_jax.forward import forward
 from ssa_jax.losses import LossWeights
 from ssa_jax.train import init_state
 
@@ -96,6 +97,34 @@ def test_factors_that_turn_together_do_not_change_the_weights():
     turn = jnp.array([[0.0, 1, 2], [-1, 0, 3], [-2, -3, 0]])
     change = metrics.weight_change(f, Factors(f.u @ turn, jnp.zeros(3), f.v @ turn))
     np.testing.assert_allclose(change, 0, atol=1e-5)
+
+
+def test_the_gradient_on_the_manifold_is_what_a_curve_on_it_feels():
+    f = random_factors(jax.random.key(0), 7, 5, 3)
+    keys = jax.random.split(jax.random.key(1), 4)
+    g = Factors(*(jax.random.normal(k, x.shape) for k, x in zip(keys[:3], f, strict=True)))
+    projected = metrics.tangent({"w": f, "b": g.s}, {"w": g, "b": g.s})
+    assert jnp.array_equal(projected["b"], g.s)
+    assert jnp.array_equal(projected["w"].s, g.s)
+    for x, full, t in ((f.u, g.u, projected["w"].u), (f.v, g.v, projected["w"].v)):
+        # Tangent, and all that tangent directions see of the gradient.
+        np.testing.assert_allclose(x.T @ t + t.T @ x, 0, atol=1e-5)
+        along = jax.random.normal(keys[3], x.shape)
+        along = along - x @ (x.T @ along + along.T @ x) / 2
+        np.testing.assert_allclose(jnp.vdot(along, t), jnp.vdot(along, full), rtol=1e-4)
+
+
+def test_the_norm_is_that_of_the_true_gradient_whatever_the_method():
+    units, params, mstate = split("conv", None)
+    batch = make_batch(16)
+
+    def loss(params):
+        logits = forward(units, params, mstate, batch.images)[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    expected = optax.tree.norm(jax.grad(loss)(params))
+    for name in ("bp", "dfa"):
+        np.testing.assert_allclose(probe_of(name, rank=None).gradient_norm, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("network", ["conv", "residual"])

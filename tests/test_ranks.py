@@ -54,17 +54,20 @@ def test_the_budget_falls_cubically_between_its_ends():
 
 
 @pytest.mark.parametrize("floor", [0.05, 0.2, 0.6, 0.9])
-@pytest.mark.parametrize("schedule", ["hybrid", "hoyer", "energy"])
-def test_the_share_to_reach_a_floor_does_so_on_a_flat_spectrum(schedule, floor):
+@pytest.mark.parametrize(
+    ("schedule", "target"),
+    [("hybrid", ranks.LINEAR_TARGET), ("hybrid", 0.9), ("hoyer", 0.7), ("energy", 0.7)],
+)
+def test_the_share_to_reach_a_floor_does_so_on_a_flat_spectrum(schedule, target, floor):
     """The worst spectrum there is, cut as the schedule says, one period after the other."""
-    final = max(ranks.LINEAR_TARGET, floor)
-    share = ranks.energy_to_reach(schedule, 0.95, floor, 0.05)
+    final = max(target, floor)
+    share = ranks.energy_to_reach(schedule, 0.95, floor, 0.05, target)
     assert share <= 0.95
     rank = 1.0
     for step in range(1, 1001):
-        target = ranks.SCHEDULES[schedule](jnp.float32(step / 1000), share, final)
-        kept = float(target.energy) if step % 50 == 1 else 1.0
-        rank = max(floor, min(float(target.rank), rank * kept))
+        asked = ranks.SCHEDULES[schedule](jnp.float32(step / 1000), share, final)
+        kept = float(asked.energy) if step % 50 == 1 else 1.0
+        rank = max(floor, min(float(asked.rank), rank * kept))
     assert rank == pytest.approx(floor, rel=2e-3)
     assert ranks.energy_to_reach("linear", 0.95, floor, 0.05) == 0.95
 

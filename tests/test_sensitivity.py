@@ -96,3 +96,18 @@ def test_a_validation_split_is_of_the_training_images_and_leaves_the_test_set():
     assert data.hold_out(whole, 0.0) is whole
     with pytest.raises(ConfigError, match=r"--validation must be at most 0\.5, got 0.9"):
         Config(validation=0.9).validate()
+
+
+def test_a_limited_data_set_is_a_part_of_the_training_images_always_the_same():
+    whole = data.load("digits")
+    part = data.limited(whole, 200)
+    assert len(part.train_labels) == 200
+    rows = {(x.tobytes(), y) for x, y in zip(whole.train_images, whole.train_labels, strict=True)}
+    ours = [(x.tobytes(), y) for x, y in zip(part.train_images, part.train_labels, strict=True)]
+    assert set(ours) <= rows
+    assert len(set(part.train_labels)) == 10
+    assert np.array_equal(data.limited(whole, 200).train_images, part.train_images)
+    assert part.test_images is whole.test_images
+    assert data.limited(whole, 0) is data.limited(whole, 10**6) is whole
+    with pytest.raises(ConfigError, match="--train_size must be at least 0, got -1"):
+        Config(train_size=-1).validate()

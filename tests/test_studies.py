@@ -10,7 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation, cells, depth, gap, methods, step_costs, study, study_table
+from experiments import (
+    ablation,
+    alignment,
+    budget,
+    cells,
+    convergence,
+    depth,
+    gap,
+    methods,
+    ranks,
+    sensitivity,
+    step_costs,
+    study,
+    study_table,
+)
 from experiments.config import Config, ConfigError
 from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column
@@ -207,14 +221,14 @@ def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path, capsys):
 
 
 def test_costs_count_the_share_of_a_refresh():
-    variants = {v.name: v for v in methods.VARIANTS}
+    variants = {v.name: v for v in methods.FORMS}
     configs = {
         name: dataclasses.replace(SMALL, **variants[name].changes)
         for name in ("bp", "ssa_direct", "ssa_sequential")
     }
-    measured = step_costs.measure(configs, rounds=3)
+    measured = step_costs.measure(configs, 3, study.load(SMALL))
     assert measured["hardware"]
-    assert (measured["model"], measured["batch_size"]) == ("mlp", 128)
+    assert measured["batch_size"] == 128
     costs = measured["costs"]
     assert {name: c["refresh_every"] for name, c in costs.items()} == {
         "bp": 0, "ssa_direct": 10, "ssa_sequential": 1
@@ -224,15 +238,105 @@ def test_costs_count_the_share_of_a_refresh():
         assert cost["ms"] == pytest.approx(cost["step_ms"] + share)
         assert cost["step_ms"] > 0
         assert cost["bytes"] > 0
+        assert (cost["model"], cost["dataset"]) == ("mlp", "digits")
 
 
 def test_every_method_is_in_the_study_of_methods():
-    assert {v.changes["method"] for v in methods.VARIANTS} == set(METHODS)
-    for program in (methods, ablation, gap, depth):
-        names = [v.name for v in program.VARIANTS]
-        assert len(set(names)) == len(names)
-        for variant in program.VARIANTS:
-            dataclasses.replace(SMALL, **variant.changes).validate()
+    assert {v.changes["method"] for v in methods.FORMS} == set(METHODS)
+
+
+PROGRAMS = (ablation, alignment, budget, convergence, depth, gap, methods, ranks, sensitivity)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.STUDY.name)
+def test_variants_have_names_of_their_own_and_settings_that_a_run_may_have(program):
+    names = [v.name for v in program.STUDY.variants]
+    assert len(set(names)) == len(names)
+    for variant in program.STUDY.variants:
+        dataclasses.replace(SMALL, **variant.changes).validate()
+    assert set(program.STUDY.quick_only) <= set(names)
+    dataclasses.replace(SMALL, **{k: v for k, v in program.STUDY.quick.items() if k != "seeds"})
+
+
+def test_the_parts_of_ssa_are_dropped_one_at_a_time():
+    full, *others = ablation.VARIANTS
+    assert not full.changes
+    base = Config(**ablation.DEFAULTS)
+    off = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "hoyer": 0.0, "projection": "none",
+           "retraction": "none"}  # fmt: skip
+    assert all(getattr(base, name) != value for name, value in off.items())
+    dropped = [{k: v for k, v in x.changes.items() if k != "drift_bound"} for x in others]
+    assert dropped == [{name: value} for name, value in off.items()]
+
+
+def test_several_networks_share_the_methods_and_each_has_its_own_reference(tmp_path):
+    networks = methods.networks_of(("mlp", "smallconv"), ("cifar10", "cifar100"))
+    found = methods.study_of(networks)
+    assert len(found.variants) == 4 * len(methods.FORMS)
+    assert len({v.name for v in found.variants}) == len(found.variants)
+    (ours,) = [v for v in found.variants if v.name == "smallconv_cifar100_ssa_direct"]
+    assert (ours.changes["model"], ours.changes["dataset"]) == ("smallconv", "cifar100")
+    assert ours.label == "smallconv on cifar100, ssa direct"
+    costs = {"smallconv_cifar100_bp": {"ms": 2.0}, "mlp_cifar10_bp": {"ms": 1.0},
+             ours.name: {"ms": 3.0}}  # fmt: skip
+    (tmp_path / methods.COSTS).write_text(json.dumps({"costs": costs}))
+    (column,) = [c for c in found.columns(tmp_path) if c.title == "step time"]
+    assert column.text(ours.name, []) == "1.50"
+    assert column.text("mlp_cifar100_ssa_direct", []) == "-"
+    # One network is named by the settings, as in stored results.
+    assert [v.name for v in methods.STUDY.variants] == [form.name for form in methods.FORMS]
+
+
+def test_a_rate_is_the_exponent_of_a_power_of_the_step():
+    steps = [10, 20, 40, 80]
+    assert convergence.rate(steps, [3 / t**0.5 for t in steps]) == pytest.approx(-0.5)
+    assert convergence.rate([10], [3.0]) is None
+    rows = [{"step_by_epoch": steps, "train_loss_by_epoch": [t**p for t in steps]}
+            for p in (-1, -2)]  # fmt: skip
+    columns = {c.title: c for c in convergence.columns(Path())}
+    assert columns["rate of the loss"].text("", rows) == "-1.500 ± 0.707"
+
+
+def test_curves_of_convergence_are_means_over_seeds_at_each_step():
+    rows = [
+        {"variant": "ssa", "status": "finished", "step_by_epoch": [10, 20],
+         "train_loss_by_epoch": [loss, 1.0], "gradient_norm_by_epoch": [4.0, 2.0]}
+        for loss in (1.0, 3.0)
+    ]  # fmt: skip
+    rows.append({"variant": "bp", "status": "not_finite", "step_by_epoch": []})
+    loss, _ = convergence.panels(rows)
+    points = {curve.label: curve.points for curve in loss.curves}
+    assert not points["bp"]
+    assert [(p.x, p.y) for p in points["ssa direct"]] == [(10, 2.0), (20, 1.0)]
+    assert [p.deviation for p in points["ssa direct"]] == pytest.approx([2**0.5, 0])
+
+
+def test_angles_by_epoch_are_in_the_table_and_in_the_panel_of_their_unit(tmp_path):
+    rows = [
+        {"variant": "dfa", "status": "finished", "test_accuracy": 0.5,
+         **alignment.measured([{"angles": [80.0 + s, 70.0, 0.0]}, {"angles": [60.0, 50.0, 0.0]}])}
+        for s in (0, 4)
+    ]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    shown = {c.title: c.text("dfa", rows) for c in alignment.columns(tmp_path)}
+    assert shown == {"test accuracy": "50.00 ± 0.00 %", "epoch 1": "82° 70°", "epoch 2": "60° 50°"}
+    assert alignment.at_epoch(3)("dfa", rows) == "-"
+    first, second = alignment.panels(rows)
+    (curve,) = [c for c in first.curves if c.points]
+    assert [(p.x, p.y) for p in curve.points] == [(1, 82.0), (2, 60.0)]
+    assert [p.y for c in second.curves for p in c.points] == [70.0, 50.0]
+
+
+def test_the_frontier_has_every_hybrid_run_by_its_size_and_not_those_that_failed():
+    def row(name, size, accuracy, status="finished"):
+        return {"variant": name, "status": status, "params_ratio": size, "test_accuracy": accuracy}
+
+    rows = [row("hybrid_50_99", 0.3, 0.7), row("hybrid_50_90", 0.2, 0.6),
+            row("adaptive_20", 0.2, None, "not_finite")]  # fmt: skip
+    drawn = {c.label: c.points for c in ranks.frontier(rows, "params_ratio") if c.points}
+    (points,) = drawn.values()
+    assert [(p.x, p.y) for p in points] == [(20, 60), (30, 70)]
+    assert next(iter(drawn)).startswith("hybrid, 0.5 of r0")
 
 
 def test_thirds_of_the_depth_are_means_over_their_hidden_units():
@@ -244,8 +348,11 @@ def test_thirds_of_the_depth_are_means_over_their_hidden_units():
 
 
 def command(program, *args):
+    network = ("--dataset=digits", "--model=mlp")
+    if program == "methods":
+        network = ("--datasets=digits", "--models=mlp")
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{program}", "--dataset=digits", "--model=mlp", *args],
+        [sys.executable, "-m", f"experiments.{program}", *network, *args],
         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
@@ -255,6 +362,8 @@ def command(program, *args):
     [
         ("methods", "--only=bp,magic", "--only must be among bp, "),
         ("methods", "--method=bp", "--method is what this study varies"),
+        ("methods", "--model=mlp", "--model is what this study varies"),
+        ("methods", "--models=mlp,magic", "--models must be among mlp, "),
         ("methods", "--workdir=here", "a study takes --folder"),
         ("depth", "--epochs=1", "--model is what this study varies"),
         ("gap", "--seeds=0", "--seeds must be at least 1, got 0"),
@@ -280,7 +389,7 @@ def test_methods_from_the_command_line(tmp_path):
     header, *lines = table_lines(folder)
     assert header[4:6] == ["step time", "step memory"]
     assert lines[0][4:6] == ["1.00", "1.00"]
-    assert len(lines) == len(methods.VARIANTS)
+    assert len(lines) == len(methods.QUICK_FORMS)
     assert all(float(cell) > 0 for line in lines for cell in line[4:6])
 
 
