@@ -3,8 +3,8 @@
     python -m experiments.cifar --recipe=digits_mlp_ssa
 
 Hardware: one core of an AMD EPYC, no GPU.
-Time: not measured yet.
-Expected test accuracy: not measured yet.
+Time: 22 s, 10 of them to compile; the machine was shared with other work.
+Expected test accuracy: 98.05 %, seed 0, one run (results/digits_mlp/ssa).
 """
 
 from typing import Any
