@@ -30,9 +30,9 @@ Row = dict[str, Any]
 
 AT_ONCE = ("auto", "on", "off")
 
-# Models whose seeds are trained at once, by backend. On a CPU a batched step takes as long as its
-# parts, those of convolutions twice as long or more (RECORDS.md). Elsewhere steps of small networks
-# leave most of the device idle.
+# Models whose seeds are trained at once, by backend. On a CPU that takes about as long as one after
+# another for the mlp, and twice as long for convolutions (RECORDS.md). Elsewhere steps of small
+# networks should leave most of the device idle; that is not measured.
 _AT_ONCE_MODELS: dict[str, tuple[str, ...]] = {"cpu": ()}
 _AT_ONCE_MODELS_ELSE = ("mlp", "smallconv")
 
