@@ -57,21 +57,36 @@ def run_cell(cell: Cell, load: Callable[[], Dataset]) -> None:
 
 
 def _run_or_keep(cell: Cell, load: Callable[[], Dataset]) -> None:
-    name, resume = cell.path.name, False
+    name = cell.path.name
+    config = still_to_run(cell)
+    if config is None:
+        print(f"{name}: kept", flush=True)
+        return
+    print(f"{name}:", flush=True)
+    try:
+        run(config, load())
+    except NotFiniteError as e:
+        print(f"{name} failed: {e}", flush=True)
+
+
+def still_to_run(cell: Cell) -> Config | None:
+    """The config to run a cell with, resumed where it has checkpoints; None where it is done.
+
+    Its folder, which must exist, is emptied where nothing in it can be gone on with.
+
+    Raises:
+      WorkdirError: it holds a run of another configuration.
+    """
+    resume = False
     if any(cell.path.iterdir()):
         folder = workdir.reopen(dataclasses.replace(cell.config, resume=True))
         if result(cell):
-            print(f"{name}: kept", flush=True)
-            return
+            return None
         resume = Checkpoints(folder.checkpoints).latest() is not None
         if not resume:
             # It ended before its first checkpoint, which precedes its first step.
             _empty(cell.path)
-    print(f"{name}:", flush=True)
-    try:
-        run(dataclasses.replace(cell.config, resume=resume), load())
-    except NotFiniteError as e:
-        print(f"{name} failed: {e}", flush=True)
+    return dataclasses.replace(cell.config, resume=resume)
 
 
 def _empty(folder: Path) -> None:

@@ -1,24 +1,55 @@
-"""Trains one network with one method.
+"""Trains one network with one method, with one seed or several.
 
     python -m experiments.cifar --method=ssa --rank_schedule=hybrid
+    python -m experiments.cifar --recipe=cifar10_smallconv_ssa --seeds=5
 
 `--help` lists every flag. Results go to the workdir: config.json, metrics.jsonl, summary.json,
-checkpoints/ and plots/.
+checkpoints/ and plots/; of several seeds each has a folder with these, beside a summary.json and a
+table.md of their mean and deviation.
 """
 
-from experiments import flags
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from experiments import flags, seeds
+from experiments.config import Config
+from experiments.flags import NotFiniteError
 from experiments.run import run
 from experiments.table import table
 
 
 def main() -> None:
     """Runs the configuration that the flags give."""
-    summary = run(flags.config_from_flags())
+    config, values = flags.config_from_flags(), absl_flags.FLAGS
+    if values.seeds != 1:
+        run_seeds(config, values.seeds, values.seeds_at_once)
+        return
+    summary = run(config)
     print()
     print(table([summary]))
     print(f"\nresults and plots: {summary['workdir']}")
 
 
+def run_seeds(config: Config, number: int, at_once: str) -> None:
+    """Runs the configuration at several seeds and shows the table.
+
+    Raises:
+      NotFiniteError: at the end, if a seed was not finite.
+    """
+    summary = seeds.run_seeds(config, number, at_once)
+    folder = Path(summary["workdir"])
+    print()
+    print((folder / "table.md").read_text())
+    print(f"results and plots: {folder}")
+    if failed := summary["not_finite"]:
+        raise NotFiniteError(
+            f"loss or parameters were not finite at seed {', '.join(map(str, failed))}; the means "
+            f"leave that out; try a lower --learning_rate than {config.learning_rate}"
+        )
+
+
 if __name__ == "__main__":
     flags.define({})
+    seeds.define()
     flags.run_program(main)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from experiments.budgets import KINDS
+from experiments.recipes import RECIPES
 from ssa_jax import record
 from ssa_jax.data import DATASETS
 from ssa_jax.feedback import FORMS
@@ -30,6 +31,11 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
 class Config:
     """One run. The defaults train SSA on CIFAR-10 within a laptop's patience."""
 
+    recipe: str = setting(
+        "none",
+        "Named settings, the defaults of the other flags; see experiments/recipes.",
+        choices=("none", *RECIPES),
+    )
     method: str = setting("ssa", "Learning method.", choices=tuple(METHODS))
     model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
     dataset: str = setting("cifar10", "Data set.", choices=tuple(DATASETS))
@@ -188,10 +194,11 @@ class Config:
             raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
 
 
-# Flags that say where, how far and how safely to run, not what the run is.
+# Flags that say where, how far and how safely to run, not what the run is; nor does the name under
+# which settings were given.
 _NOT_IDENTITY = (
-    "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints", "on_nan",
-    "compile_cache", "watch", "tensorboard",
+    "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
+    "on_nan", "compile_cache", "watch", "tensorboard",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 
 from experiments.config import Config, ConfigError
 from experiments.interrupt import Terminated
+from experiments.recipes import RECIPES
 from experiments.workdir import WorkdirError
 from ssa_jax.checkpoint import CheckpointError
 from ssa_jax.data import DataError
@@ -50,9 +51,18 @@ def config_from_flags() -> Config:
     return config
 
 
+def use_recipe() -> None:
+    """Makes the settings of the recipe the defaults of their flags; those that are given stay."""
+    if "recipe" in flags.FLAGS:
+        # An unknown name is told with all that is wrong in a config.
+        for name, value in RECIPES.get(flags.FLAGS.recipe, {}).items():
+            flags.FLAGS.set_default(name, value)
+
+
 def _parse(argv: list[str], arguments: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
+        use_recipe()
     except flags.Error as e:
         _fail(str(e), EXIT_USAGE)
     if len(rest) > 1 and not arguments:

@@ -20,10 +20,11 @@ class Progress:
     Args:
       config: the run.
       folder: its workdir, whose metrics.jsonl has every epoch before it is shown.
+      name: before every line, where several runs share a terminal.
     """
 
-    def __init__(self, config: Config, folder: Workdir):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Workdir, name: str = ""):
+        self.config, self.folder, self.name = config, folder, name
         self.board = tensorboard.Board(folder.path / "tensorboard") if config.tensorboard else None
         self._told: list[Finding] = []
 
@@ -36,7 +37,7 @@ class Progress:
 
     def epoch(self, row: Row, params: Tree) -> None:
         """Shows an epoch that is logged."""
-        print(summary.line(row, self.config.epochs), flush=True)
+        print(self.name + summary.line(row, self.config.epochs), flush=True)
         if self.config.watch:
             self.diagnose()
         if self.board:
@@ -45,5 +46,6 @@ class Progress:
 
     def diagnose(self) -> list[Finding]:
         """The failures so far; those that are new are printed."""
-        self._told = diagnosis.tell(diagnosis.diagnose(self.folder.rows(), self.config), self._told)
+        found = diagnosis.diagnose(self.folder.rows(), self.config)
+        self._told = diagnosis.tell(found, self._told, self.name)
         return self._told

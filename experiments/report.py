@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from experiments import flags, plots, results, webpage
+from experiments import flags, plots, results, webpage, workdir
 from experiments.config import ConfigError
 from experiments.table import markdown
 from experiments.workdir import Workdir, WorkdirError, read_json, write_text
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def read(folders: Sequence[str]) -> list[Run]:
-    """The runs in folders, by the shortest names that tell them apart.
+    """The runs in folders, of seeds each, by the shortest names that tell them apart.
 
     Raises:
       ConfigError: no folder.
@@ -50,7 +50,7 @@ def read(folders: Sequence[str]) -> list[Run]:
     """
     if not folders:
         raise ConfigError("give the workdirs to compare: python -m experiments.report WORKDIR ...")
-    paths = list(dict.fromkeys(Path(folder) for folder in folders))
+    paths = list(dict.fromkeys(path for f in folders for path in workdir.runs_in(Path(f))))
     ends = [path.resolve().name for path in paths]
     runs = []
     for path, end in zip(paths, ends, strict=True):

@@ -1,6 +1,8 @@
 """One run, from a config to a summary: what is kept on the way, and how faults end or go on."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from experiments import build, plots, summary, tensorboard, workdir
@@ -41,26 +43,44 @@ def run(config: Config, data: Dataset | None = None) -> Row:
       KeyboardInterrupt: after Ctrl-C, and `Terminated` after SIGTERM: the state is saved, and the
         message says how to go on.
     """
+    data = prepare(config, data)
+    built = build.build(config, data)
+    with Interruptible() as interrupt, Compiling() as compiling:
+        trainer = Trainer(config, data, built, compiling)
+        with opened(config, trainer, interrupt) as one:
+            return one.go()
+
+
+def prepare(config: Config, data: Dataset | None) -> Dataset:
+    """Checks a config and sets up what its run needs; its data, as the config wants them."""
     config.validate()
     if config.tensorboard:
         tensorboard.require()
     use_cache(config.compile_cache)
     data = data or data_lib.load(config.dataset, config.data_dir)
-    data = data_lib.limited(data_lib.hold_out(data, config.validation), config.train_size)
-    built = build.build(config, data)
+    return data_lib.limited(data_lib.hold_out(data, config.validation), config.train_size)
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, trainer: Trainer, interrupt: Interruptible, at_once: int = 1
+) -> Iterator["Run"]:
+    """A run in its workdir, which is closed at the end of the block, its checkpoints written.
+
+    Args:
+      config: the run.
+      trainer: its state and programs.
+      interrupt: of the process.
+      at_once: runs that share programs and time with it, itself included.
+    """
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
-    with (
-        Interruptible() as interrupt,
-        Compiling() as compiling,
-        checkpoints,
-        Progress(config, folder) as progress,
-    ):
-        trainer = Trainer(config, data, built, compiling)
-        return _Run(config, trainer, folder, checkpoints, interrupt, progress).go()
+    name = f"seed {config.seed}: " if at_once > 1 else ""
+    with checkpoints, Progress(config, folder, name) as progress:
+        yield Run(config, trainer, folder, checkpoints, interrupt, progress, at_once)
 
 
-class _Run:
+class Run:
     """A trainer, and where it stands.
 
     Attributes:
@@ -76,38 +96,43 @@ class _Run:
         checkpoints: Checkpoints,
         interrupt: Interruptible,
         progress: Progress,
+        at_once: int = 1,
     ):
         self.config, self.trainer, self.compiling = config, trainer, trainer.compiling
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
-        self.progress = progress
-        self.position, self.saved, self.earlier_s = Position(), 0, 0.0
+        self.progress, self.at_once = progress, at_once
+        self.position, self.saved, self.earlier = Position(), 0, Position()
         self.dense = build.dense_costs(config, trainer.data)
         self.started = time.monotonic()
 
     def go(self) -> Row:
         """Trains to the end and writes the summary, whatever the end is."""
-        self._begin()
-        if note := self.trainer.built.method.note:
-            print(f"feedback: {note}", flush=True)
+        self.begin()
+        self.tell_feedback()
         try:
             while self.position.epoch < self.config.epochs and self._epoch_or_rollback():
                 pass
             # A run is not finished before its last state is kept.
             self.checkpoints.wait()
         except NotFiniteError:
-            self._finish("not_finite")
+            self.finish("not_finite")
             raise
         except KeyboardInterrupt as e:
             self.checkpoints.wait()
-            self._finish("interrupted")
+            self.finish("interrupted")
             what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
             raise type(e)(
                 f"{what}; the state after step {self.saved} is kept, go on with the same flags and "
                 f"--workdir={self.folder.path} --resume"
             ) from None
-        return self._finish("stopped" if self.position.epoch < self.config.epochs else "finished")
+        return self.finish()
 
-    def _begin(self) -> None:
+    def tell_feedback(self) -> None:
+        """Prints what the method says of its feedback, if anything."""
+        if note := self.trainer.built.method.note:
+            print(f"feedback: {note}", flush=True)
+
+    def begin(self) -> None:
         """From the newest checkpoint, or with the first one."""
         # Also a run that was killed before its first checkpoint has nothing but its config.
         if not self.config.resume or self.checkpoints.latest() is None:
@@ -117,9 +142,7 @@ class _Run:
             self.checkpoints.save(self.trainer.state, self.position)
             return
         self._restore(self.trainer.state)
-        self.earlier_s = self.position.wall_s
-        self.compiling.steps += self.position.compiles
-        self.compiling.seconds += self.position.compile_s
+        self.earlier = self.position
         if self.position.rollbacks:
             self.trainer.use(self._built(len(self.position.rollbacks)))
 
@@ -165,28 +188,40 @@ class _Run:
     def _epoch(self) -> bool:
         """Trains, measures and keeps an epoch; whether there is more to train."""
         position, before = self.position, self.trainer.step
-        if 0 < self.config.max_steps <= before and not position.step_in_epoch:
+        if self.stops_at(before):
             return False
         begun = time.monotonic()
         tally = Tally(position.sums, position.step_in_epoch)
         row = self.trainer.train_epoch(
             position.epoch, tally, lambda step: self._between_steps(step, tally)
         )
-        images = (self.trainer.step - before) * self.config.batch_size
-        seconds = time.monotonic() - begun
+        return self.end_epoch(row, tally, before, time.monotonic() - begun)
+
+    def stops_at(self, step: int) -> bool:
+        """Whether `--max_steps` says so, behind what was trained of an epoch."""
+        return 0 < self.config.max_steps <= step and not self.position.step_in_epoch
+
+    def end_epoch(self, row: Row, tally: Tally, before: int, seconds: float) -> bool:
+        """Measures and keeps an epoch, or what was trained of it; whether there is more to train.
+
+        Args:
+          row: what `Trainer.train_epoch` told.
+          tally: of its steps.
+          before: steps done when it began.
+          seconds: that it took.
+        """
+        position, images = self.position, (self.trainer.step - before) * self.config.batch_size
         whole = tally.steps == self.trainer.built.steps_per_epoch
         if not whole:
-            self._save_within(tally)
-        row |= self.trainer.measure()
+            self.save_within(tally)
+        row = tally.row() | row | self.trainer.measure()
         row |= {
             "epoch": position.epoch + 1,
             "step": self.trainer.step,
             "ranks": train.ranks(self.trainer.state.params),
             "rollbacks": len(position.rollbacks),
             "images_per_second": images / seconds,
-            "compiles": self.compiling.steps,
-            "compile_s": self.compiling.seconds,
-            "wall_s": self._wall_s(),
+            **self._spent(),
         }
         self.folder.log(row)
         self.progress.epoch(row, self.trainer.state.params)
@@ -205,21 +240,28 @@ class _Run:
 
     def _between_steps(self, step: int, tally: Tally) -> None:
         """Saves where it is due or asked for, and then stops if asked to."""
-        every = self.config.save_every
-        if self.interrupt.requested or (every and step % every == 0):
-            self._save_within(tally)
+        if self.save_due(step):
+            self.save_within(tally)
         self.interrupt.check()
 
-    def _save_within(self, tally: Tally) -> None:
+    def save_due(self, step: int) -> bool:
+        """Whether a save is due before a step, or asked for by a signal."""
+        every = self.config.save_every
+        return self.interrupt.requested or bool(every and step % every == 0)
+
+    def save_within(self, tally: Tally) -> None:
+        """Keeps the state in the middle of an epoch.
+
+        Raises:
+          NotFiniteError: it is not finite, and is not kept.
+        """
         tally.flush()
         self.trainer.check(tally)
         position = self.position._replace(
             step_in_epoch=tally.steps,
             sums=dict(tally.sums),
-            wall_s=self._wall_s(),
             test_accuracy=None,
-            compiles=self.compiling.steps,
-            compile_s=self.compiling.seconds,
+            **self._spent(),
         )
         self._save(position)
 
@@ -230,10 +272,22 @@ class _Run:
             self.checkpoints.save(self.trainer.state, position)
             self.saved = self.trainer.step
 
-    def _wall_s(self) -> float:
-        return self.earlier_s + time.monotonic() - self.started
+    def _spent(self) -> Row:
+        """Compilations and seconds, in this process and before it."""
+        return {
+            "compiles": self.earlier.compiles + self.compiling.steps,
+            "compile_s": self.earlier.compile_s + self.compiling.seconds,
+            "wall_s": self.earlier.wall_s + time.monotonic() - self.started,
+        }
 
-    def _finish(self, status: str) -> Row:
+    def finish(self, status: str | None = None) -> Row:
+        """Writes the summary and the pictures; returns the summary.
+
+        Args:
+          status: how the run ended; None for one that ended well, or at `--max_steps`.
+        """
+        if status is None:
+            status = "stopped" if self.position.epoch < self.config.epochs else "finished"
         rows, built, state = self.folder.rows(), self.trainer.built, self.trainer.state
         result: Row = {
             "status": status,
@@ -246,16 +300,15 @@ class _Run:
             "diagnosis": [f._asdict() for f in self.progress.diagnose()],
             "rollbacks": list(self.position.rollbacks),
             **summary.sizes(built.units, state, self.trainer.data, self.dense),
-            "compiles": self.compiling.steps,
-            "compile_s": self.compiling.seconds,
-            "wall_s": self._wall_s(),
+            **self._spent(),
+            "at_once": self.at_once,
             "commit": commit(),
             "workdir": str(self.folder.path),
         }
         self.folder.write_json("summary.json", result)
         print(
-            f"step compiled {self.compiling.steps} times; all programs took "
-            f"{self.compiling.seconds:.1f} s to compile",
+            f"{self.progress.name}step compiled {result['compiles']} times; all programs took "
+            f"{result['compile_s']:.1f} s to compile",
             flush=True,
         )
         if rows:

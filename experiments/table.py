@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.workdir import runs_in
 from ssa_jax.methods import ON_FACTORS
 
 Row = dict[str, Any]
@@ -67,14 +68,14 @@ def markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 
 def main(folders: Sequence[str]) -> int:
-    """Prints the table of the given workdirs; 2 if one has no summary."""
+    """Prints the table of the given workdirs, of seeds each; 2 if one has no summary."""
     if not folders:
         print(__doc__)
         return 2
     summaries = []
-    for folder in folders:
+    for folder in (path for name in folders for path in runs_in(Path(name))):
         try:
-            summaries.append(json.loads((Path(folder) / "summary.json").read_text()))
+            summaries.append(json.loads((folder / "summary.json").read_text()))
         except (OSError, ValueError) as e:
             print(f"error: {folder} holds no summary.json of a run: {e}", file=sys.stderr)
             return 2

@@ -1,9 +1,11 @@
 """Means of training metrics over an epoch that may be left and gone on with."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 Array = jax.Array
 
@@ -39,8 +41,12 @@ class Tally:
         # The one transfer of the loop, and asked for in so many words.
         latest = jax.device_get(self._latest)
         self._latest = {}
-        for values in zip(*(metric.tolist() for metric in latest.values()), strict=True):
-            self._read(dict(zip(latest, values, strict=True)))
+        self.read(latest)
+
+    def read(self, measured: dict[str, np.ndarray]) -> None:
+        """Sums the metrics of a dispatch, each (steps,), whose steps are counted already."""
+        for values in zip(*(metric.tolist() for metric in measured.values()), strict=True):
+            self._read(dict(zip(measured, values, strict=True)))
 
     def _read(self, values: dict[str, float]) -> None:
         """Counts one step."""
@@ -70,3 +76,39 @@ class Tally:
             "train_accuracy": self.sums["accuracy"] / self.steps,
             **truncation,
         }
+
+
+class Tallies:
+    """The tallies of replicas that are trained at once, as the training loop takes one.
+
+    Args:
+      tallies: one a replica, of equally many steps.
+    """
+
+    def __init__(self, tallies: Sequence[Tally]):
+        self.tallies = tallies
+        self._latest: dict[str, Array] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps done by each."""
+        return self.tallies[0].steps
+
+    def add(self, measured: dict[str, Array], steps: int) -> None:
+        """Like `Tally.add`, each metric (replicas, steps)."""
+        self.flush()
+        self._latest = measured
+        for tally in self.tallies:
+            tally.steps += steps
+
+    def flush(self) -> None:
+        """Reads the last dispatch."""
+        latest = jax.device_get(self._latest)
+        self._latest = {}
+        for i, tally in enumerate(self.tallies):
+            tally.read({name: values[i] for name, values in latest.items()})
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value that was read is finite."""
+        return all(tally.finite for tally in self.tallies)

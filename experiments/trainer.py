@@ -1,9 +1,10 @@
 """A network in training: its programs and its state, an epoch at a time. Knows no files."""
 
+import copy
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -13,9 +14,9 @@ from experiments import build, summary
 from experiments.compiling import Compiling
 from experiments.config import Config
 from experiments.flags import NotFiniteError
-from experiments.tally import Tally
+from experiments.tally import Tallies, Tally
 from ssa_jax import data as data_lib
-from ssa_jax import factors, metrics, ranks, train
+from ssa_jax import factors, metrics, ranks, replicas, train
 from ssa_jax.data import Dataset, Epoch, Loader
 from ssa_jax.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
 from ssa_jax.methods import Method
@@ -23,6 +24,7 @@ from ssa_jax.train import Batch, TrainState
 
 Array = jax.Array
 Row = dict[str, Any]
+T = TypeVar("T")
 
 # Examples of the fixed batch on which angles and loss terms are measured.
 PROBE_SIZE = 512
@@ -54,6 +56,9 @@ class Programs(NamedTuple):
 class Trainer:
     """The state of a run on the device, and what is done to it between two checkpoints.
 
+    A state of `replicas.stack` is trained by programs that step all replicas at once; to be
+    measured, each is taken `beside` it.
+
     Args:
       config: the run.
       data: its data set.
@@ -73,7 +78,7 @@ class Trainer:
         self.programs = Programs(
             self._steps(built.method),
             self._steps(built.warmup),
-            train.make_refresh(built.method),
+            self._for_replicas(replicas.vectorized_refresh, train.make_refresh(built.method)),
             train.make_eval(built.units),
             metrics.make_probe(built.units, built.method, built.weights),
         )
@@ -89,17 +94,41 @@ class Trainer:
         )
         length = fitting_length(asked, periods)
         programs = {
-            n: make_dispatch(step, self.loader.batch_at, n, self.compiling) for n in {1, length}
+            n: self._for_replicas(
+                replicas.vectorized,
+                make_dispatch(step, self.loader.batch_at, n, self.compiling),
+            )
+            for n in {1, length}
         }
         return Steps(periods, length, programs)
 
+    def _for_replicas(self, vectorize: Callable[[T], T], program: T) -> T:
+        return vectorize(program) if replicas.is_stacked(self.state) else program
+
+    def beside(self, state: TrainState) -> "Trainer":
+        """A trainer of another state of the same shapes, or of several stacked; shares the data."""
+        other = copy.copy(self)
+        other.state = state
+        if replicas.is_stacked(state) != replicas.is_stacked(self.state):
+            other.use(self.built)
+        return other
+
     @property
     def step(self) -> int:
-        """Steps done."""
-        return int(jax.device_get(self.state.step))
+        """Steps done, by every replica."""
+        return int(np.max(jax.device_get(self.state.step)))
 
-    def train_epoch(self, epoch: int, tally: Tally, between: Callable[[int], None]) -> Row:
-        """The rest of an epoch, in the order that seed and epoch give.
+    def _feed(self, epoch: int) -> Epoch:
+        def make(key: Array) -> Epoch:
+            return self.loader.epoch(key, epoch, self.config.batch_size)
+
+        key = self.state.key
+        return replicas.epoch(make, key) if replicas.is_stacked(self.state) else make(key)
+
+    def train_epoch(
+        self, epoch: int, tally: Tally | Tallies, between: Callable[[int], None]
+    ) -> Row:
+        """The rest of an epoch, in the order that seed and epoch give; all metrics are tallied.
 
         Args:
           epoch: whole epochs done.
@@ -111,7 +140,7 @@ class Trainer:
           NotFiniteError: the loss is not finite.
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
-        feed = self.loader.epoch(self.state.key, epoch, size)
+        feed = self._feed(epoch)
         steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
@@ -133,10 +162,9 @@ class Trainer:
                     self._dispatch(steps, feed, step, count, tally)
                 _check_finite(tally.finite)
                 bar.update(count * size)
-        row = tally.row()
+        tally.flush()
         _check_finite(tally.finite)
         return {
-            **row,
             "images": tally.steps * size,
             "learning_rate": float(self.built.learning_rate(first + tally.steps - 1)),
         }
@@ -144,7 +172,9 @@ class Trainer:
     def _warming_up(self, epoch: int) -> bool:
         return epoch < self.built.warmup_epochs
 
-    def _dispatch(self, steps: Steps, feed: Epoch, step: int, count: int, tally: Tally) -> None:
+    def _dispatch(
+        self, steps: Steps, feed: Epoch, step: int, count: int, tally: Tally | Tallies
+    ) -> None:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
         # Paths of the method that takes over may be old.

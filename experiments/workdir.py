@@ -80,7 +80,7 @@ def create(config: Config) -> Workdir:
     Raises:
       WorkdirError: it cannot be written, or holds something already.
     """
-    path = Path(config.workdir) if config.workdir else _default_path(config)
+    path = Path(config.workdir or default_path(config, f"seed{config.seed}"))
     try:
         path.mkdir(parents=True, exist_ok=True)
         # A process killed in this function leaves a temporary file at most.
@@ -115,11 +115,23 @@ def reopen(config: Config) -> Workdir:
     return workdir
 
 
-def _default_path(config: Config) -> Path:
+def default_path(config: Config, which: str) -> Path:
+    """A new folder under runs/ for a run, or for several, `which` being the end of its name."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{stamp}-{config.dataset}-{config.model}-{config.method}-seed{config.seed}"
+    name = f"{stamp}-{config.dataset}-{config.model}-{config.method}-{which}"
     path = Path("runs") / name
     return path if not path.exists() else path.with_name(f"{name}-{os.getpid()}")
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder of a run by itself; of a folder of several seeds, theirs in order."""
+    seeds = {
+        int(path.name.removeprefix("seed")): path
+        for path in folder.glob("seed*")
+        if path.name.removeprefix("seed").isdigit() and stored_config(path)
+    }
+    single = not seeds or (folder / "config.json").exists()
+    return [folder] if single else [seeds[seed] for seed in sorted(seeds)]
 
 
 def stored_config(path: Path) -> dict[str, Any] | None:

@@ -107,6 +107,25 @@ def _largest_row(a: Array) -> Array:
     return jnp.max(jnp.sum(jnp.square(a), axis=-1), axis=-1)
 
 
+def _stacks(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A function of (..., n, r) that `jax.vmap` gives a stack, not its branches each to all.
+
+    Under plain `vmap` a conditional on values becomes a choice between two results, so that
+    every retraction would pay for the fallback that hardly any takes.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def over(y: Array) -> Array:
+        return function(y)
+
+    @over.def_vmap
+    def batched(size: int, is_batched: list[bool], stack: Array) -> tuple[Array, bool]:
+        del size, is_batched
+        return over(stack), True
+
+    return over
+
+
 @functools.partial(jax.jit, static_argnames="steps")
 def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
     """Polar factor Y (YᵀY)^(-1/2) of (..., n, r) by a higher-order Newton-Schulz iteration.
@@ -124,6 +143,11 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
       y: (..., n, r), n >= r.
       steps: most iterations before the fallback.
     """
+    return _stacks(functools.partial(_newton_schulz, steps))(y)
+
+
+def _newton_schulz(steps: int, y: Array) -> Array:
+    """The iteration of `orthonormalize`, and its fallback for the matrices that need it."""
     tolerance = jnp.finfo(y.dtype).eps
 
     def more(carry: tuple[Array, Array, Array]) -> Array:
@@ -141,7 +165,10 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
 
     start = (jnp.int32(0), y, jnp.full(y.shape[:-2], jnp.inf, y.dtype))
     _, z, bound = jax.lax.while_loop(more, step, start)
-    return jax.lax.cond(jnp.all(bound <= tolerance), lambda: z, lambda: _q_factor(y))
+    done = bound <= tolerance
+    return jax.lax.cond(
+        jnp.all(done), lambda: z, lambda: jnp.where(done[..., None, None], z, _q_factor(y))
+    )
 
 
 def _one_by_one(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:

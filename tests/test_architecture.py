@@ -41,6 +41,7 @@ ALLOWED = {
     "metrics": {"factors", "linalg", "forward", "losses", "methods", "passes", "train", "units"},
     "data": {"train"},
     "dispatch": {"train"},
+    "replicas": {"data", "dispatch", "train"},
     "record": {"train"},
     "checkpoint": {"ranks", "record", "train"},
     "costs": {"forward", "losses", "methods", "passes", "units"},

@@ -93,14 +93,14 @@ def signal_at(monkeypatch):
     """Sends a signal to this process before a step."""
 
     def arrange(step, number):
-        between = run._Run._between_steps
+        between = run.Run._between_steps
 
         def sending(self, current, tally):
             if current == step:
                 signal.raise_signal(number)
             between(self, current, tally)
 
-        monkeypatch.setattr(run._Run, "_between_steps", sending)
+        monkeypatch.setattr(run.Run, "_between_steps", sending)
         return monkeypatch.undo
 
     return arrange

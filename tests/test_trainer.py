@@ -26,7 +26,11 @@ def make_trainer(**change):
 
 
 def train(trainer, epochs=1, between=lambda step: None):
-    return [trainer.train_epoch(e, Tally({}, 0), between) for e in range(epochs)]
+    rows = []
+    for e in range(epochs):
+        tally = Tally({}, 0)
+        rows.append(trainer.train_epoch(e, tally, between) | tally.row())
+    return rows
 
 
 def assert_equal_states(a, b):

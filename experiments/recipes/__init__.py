@@ -1,0 +1,34 @@
+"""Named settings of runs, one a file: `python -m experiments.cifar --recipe=NAME`.
+
+The docstring of a recipe has its command, hardware, time and expected accuracy, and says so where
+these are not measured; its FIELDS are fields of `experiments.config.Config`. They become the
+defaults of the flags, so a flag that is given overrides them.
+"""
+
+from typing import Any
+
+from experiments.recipes import (
+    cifar10_mlp_ssa,
+    cifar10_resnet32_bp,
+    cifar10_resnet32_ssa,
+    cifar10_smallconv_bp,
+    cifar10_smallconv_dfa,
+    cifar10_smallconv_ssa,
+    cifar10_smallconv_ssa_hybrid,
+    cifar10_vgg13_bp,
+    cifar10_vgg13_ssa,
+    digits_mlp_ssa,
+)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "cifar10_smallconv_bp": cifar10_smallconv_bp.FIELDS,
+    "cifar10_smallconv_dfa": cifar10_smallconv_dfa.FIELDS,
+    "cifar10_smallconv_ssa": cifar10_smallconv_ssa.FIELDS,
+    "cifar10_smallconv_ssa_hybrid": cifar10_smallconv_ssa_hybrid.FIELDS,
+    "cifar10_mlp_ssa": cifar10_mlp_ssa.FIELDS,
+    "cifar10_vgg13_bp": cifar10_vgg13_bp.FIELDS,
+    "cifar10_vgg13_ssa": cifar10_vgg13_ssa.FIELDS,
+    "cifar10_resnet32_bp": cifar10_resnet32_bp.FIELDS,
+    "cifar10_resnet32_ssa": cifar10_resnet32_ssa.FIELDS,
+    "digits_mlp_ssa": digits_mlp_ssa.FIELDS,
+}

@@ -1,0 +1,196 @@
+"""One configuration with several seeds: a folder of ordinary runs, their mean and deviation.
+
+The folder holds a workdir for each seed (seed0/, seed1/, ...), summary.json with mean and sample
+deviation, and table.md. The seeds are trained at once where that pays (see `together`), else one
+after another, to the same numbers but for rounding.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+
+from experiments import study_table, summary, workdir
+from experiments.cells import Cell, locked, result, run_cell, still_to_run
+from experiments.config import Config, ConfigError
+from experiments.interrupt import Terminated
+from experiments.study_table import Column
+from experiments.together import ApartError, run_together, why_apart
+from experiments.workdir import WorkdirError, write_json, write_text
+from ssa_jax import data as data_lib
+from ssa_jax.data import Dataset
+
+Row = dict[str, Any]
+
+AT_ONCE = ("auto", "on", "off")
+
+# Models whose seeds are trained at once, by backend. On a CPU that takes about as long as one after
+# another for the mlp, and twice as long for convolutions (RECORDS.md). Elsewhere steps of small
+# networks should leave most of the device idle; that is not measured.
+_AT_ONCE_MODELS: dict[str, tuple[str, ...]] = {"cpu": ()}
+_AT_ONCE_MODELS_ELSE = ("mlp", "smallconv")
+
+# Of the summaries of the seeds, what has a mean and a deviation.
+_SPREAD = ("test_accuracy", "best_test_accuracy", "train_loss", "drift", "params", "params_ratio",
+           "macs", "macs_ratio", "rank_fraction", "wall_s")  # fmt: skip
+_ALL = "mean ± deviation"
+_COLUMNS = (
+    Column("test accuracy", study_table.accuracy),
+    Column("train loss", study_table.train_loss),
+    Column("hidden angle", study_table.hidden_angle),
+    Column("parameters", study_table.per_cent("params_ratio")),
+)
+
+
+def define() -> None:
+    """Defines the flags of several seeds."""
+    absl_flags.DEFINE_integer(
+        "seeds", 1, "Runs at --seed, --seed + 1, ...; more than one: mean and deviation."
+    )
+    absl_flags.DEFINE_enum(
+        "seeds_at_once", "auto", AT_ONCE,
+        "Train the seeds in one program or one after another; auto: by backend and model.",
+    )  # fmt: skip
+
+
+def run_seeds(
+    config: Config, seeds: int, at_once: str = "auto", data: Dataset | None = None
+) -> Row:
+    """Trains one configuration at so many seeds, from `config.seed` on; returns the summary.
+
+    Args:
+      config: the run; its workdir is the folder of all, and with `resume` the seeds that the
+        folder has are kept or gone on with.
+      seeds: at least one.
+      at_once: a name in `AT_ONCE`.
+      data: its data set, where the caller has it already.
+
+    Returns:
+      Settings, the seeds and how their runs ended, and of each number in `_SPREAD` its mean, its
+      sample deviation (None of one value) and n, over the runs that were finite; also in
+      summary.json. ``not_finite`` has the seeds whose loss or parameters were not.
+
+    Raises:
+      ConfigError: also where `at_once` is ``"on"`` and that cannot be.
+      DataError, WorkdirError, CheckpointError: as `run.run`.
+      KeyboardInterrupt: after Ctrl-C, and `Terminated` after SIGTERM, with how to go on.
+    """
+    config.validate()
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {seeds}")
+    together = trains_at_once(config, at_once)
+    folder = _open(config, seeds)
+    cells = [_cell(config, folder, config.seed + i) for i in range(seeds)]
+
+    @functools.cache
+    def load() -> Dataset:
+        return data or data_lib.load(config.dataset, config.data_dir)
+
+    try:
+        if together:
+            _run_at_once(cells, load())
+        for cell in cells:
+            if not result(cell):
+                run_cell(cell, load)
+    except KeyboardInterrupt as e:
+        _write(config, folder, cells)
+        what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
+        raise type(e)(
+            f"{what}; go on with the same flags and --workdir={folder} --resume"
+        ) from None
+    return _write(config, folder, cells)
+
+
+def trains_at_once(config: Config, at_once: str) -> bool:
+    """Whether seeds are trained in one program.
+
+    Raises:
+      ConfigError: they should, and cannot be.
+    """
+    why = why_apart(config)
+    if at_once == "on" and why:
+        raise ConfigError(f"--seeds_at_once=on cannot be: {why}; give auto or off")
+    models = _AT_ONCE_MODELS.get(jax.default_backend(), _AT_ONCE_MODELS_ELSE)
+    return at_once == "on" or (at_once == "auto" and not why and config.model in models)
+
+
+def _open(config: Config, seeds: int) -> Path:
+    """The folder of all seeds: a new or empty one, or with `resume` one that has some."""
+    path = Path(config.workdir or workdir.default_path(config, f"seeds{seeds}"))
+    if config.resume:
+        if workdir.runs_in(path) == [path]:
+            raise WorkdirError(f"{path} holds no seeds to resume; give the --workdir of --seeds")
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise WorkdirError(
+                f"{path} is not empty; give another --workdir, or --resume to go on with its seeds"
+            )
+    except OSError as e:
+        raise WorkdirError(f"cannot write to {path}: {e.strerror}; give another --workdir") from e
+    return path
+
+
+def _cell(config: Config, folder: Path, seed: int) -> Cell:
+    path = folder / f"seed{seed}"
+    one = dataclasses.replace(config, seed=seed, workdir=str(path), resume=False)
+    return Cell(path.name, one)
+
+
+def _run_at_once(cells: Sequence[Cell], data: Dataset) -> None:
+    """Runs what is not done of the cells together, as far as that goes."""
+    with contextlib.ExitStack() as stack:
+        for cell in cells:
+            cell.path.mkdir(exist_ok=True)
+            if not stack.enter_context(locked(cell.path, wait=False)):
+                print(f"{cell.path.name}: another process is running it", flush=True)
+                return
+        configs = [c for c in map(still_to_run, cells) if c]
+        if len(configs) < 2:
+            return
+        try:
+            run_together(configs, data)
+        except ApartError as e:
+            print(f"{e}; going on one seed after another", flush=True)
+
+
+def _write(config: Config, folder: Path, cells: Sequence[Cell]) -> Row:
+    """Writes summary.json and table.md of the seeds that are done; returns the summary."""
+    done = [found for cell in cells if (found := result(cell))]
+    failed = [row["seed"] for row in done if row["status"] == "not_finite"]
+    good = [row for row in done if row["status"] != "not_finite"]
+    shared = {k: v for k, v in summary.settings(config).items() if k != "seed"}
+    found = {
+        **shared,
+        "seeds": [row["seed"] for row in done],
+        "statuses": [row["status"] for row in done],
+        "not_finite": failed,
+        **{name: _spread([r[name] for r in good if r[name] is not None]) for name in _SPREAD},
+        "at_once": [row["at_once"] for row in done],
+        "workdir": str(folder),
+    }
+    write_json(folder / "summary.json", found)
+    write_text(folder / "table.md", table(done) + "\n")
+    return found
+
+
+def _spread(values: Sequence[float]) -> Row:
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
+def table(summaries: Sequence[Row]) -> str:
+    """A line a seed, and one of mean and sample deviation over those that were finite."""
+    labels = {f"seed {row['seed']}": f"seed {row['seed']}" for row in summaries} | {_ALL: _ALL}
+    rows = [{**row, "variant": v} for row in summaries for v in (f"seed {row['seed']}", _ALL)]
+    return study_table.table(labels, _COLUMNS, rows)

@@ -1,0 +1,106 @@
+"""Recipes: they name settings that exist, say how to run them, and give way to flags."""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import build, config, recipes
+from experiments.config import Config, ConfigError
+from experiments.recipes import RECIPES
+from ssa_jax.data import DATASETS, Dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+def docstring(name):
+    return importlib.import_module(f"experiments.recipes.{name}").__doc__
+
+
+def resolved(name):
+    return Config(**RECIPES[name], recipe=name)
+
+
+def like(dataset):
+    """A handful of images of a data set's shape."""
+    side, channels = (8, 1) if dataset == "digits" else (32, 3)
+    images, labels = np.zeros((256, side, side, channels), np.uint8), np.arange(256, dtype=np.int32)
+    return Dataset(images, labels % 10, images, labels % 10, 10, 1, False)
+
+
+def test_every_file_is_a_recipe_of_its_name():
+    assert {module.name for module in pkgutil.iter_modules(recipes.__path__)} == set(RECIPES)
+    for name in RECIPES:
+        module = importlib.import_module(f"experiments.recipes.{name}")
+        assert module.FIELDS is RECIPES[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_and_says_how_to_run_it(name):
+    one = resolved(name)
+    one.validate()
+    assert one.dataset in DATASETS
+    assert one.method in name
+    state = jax.eval_shape(lambda: build.build(one, like(one.dataset)).state)
+    assert jax.tree.leaves(state.params)
+    text = docstring(name)
+    assert f"    python -m experiments.cifar --recipe={name}\n" in text
+    for fact in ("Hardware: ", "Time: ", "Expected test accuracy: "):
+        assert len(re.findall(f"^{fact}\\S", text, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_expected_accuracy_is_that_of_a_stored_run_of_these_settings(name):
+    accuracy = re.search(r"^Expected test accuracy: (.*)$", docstring(name), re.MULTILINE)[1]
+    if stored := re.search(r"results/[\w/]+", accuracy):
+        folder = ROOT / stored[0]
+        record = json.loads((folder / "config.json").read_text())["config"]
+        assert {k: v for k, v in config.identity(resolved(name)).items() if k in record} == (
+            config.identity(record)
+        )
+        found = json.loads((folder / "summary.json").read_text())
+        assert accuracy.startswith(f"{100 * found['test_accuracy']:.2f} %, seed {found['seed']}")
+        assert f"Time: {found['wall_s']:.0f} s" in docstring(name)
+    else:
+        assert accuracy == "not measured yet."
+        assert "Time: not measured yet." in docstring(name)
+
+
+PRINT_CONFIG = """
+import dataclasses, json, sys
+from absl import flags as absl_flags
+from experiments import flags
+flags.define({})
+flags._parse(["program", *sys.argv[1:]], False)
+print(json.dumps(dataclasses.asdict(flags.config_from_flags())))
+"""
+
+
+def test_flags_override_a_recipe_and_a_recipe_the_defaults():
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_CONFIG, "--recipe=cifar10_mlp_ssa", "--epochs=10",
+         "--nomean_gates", "--seed=3"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    # Ten epochs are also the default of the flag: given, they count.
+    assert Config().epochs == 10 != RECIPES["cifar10_mlp_ssa"]["epochs"]
+    wanted = dataclasses.replace(resolved("cifar10_mlp_ssa"), epochs=10, mean_gates=False, seed=3)
+    assert json.loads(done.stdout) == dataclasses.asdict(wanted)
+
+
+def test_an_unknown_recipe_is_told_with_those_there_are():
+    with pytest.raises(ConfigError, match="--recipe must be one of none, cifar10_smallconv_bp,"):
+        Config(recipe="cifar10_vgg11_bp").validate()
+
+
+def test_the_name_of_a_recipe_is_no_part_of_what_a_run_is():
+    plain = Config(**RECIPES["digits_mlp_ssa"])
+    assert config.identity(plain) == config.identity(resolved("digits_mlp_ssa"))
