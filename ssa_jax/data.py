@@ -91,9 +91,7 @@ def limited(data: Dataset, size: int) -> Dataset:
     if not 0 < size < len(data.train_labels):
         return data
     kept = np.sort(np.random.default_rng(0).permutation(len(data.train_labels))[:size])
-    return data._replace(
-        train_images=data.train_images[kept], train_labels=data.train_labels[kept]
-    )
+    return data._replace(train_images=data.train_images[kept], train_labels=data.train_labels[kept])
 
 
 def _checked(name: str, data: Dataset) -> Dataset:
