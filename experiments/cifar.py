@@ -6,14 +6,16 @@
 checkpoints/ and plots/.
 """
 
-from experiments import flags
+from experiments import flags, processes
 from experiments.run import run
 from experiments.table import table
 
 
 def main() -> None:
     """Runs the configuration that the flags give."""
-    summary = run(flags.config_from_flags())
+    config = flags.config_from_flags()
+    processes.join(config)
+    summary = run(config)
     print()
     print(table([summary]))
     print(f"\nresults and plots: {summary['workdir']}")

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
+from experiments import processes
 from experiments.config import Config, ConfigError
 from experiments.interrupt import Terminated
 from experiments.workdir import WorkdirError
@@ -18,6 +20,7 @@ from ssa_jax.export import ExportError
 
 EXIT_USAGE = 2
 EXIT_NOT_FINITE = 3
+EXIT_LOST = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -62,6 +65,8 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
 
 def _fail(message: str, code: int) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
+    if processes.several():
+        processes.leave(code)
     raise SystemExit(code)
 
 
@@ -71,7 +76,8 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
     With `arguments` main takes the list of those that are no flags, else there may be none.
 
     Exit codes: 2 for wrong flags, data, workdir, checkpoint or export; 3 for a loss that is not
-    finite; 130 after Ctrl-C; 0 after SIGTERM, whose sender wants the program gone in good order.
+    finite; 4 where another process of the run is gone; 130 after Ctrl-C; 0 after SIGTERM, whose
+    sender wants the program gone in good order.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -86,6 +92,10 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
             )
         except NotFiniteError as e:
             _fail(str(e), EXIT_NOT_FINITE)
+        except jax.errors.JaxRuntimeError as e:
+            if not processes.several():
+                raise
+            _fail(f"{processes.LOST} ({str(e).splitlines()[0][:200]})", EXIT_LOST)
         except Terminated as e:
             print(e)
         except KeyboardInterrupt as e:

@@ -24,7 +24,8 @@ class Progress:
 
     def __init__(self, config: Config, folder: Workdir):
         self.config, self.folder = config, folder
-        self.board = tensorboard.Board(folder.path / "tensorboard") if config.tensorboard else None
+        writes = config.tensorboard and folder.ours
+        self.board = tensorboard.Board(folder.path / "tensorboard") if writes else None
         self._told: list[Finding] = []
 
     def __enter__(self) -> "Progress":

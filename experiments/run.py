@@ -3,18 +3,18 @@
 import time
 from typing import Any
 
-from experiments import build, plots, summary, tensorboard, workdir
+from experiments import build, plots, processes, summary, tensorboard, workdir
 from experiments.compiling import Compiling, use_cache
 from experiments.config import Config, identity
 from experiments.environment import commit
 from experiments.flags import NotFiniteError
-from experiments.interrupt import Interruptible, Terminated
+from experiments.interrupt import Interruptible, Terminated, interruptible
 from experiments.progress import Progress
 from experiments.tally import Tally
 from experiments.trainer import Trainer
 from experiments.workdir import Workdir
 from ssa_jax import data as data_lib
-from ssa_jax import train
+from ssa_jax import mesh, train
 from ssa_jax.checkpoint import Checkpoints
 from ssa_jax.data import Dataset
 from ssa_jax.record import Position
@@ -47,16 +47,20 @@ def run(config: Config, data: Dataset | None = None) -> Row:
     use_cache(config.compile_cache)
     data = data or data_lib.load(config.dataset, config.data_dir)
     data = data_lib.hold_out(data, config.validation)
+    layout = mesh.make_layout(config.shard_params)
+    processes.require_divisible(config, layout)
     built = build.build(config, data)
-    folder = workdir.reopen(config) if config.resume else workdir.create(config)
+    open_folder = workdir.reopen if config.resume else workdir.create
+    folder = workdir.of_all(lambda: open_folder(config))
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
     with (
-        Interruptible() as interrupt,
+        interruptible() as interrupt,
         Compiling() as compiling,
         checkpoints,
+        layout.active(),
         Progress(config, folder) as progress,
     ):
-        trainer = Trainer(config, data, built, compiling)
+        trainer = Trainer(config, data, built, compiling, layout)
         return _Run(config, trainer, folder, checkpoints, interrupt, progress).go()
 
 
@@ -124,7 +128,8 @@ class _Run:
             self.trainer.use(self._built(len(self.position.rollbacks)))
 
     def _restore(self, like: TrainState) -> None:
-        self.position, self.trainer.state = self.checkpoints.restore(like)
+        place = self.trainer.layout.place
+        self.position, self.trainer.state = self.checkpoints.restore(like, place=place)
         self.saved = self.trainer.step
         self.checkpoints.set_aside_after(self.saved)
         self.folder.keep_rows(self.position.epoch)
@@ -258,6 +263,6 @@ class _Run:
             f"{self.compiling.seconds:.1f} s to compile",
             flush=True,
         )
-        if rows:
+        if rows and self.folder.ours:
             plots.draw(rows, self.folder.plots)
         return result

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "ssa_jax"
 # What each module or folder of the package may import from the package.
 ALLOWED = {
     "linalg": set(),
+    "mesh": set(),
     "factors": {"linalg"},
     "lowering": set(),
     "layers": {"factors", "linalg", "lowering"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "losses": {"factors", "linalg"},
     "methods": {"factors", "feedback", "forward", "lowering", "twins", "units", "methods"},
     "transforms": {"factors", "linalg", "transforms"},
-    "ranks": {"factors", "linalg"},
+    "ranks": {"factors", "linalg", "mesh"},
     "optim": {"factors", "ranks", "transforms"},
     "unitwise": {"forward"},
     "passes": {"forward", "losses", "methods", "units"},
@@ -32,6 +33,7 @@ ALLOWED = {
         "factors",
         "forward",
         "losses",
+        "mesh",
         "methods",
         "passes",
         "transforms",
@@ -39,10 +41,10 @@ ALLOWED = {
         "unitwise",
     },
     "metrics": {"factors", "linalg", "forward", "losses", "methods", "passes", "train", "units"},
-    "data": {"train"},
+    "data": {"mesh", "train"},
     "dispatch": {"train"},
-    "record": {"train"},
-    "checkpoint": {"ranks", "record", "train"},
+    "record": {"mesh", "train"},
+    "checkpoint": {"mesh", "ranks", "record", "train"},
     "costs": {"forward", "losses", "methods", "passes", "units"},
     "__init__": set(),
 }
