@@ -8,7 +8,8 @@ when it is cut up, not what more hardware gains. BP, DFA and direct SSA at three
 of a batch are spread, the state is whole on every device. ``all_reduces`` counts operations, as
 the compiler combined them; ``all_reduce_bytes`` is the size of what they sum; ``other_bytes`` the
 results of all other collectives; ``bytes_to_bp`` and ``ms_to_bp`` divide by this project's bp on
-as many devices; ``kernel_sums`` counts all-reduced arrays of the shape of a dense kernel.
+as many devices; ``kernel_sums`` counts all-reduced arrays of the shape of a dense
+kernel whose place factors could take or have taken.
 """
 
 import argparse
@@ -24,10 +25,11 @@ import jax.numpy as jnp
 from benchmarks import contestants, training
 from benchmarks.collectives import Collective, collectives
 from benchmarks.contestants import Entry
-from benchmarks.networks import Case, random_batch
+from benchmarks.networks import Case, network, random_batch
 from experiments import compiling
 from experiments.timing import side_by_side
 from ssa_jax import mesh, train
+from ssa_jax.units import split_units
 
 Row = dict[str, Any]
 NAMES = ("mlp", "smallconv", "vgg13")
@@ -49,11 +51,19 @@ def compiled(case: Case, entry: Entry, layout: mesh.Layout) -> tuple[Any, Any, A
         return jax.jit(step, donate_argnums=0).lower(state, batch).compile(), state, batch
 
 
-def kernel_shapes(case: Case) -> set[tuple[int, ...]]:
-    """Shapes of the dense network's matrices and kernels, and of the latter as matrices."""
-    params = contestants.build(case, Entry("bp")).state.params
-    shapes = {x.shape for x in jax.tree.leaves(params) if x.ndim > 1}
+def kernel_shapes(case: Case, entry: Entry) -> set[tuple[int, ...]]:
+    """Shapes of the dense network's kernels, as they are and as matrices.
+
+    Of an entry on factors without those of the layers that are dense there too.
+    """
+    dense, own = (_matrices(case, rank) for rank in (None, entry.rank))
+    shapes = dense if entry.rank is None else dense - own
     return shapes | {(s[0] * s[2], s[1] * s[3]) for s in shapes if len(s) == 4}
+
+
+def _matrices(case: Case, rank: float | None) -> set[tuple[int, ...]]:
+    params = jax.eval_shape(lambda: split_units(network(case, rank))[1])
+    return {x.shape for x in jax.tree.leaves(params) if x.ndim > 1}
 
 
 def kernel_sums(sent: list[Collective], shapes: set[tuple[int, ...]]) -> int:
@@ -70,7 +80,6 @@ def measure(case: Case, rounds: int) -> list[Row]:
     layout = mesh.make_layout()
     found = [compiled(case, entry, layout) for entry in ENTRIES]
     times = side_by_side([((lambda: None), _call(*one)) for one in found], rounds, 600.0)
-    shapes = kernel_shapes(case)
     rows: list[Row] = []
     for entry, (program, _, _), timing in zip(ENTRIES, found, times, strict=True):
         sent = collectives(program.as_text())
@@ -85,7 +94,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
             "all_reduced_arrays": sum(len(c.arrays) for c in summed),
             "all_reduce_bytes": sum(c.bytes for c in summed),
             "other_bytes": sum(c.bytes for c in sent if c not in summed),
-            "kernel_sums": kernel_sums(sent, shapes),
+            "kernel_sums": kernel_sums(sent, kernel_shapes(case, entry)),
             "ms": round(timing.median_ms, 4),
         }
         first = rows[0] if rows else row

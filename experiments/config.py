@@ -85,7 +85,7 @@ class Config:
         -1, "This one's, from 0 on, with --coordinator_address; -1: none.", low=-1
     )
     shard_params: bool = setting(
-        False, "Each device keeps a part of every matrix of the state, not all of it."
+        False, "Each device keeps a part of U and V of every layer, not all of them."
     )
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
     save_every: int = setting(
@@ -187,6 +187,8 @@ class Config:
             raise ConfigError("--rank_schedule=adaptive needs --rank_budget, such as 0.3")
         if self.rank_budget and not self.factorized:
             raise ConfigError("--rank_budget needs a factorised model: --factorize=on")
+        if self.shard_params and not self.factorized:
+            raise ConfigError("--shard_params needs a factorised model: --factorize=on")
         if self.resume and not self.workdir:
             raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,6 @@ from ssa_jax.export import ExportError
 
 EXIT_USAGE = 2
 EXIT_NOT_FINITE = 3
-EXIT_LOST = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -95,11 +95,17 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
         except jax.errors.JaxRuntimeError as e:
             if not processes.several():
                 raise
-            _fail(f"{processes.LOST} ({str(e).splitlines()[0][:200]})", EXIT_LOST)
+            _fail(f"{processes.LOST} ({str(e).splitlines()[0][:200]})", processes.EXIT_LOST)
         except Terminated as e:
             print(e)
         except KeyboardInterrupt as e:
             _fail(str(e) or "interrupted", EXIT_INTERRUPTED)
+        except Exception:
+            if not processes.several():
+                raise
+            # The others should not have to wait for this one to wait for them.
+            traceback.print_exc()
+            processes.leave(1)
 
     # Shells start background jobs with the signal ignored, and a job runner's SIGINT should stop
     # a run as well as Ctrl-C does.

@@ -5,12 +5,13 @@ import sys
 
 import jax
 
+from experiments import pulse
 from experiments.config import Config, ConfigError
 from ssa_jax.mesh import Layout
 
-# A process that has not been heard of for so long is gone. Threads of JAX's own beat, also while
-# a program is compiled.
-HEARTBEAT_S = 30
+EXIT_LOST = 4
+# JAX's own, should `pulse` miss something.
+_HEARTBEAT_S = 40
 # A process that fails leaves at once; one that is done waits so long for the others.
 _SHUTDOWN_S = 50
 LOST = "another process of this run is gone; go on from the newest checkpoint with --resume"
@@ -61,7 +62,7 @@ def join(config: Config) -> None:
             num_processes=config.num_processes if told else None,
             process_id=config.process_id if told else None,
             cluster_detection_method="deactivate" if told else None,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except ValueError as e:
@@ -69,6 +70,7 @@ def join(config: Config) -> None:
             "--distributed finds no TPU pod, SLURM or Open MPI job; give --coordinator_address, "
             "--num_processes and --process_id"
         ) from e
+    pulse.start(_lost)
     if jax.process_index():
         # The descriptor, since Gloo writes there too.
         with open(os.devnull, "w") as nowhere:
@@ -87,6 +89,12 @@ def require_divisible(config: Config, layout: Layout) -> None:
 def several() -> bool:
     """Whether there are other processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _lost(gone: list[int]) -> None:
+    what = ", ".join(map(str, gone))
+    print(f"error: {LOST} (nothing heard of process {what})", file=sys.stderr)
+    leave(EXIT_LOST)
 
 
 def leave(code: int) -> None:

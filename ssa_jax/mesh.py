@@ -2,7 +2,7 @@
 
 Data parallelism as the compiler has it: one program over a mesh of all devices with automatic
 axes, the rows of a batch spread over them, everything else whole on each or, where asked for,
-matrices in parts. The program is written for the whole batch, so that its losses and batch
+factors in parts. The program is written for the whole batch, so that its losses and batch
 statistics are those of the whole batch; the compiler puts in what devices tell each other.
 """
 
@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from ssa_jax.factors import is_factors
 
 Array = jax.Array
 Tree = Any
@@ -30,11 +32,11 @@ class Layout(NamedTuple):
 
     Attributes:
       mesh: of all devices of all processes, one axis; None where there is one device.
-      shard_state: whether matrices and larger arrays of a state are spread over the devices.
+      shard_factors: whether U and V of every `Factors` in a state are spread over the devices.
     """
 
     mesh: Mesh | None = None
-    shard_state: bool = False
+    shard_factors: bool = False
 
     @property
     def devices(self) -> int:
@@ -50,17 +52,17 @@ class Layout(NamedTuple):
 
         Args:
           tree: of NumPy or JAX arrays, a typed PRNG key among them.
-          whole: on every device, also if the layout shards a state.
+          whole: on every device, also if the layout shards factors.
         """
         if self.mesh is None:
             return jax.tree.map(jax.numpy.asarray, tree)
-        return jax.tree.map(lambda x: _put(x, self.sharding(x, whole=whole)), tree)
+        return jax.tree.map(_put, tree, self.shardings(tree, whole=whole))
 
     def keep(self, tree: Tree) -> Tree:
         """Inside a jitted program: a state that leaves it as `place` would put it."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding(x)), tree)
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def whole(self, tree: Tree) -> Tree:
         """Inside a jitted program: arrays that every device has whole."""
@@ -92,27 +94,33 @@ class Layout(NamedTuple):
             return fn
         return jax.jit(lambda *args: put(fn(*args)))
 
-    def sharding(self, x: Array | np.ndarray, *, whole: bool = False) -> NamedSharding:
-        """Of a matrix or larger, its largest axis where the devices divide it; else whole.
-
-        Of U (d_out, r) and V (d_in, r) that is the long one, which the rank leaves alone.
-        """
+    def shardings(self, tree: Tree, *, whole: bool = False) -> Tree:
+        """Where the arrays of a tree belong, as a tree of `NamedSharding`. Not on one device."""
         assert self.mesh is not None
-        axis = int(np.argmax(x.shape)) if x.ndim > 1 else 0
-        if whole or not self.shard_state or x.ndim < 2 or x.shape[axis] % self.devices:
-            return NamedSharding(self.mesh, P())
-        return NamedSharding(self.mesh, P(*[None] * axis, AXIS))
+        everywhere = NamedSharding(self.mesh, P())
+        along_first = NamedSharding(self.mesh, P(AXIS))
+
+        def cut(x: Array) -> NamedSharding:
+            # The first axis of U (d_out, r) and V (d_in, r): ranks come and go, it stays.
+            divides = x.ndim > 1 and x.shape[0] % along_first.mesh.size == 0
+            return along_first if divides else everywhere
+
+        def of(node: Any) -> Tree:
+            parts = self.shard_factors and not whole and is_factors(node)
+            return jax.tree.map(cut if parts else lambda _: everywhere, node)
+
+        return jax.tree.map(of, tree, is_leaf=is_factors)
 
 
 ONE_DEVICE = Layout()
 
 
-def make_layout(shard_state: bool = False) -> Layout:
+def make_layout(shard_factors: bool = False) -> Layout:
     """The layout of all devices of all processes."""
     if jax.device_count() == 1:
         return ONE_DEVICE
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
-    return Layout(mesh, shard_state)
+    return Layout(mesh, shard_factors)
 
 
 def _put(x: Array | np.ndarray, sharding: NamedSharding) -> Array:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import processes, workdir
+from experiments import processes, pulse, workdir
 from experiments.config import Config, ConfigError
 from experiments.workdir import Elsewhere, WorkdirError
 
@@ -47,6 +47,18 @@ def test_flags_that_do_not_fit_are_named(flags, message):
     with pytest.raises(ConfigError, match=message) as error:
         processes.join(dataclasses.replace(Config(), **flags))
     assert "\n" not in str(error.value)
+
+
+def test_a_process_is_gone_when_its_pulse_rests_too_long_unless_it_is_done():
+    heard = pulse.Heard({1, 2}, now=0.0)
+    heard.hear({0: "5", 1: "0", 2: "0"}, now=1.0)
+    heard.hear({1: "1", 2: "0"}, now=20.0)
+    assert heard.gone(now=pulse.LIMIT_S) == []
+    assert heard.gone(now=pulse.LIMIT_S + 2) == [2]
+    heard.hear({1: "done"}, now=21.0)
+    assert heard.gone(now=1000.0) == [2]
+    # Also one that never told anything.
+    assert pulse.Heard({1}, now=0.0).gone(now=pulse.LIMIT_S + 1) == [1]
 
 
 def test_without_flags_a_process_is_alone():
