@@ -29,10 +29,11 @@ from benchmarks.networks import Case, network, random_batch
 from experiments import compiling
 from experiments.timing import side_by_side
 from ssa_jax import mesh, train
+from ssa_jax.models import MODELS
 from ssa_jax.units import split_units
 
 Row = dict[str, Any]
-NAMES = ("mlp", "smallconv", "vgg13")
+NAMES = ("mlp", "smallconv")
 COUNTS = (2, 4, 8)
 ENTRIES = (Entry("bp"), Entry("dfa"), Entry("ssa", 0.5), Entry("ssa", 0.25), Entry("ssa", 0.125))
 BATCH = 32
@@ -129,7 +130,7 @@ def in_process(case: Case, devices: int, rounds: int) -> list[Row]:
 
 def _arguments() -> argparse.Namespace:
     parser = training.parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=NAMES, help="only these")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="only these")
     parser.add_argument("--counts", nargs="+", type=int, help="numbers of devices")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "ROUNDS"), help=argparse.SUPPRESS)
     return parser.parse_args()

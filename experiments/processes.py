@@ -1,5 +1,6 @@
 """One run by several devices and processes: what fits them, how one joins, how it ends."""
 
+import faulthandler
 import os
 import sys
 
@@ -70,6 +71,9 @@ def join(config: Config) -> None:
             "--distributed finds no TPU pod, SLURM or Open MPI job; give --coordinator_address, "
             "--num_processes and --process_id"
         ) from e
+    # JAX ends a process whose first process is gone in a thread of its own, with a line that
+    # should not be followed by pages of ours.
+    faulthandler.disable()
     pulse.start(_lost)
     if jax.process_index():
         # The descriptor, since Gloo writes there too.

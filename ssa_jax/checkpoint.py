@@ -237,7 +237,10 @@ class Checkpoints:
             raise DamagedError(f"its arrays are altered: {different}")
         return record, loaded
 
-    def _write_error(self, error: Exception) -> CheckpointError:
+    def _write_error(self, error: Exception) -> Exception:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Of a device or another process, and not of the directory.
+            return error
         return CheckpointError(
             f"a checkpoint could not be written to {self._directory}: {_one_line(error)}; the "
             "ones before it are kept, make room and go on with --resume"
