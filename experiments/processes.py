@@ -11,8 +11,6 @@ from experiments.config import Config, ConfigError
 from ssa_jax.mesh import Layout
 
 EXIT_LOST = 4
-# JAX's own, should `pulse` miss something.
-_HEARTBEAT_S = 40
 # A process that fails leaves at once; one that is done waits so long for the others.
 _SHUTDOWN_S = 50
 LOST = "another process of this run is gone; go on from the newest checkpoint with --resume"
@@ -63,7 +61,6 @@ def join(config: Config) -> None:
             num_processes=config.num_processes if told else None,
             process_id=config.process_id if told else None,
             cluster_detection_method="deactivate" if told else None,
-            heartbeat_timeout_seconds=_HEARTBEAT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except ValueError as e:

@@ -1,8 +1,8 @@
 """Each of several processes tells that it is alive, and ends where another one does not.
 
-JAX has a heartbeat of its own, which ends a process in C++ with pages of its own words; a process
-may also wait for another in a place that no error reaches. So this one is quicker, and says what
-to do in a line.
+JAX has a heartbeat of its own, a hundred seconds long, which ends a process in C++ with a page of
+its own words, and a process may wait for another in a place that no error reaches. So this one is
+quicker, and says what to do in a line.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from jax._src import distributed
 
 EVERY_S = 2.0
 # Threads beat while a program is compiled; a busy machine may keep one waiting for some seconds.
-LIMIT_S = 25.0
+LIMIT_S = 20.0
 _KEY = "ssa_jax/pulse"
 _DONE = "done"
 
