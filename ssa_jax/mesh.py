@@ -132,8 +132,9 @@ def _put(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         if not x.is_fully_addressable:
             return jax.device_put(x, sharding)
-    values = np.asarray(x)
-    # Every process gives its devices what is theirs; nothing is sent.
+    # Copied, since the result may share the memory that it is given. Every process gives its
+    # devices what is theirs; nothing is sent.
+    values = np.array(x)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
