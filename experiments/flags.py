@@ -83,7 +83,10 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
     def guarded(argv: list[str]) -> None:
         try:
             main(argv[1:]) if arguments else main()
-        except (ConfigError, DataError, WorkdirError, CheckpointError, ExportError) as e:
+        except (ConfigError, DataError, WorkdirError, ExportError) as e:
+            _fail(str(e), EXIT_USAGE)
+        except CheckpointError as e:
+            processes.hear_of_others()
             _fail(str(e), EXIT_USAGE)
         except OSError as e:
             _fail(

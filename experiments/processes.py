@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+import time
 
 import jax
 
@@ -96,6 +97,15 @@ def _lost(gone: list[int]) -> None:
     what = ", ".join(map(str, gone))
     print(f"error: {LOST} (nothing heard of process {what})", file=sys.stderr)
     leave(EXIT_LOST)
+
+
+def hear_of_others() -> None:
+    """Gives the pulse time to find another process gone, and to end this one with that line.
+
+    Where one is gone a checkpoint cannot be written either, and that says less.
+    """
+    if several():
+        time.sleep(pulse.LIMIT_S + 2 * pulse.EVERY_S)
 
 
 def leave(code: int) -> None:

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import comm, records
 from benchmarks.collectives import Collective
-from benchmarks.contestants import Entry, build
-from benchmarks.networks import Case
+from benchmarks.contestants import Entry
+from benchmarks.networks import Case, network
+from ssa_jax.units import split_units
 
 ROOT = Path(__file__).parent.parent
 HALF = {"model": "mlp", "method": "ssa", "rank": 0.5, "batch": 8, "devices": 2}
@@ -45,18 +47,14 @@ def test_factors_are_summed_and_no_kernels(tmp_path):
     """The sums of a step are those of the gradients of what is trained, and a few numbers."""
     file = tmp_path / "comm.json"
     command = [sys.executable, "-m", "benchmarks.comm", "--quick", "--json", str(file),
-               "--models", "mlp", "smallconv"]  # fmt: skip
+               "--models", "smallconv"]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     rows = json.loads(file.read_text())["rows"]
-    assert {r["model"] for r in rows} == {"mlp", "smallconv"}
+    assert [r["method"] for r in rows] == ["bp", "dfa", "ssa", "ssa", "ssa"]
     for row in rows:
-        entry = Entry(row["method"], row["rank"])
-        params = build(Case(row["model"], 8), entry).state.params
-        trained = 4 * sum(x.size for x in comm.jax.tree.leaves(params))
-        # Beside gradients: batch statistics, loss and accuracy.
-        assert trained <= row["all_reduce_bytes"] < 1.05 * trained + 4096, row
-        assert row["other_bytes"] < 4096, row
-        if row["method"] == "ssa":
-            assert row["kernel_sums"] == 0, row
-        else:
-            assert row["kernel_sums"] >= 3, row
+        params = split_units(network(Case(row["model"], 8), row["rank"]))[1]
+        trained = 4 * sum(x.size for x in jax.tree.leaves(params))
+        # Without s, whose gradient is made of that of V diag(s); with the statistics of batches.
+        assert 0.98 * trained < row["all_reduce_bytes"] < 1.02 * trained, row
+        assert row["other_bytes"] == 0, row
+        assert (row["kernel_sums"] == 0) == (row["method"] == "ssa"), row
