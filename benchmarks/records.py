@@ -216,10 +216,45 @@ def seeds(record: dict[str, Any]) -> str:
     )
 
 
+def comm(record: dict[str, Any]) -> str:
+    """The section of `benchmarks.comm`."""
+    table = [
+        [
+            f"{r['model']}, {r['method']}" + ("" if r["rank"] is None else f" at {r['rank']}"),
+            str(r["devices"]),
+            f"{r['all_reduce_bytes'] / 2**20:.3f}",
+            f"{r['bytes_to_bp']:.3f}",
+            str(r["all_reduces"]),
+            str(r["all_reduced_arrays"]),
+            f"{r['other_bytes'] / 2**20:.3f}",
+            str(r["kernel_sums"]),
+            format_ms({"median_ms": r["ms"]}),
+            f"{r['ms_to_bp']:.2f}",
+        ]
+        for r in record["rows"]
+    ]
+    header = ["model, method", "devices", "summed MiB", "/ bp", "sums", "arrays", "other MiB",
+              "kernels", "ms", "/ bp"]  # fmt: skip
+    return "\n\n".join(
+        [
+            "## What devices send each other in a training step",
+            f"Batch {record['rows'][0]['batch']} in all, its rows spread over the devices, the "
+            "state whole on each. Summed: size of the arrays that are summed over the devices, of "
+            "which a ring sends 2 (n - 1) / n times on each of n. Sums: all-reduce operations, as "
+            "XLA combined the arrays. Other: results of all other collectives. Kernels: summed "
+            "arrays of the shape of a dense kernel. Milliseconds: of host devices that share "
+            "one processor, so they tell what cutting up costs, not what more hardware gains.",
+            setting(record, "python -m benchmarks.comm --json benchmarks/records/comm.json"),
+            markdown(header, table),
+        ]
+    )
+
+
 SECTIONS = {
     "step": step,
     "depth": depth,
     "scaling": scaling,
+    "comm": comm,
     "stiefel": stiefel,
     "inference": inference,
     "convolution": convolution,

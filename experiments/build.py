@@ -143,7 +143,8 @@ def _memory(
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
         return config.memory
-    images = jax.ShapeDtypeStruct((config.batch_size, *data.image_shape), "float32")
+    rows = -(-config.batch_size // jax.device_count())
+    images = jax.ShapeDtypeStruct((rows, *data.image_shape), "float32")
     return memory.choose(units, method, params, mstate, images, memory.device_bytes())
 
 

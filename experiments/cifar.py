@@ -12,8 +12,8 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from experiments import flags, seeds
-from experiments.config import Config
+from experiments import flags, processes, seeds
+from experiments.config import Config, ConfigError
 from experiments.flags import NotFiniteError
 from experiments.run import run
 from experiments.table import table
@@ -22,7 +22,10 @@ from experiments.table import table
 def main() -> None:
     """Runs the configuration that the flags give."""
     config, values = flags.config_from_flags(), absl_flags.FLAGS
+    processes.join(config)
     if values.seeds != 1:
+        if processes.several():
+            raise ConfigError("--seeds is for one process; start a run a seed, with --seed")
         run_seeds(config, values.seeds, values.seeds_at_once)
         return
     summary = run(config)

@@ -83,6 +83,19 @@ class Config:
     steps_per_dispatch: int = setting(
         0, "Steps in one program, where nothing is due between them; 0: 1 on a CPU, else 10.", low=0
     )
+    distributed: bool = setting(
+        False, "One of several processes, as the TPU pod, SLURM or Open MPI tell it."
+    )
+    coordinator_address: str | None = setting(
+        None, "HOST:PORT of the first of several processes, where nothing tells of them."
+    )
+    num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
+    process_id: int = setting(
+        -1, "This one's, from 0 on, with --coordinator_address; -1: none.", low=-1
+    )
+    shard_params: bool = setting(
+        False, "Each device keeps a part of U and V of every layer, not all of them."
+    )
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
     save_every: int = setting(
         0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
@@ -190,6 +203,8 @@ class Config:
             raise ConfigError("--rank_schedule=adaptive needs --rank_budget, such as 0.3")
         if self.rank_budget and not self.factorized:
             raise ConfigError("--rank_budget needs a factorised model: --factorize=on")
+        if self.shard_params and not self.factorized:
+            raise ConfigError("--shard_params needs a factorised model: --factorize=on")
         if self.resume and not self.workdir:
             raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
 
@@ -199,6 +214,7 @@ class Config:
 _NOT_IDENTITY = (
     "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
     "on_nan", "compile_cache", "watch", "tensorboard",
+    "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
 

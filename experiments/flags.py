@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
+from experiments import processes
 from experiments.config import Config, ConfigError
 from experiments.interrupt import Terminated
 from experiments.recipes import RECIPES
@@ -72,6 +75,8 @@ def _parse(argv: list[str], arguments: bool) -> list[str]:
 
 def _fail(message: str, code: int) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
+    if processes.several():
+        processes.leave(code)
     raise SystemExit(code)
 
 
@@ -81,13 +86,17 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
     With `arguments` main takes the list of those that are no flags, else there may be none.
 
     Exit codes: 2 for wrong flags, data, workdir, checkpoint or export; 3 for a loss that is not
-    finite; 130 after Ctrl-C; 0 after SIGTERM, whose sender wants the program gone in good order.
+    finite; 4 where another process of the run is gone; 130 after Ctrl-C; 0 after SIGTERM, whose
+    sender wants the program gone in good order.
     """
 
     def guarded(argv: list[str]) -> None:
         try:
             main(argv[1:]) if arguments else main()
-        except (ConfigError, DataError, WorkdirError, CheckpointError, ExportError) as e:
+        except (ConfigError, DataError, WorkdirError, ExportError) as e:
+            _fail(str(e), EXIT_USAGE)
+        except CheckpointError as e:
+            processes.hear_of_others()
             _fail(str(e), EXIT_USAGE)
         except OSError as e:
             _fail(
@@ -96,10 +105,20 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
             )
         except NotFiniteError as e:
             _fail(str(e), EXIT_NOT_FINITE)
+        except jax.errors.JaxRuntimeError as e:
+            if not processes.several():
+                raise
+            _fail(f"{processes.LOST} ({str(e).splitlines()[0][:200]})", processes.EXIT_LOST)
         except Terminated as e:
             print(e)
         except KeyboardInterrupt as e:
             _fail(str(e) or "interrupted", EXIT_INTERRUPTED)
+        except Exception:
+            if not processes.several():
+                raise
+            # The others should not have to wait for this one to wait for them.
+            traceback.print_exc()
+            processes.leave(1)
 
     # Shells start background jobs with the signal ignored, and a job runner's SIGINT should stop
     # a run as well as Ctrl-C does.

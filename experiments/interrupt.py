@@ -1,8 +1,12 @@
 """Ctrl-C and SIGTERM at a moment that suits the run."""
 
+import itertools
 import signal
 import threading
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,3 +50,30 @@ class Interruptible:
         """Raises KeyboardInterrupt or `Terminated` when asked for."""
         if self._received is not None:
             raise Terminated if self._received == signal.SIGTERM else KeyboardInterrupt
+
+
+class Together(Interruptible):
+    """SIGTERM to any of several processes, honoured by all of them before the same step.
+
+    JAX, which was told of the other processes, has heard the signal first and agrees with them
+    on the step. Ctrl-C acts at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = itertools.count()
+
+    def __enter__(self) -> "Together":
+        return self
+
+    @property
+    def requested(self) -> bool:
+        """Whether all stop here; to be asked as often, and in the same order, by each process."""
+        if multihost_utils.reached_preemption_sync_point(next(self._asked)):
+            self._received = signal.SIGTERM
+        return self._received is not None
+
+
+def interruptible() -> Interruptible:
+    """What suits the number of processes."""
+    return Interruptible() if jax.process_count() == 1 else Together()

@@ -25,7 +25,8 @@ class Progress:
 
     def __init__(self, config: Config, folder: Workdir, name: str = ""):
         self.config, self.folder, self.name = config, folder, name
-        self.board = tensorboard.Board(folder.path / "tensorboard") if config.tensorboard else None
+        writes = config.tensorboard and folder.ours
+        self.board = tensorboard.Board(folder.path / "tensorboard") if writes else None
         self._told: list[Finding] = []
 
     def __enter__(self) -> "Progress":

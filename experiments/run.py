@@ -5,12 +5,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import build, plots, summary, tensorboard, workdir
+from experiments import build, plots, processes, summary, tensorboard, workdir
 from experiments.compiling import Compiling, use_cache
 from experiments.config import Config, identity
 from experiments.environment import commit
 from experiments.flags import NotFiniteError
-from experiments.interrupt import Interruptible, Terminated
+from experiments.interrupt import Interruptible, Terminated, interruptible
 from experiments.progress import Progress
 from experiments.tally import Tally
 from experiments.trainer import Trainer
@@ -44,9 +44,10 @@ def run(config: Config, data: Dataset | None = None) -> Row:
         message says how to go on.
     """
     data = prepare(config, data)
+    layout = processes.layout(config)
     built = build.build(config, data)
-    with Interruptible() as interrupt, Compiling() as compiling:
-        trainer = Trainer(config, data, built, compiling)
+    with interruptible() as interrupt, Compiling() as compiling, layout.active():
+        trainer = Trainer(config, data, built, compiling, layout)
         with opened(config, trainer, interrupt) as one:
             return one.go()
 
@@ -73,7 +74,8 @@ def opened(
       interrupt: of the process.
       at_once: runs that share programs and time with it, itself included.
     """
-    folder = workdir.reopen(config) if config.resume else workdir.create(config)
+    open_folder = workdir.reopen if config.resume else workdir.create
+    folder = workdir.of_all(lambda: open_folder(config))
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
     name = f"seed {config.seed}: " if at_once > 1 else ""
     with checkpoints, Progress(config, folder, name) as progress:
@@ -147,7 +149,8 @@ class Run:
             self.trainer.use(self._built(len(self.position.rollbacks)))
 
     def _restore(self, like: TrainState) -> None:
-        self.position, self.trainer.state = self.checkpoints.restore(like)
+        place = self.trainer.layout.place
+        self.position, self.trainer.state = self.checkpoints.restore(like, place=place)
         self.saved = self.trainer.step
         self.checkpoints.set_aside_after(self.saved)
         self.folder.keep_rows(self.position.epoch)
@@ -311,6 +314,6 @@ class Run:
             f"{result['compile_s']:.1f} s to compile",
             flush=True,
         )
-        if rows:
+        if rows and self.folder.ours:
             plots.draw(rows, self.folder.plots)
         return result

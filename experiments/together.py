@@ -8,11 +8,11 @@ import contextlib
 import time
 from collections.abc import Sequence
 
-from experiments import build
+from experiments import build, processes
 from experiments.compiling import Compiling
 from experiments.config import Config
 from experiments.flags import NotFiniteError
-from experiments.interrupt import Interruptible
+from experiments.interrupt import Interruptible, interruptible
 from experiments.run import Run, opened, prepare
 from experiments.tally import Tallies, Tally
 from experiments.trainer import Trainer
@@ -52,8 +52,12 @@ def run_together(configs: Sequence[Config], data: Dataset) -> None:
     data = prepare(first, data)
     states = [build.build(config, data).state for config in configs[1:]]
     built = build.build(first, data)
-    with Interruptible() as interrupt, Compiling() as compiling, contextlib.ExitStack() as stack:
-        lead = Trainer(first, data, built, compiling)
+    layout = processes.layout(first)
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(interruptible())
+        compiling = stack.enter_context(Compiling())
+        stack.enter_context(layout.active())
+        lead = Trainer(first, data, built, compiling, layout)
         trainers = [lead, *(lead.beside(state) for state in states)]
         runs = [
             stack.enter_context(opened(config, trainer, interrupt, len(configs)))

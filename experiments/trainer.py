@@ -19,6 +19,7 @@ from ssa_jax import data as data_lib
 from ssa_jax import factors, metrics, ranks, replicas, train
 from ssa_jax.data import Dataset, Epoch, Loader
 from ssa_jax.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
+from ssa_jax.mesh import ONE_DEVICE, Layout
 from ssa_jax.methods import Method
 from ssa_jax.train import Batch, TrainState
 
@@ -64,23 +65,35 @@ class Trainer:
       data: its data set.
       built: from `build.build`, whose state is taken over.
       compiling: counts compilations of the step.
+      layout: where the state lies and batches are spread.
     """
 
-    def __init__(self, config: Config, data: Dataset, built: build.Built, compiling: Compiling):
-        self.config, self.data, self.compiling = config, data, compiling
-        self.loader: Loader = data_lib.make_loader(data)
-        self.state = built.state
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        built: build.Built,
+        compiling: Compiling,
+        layout: Layout = ONE_DEVICE,
+    ):
+        self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
+        self.loader: Loader = data_lib.make_loader(data, layout=layout)
+        self.state = layout.place(built.state)
         self.use(built)
 
     def use(self, built: build.Built) -> None:
         """Takes over the programs of another build of the same run; the state stays."""
         self.built = built
+        keep, whole = self.layout.keep, self.layout.whole
+        returning = self.layout.returning
         self.programs = Programs(
             self._steps(built.method),
             self._steps(built.warmup),
-            self._for_replicas(replicas.vectorized_refresh, train.make_refresh(built.method)),
-            train.make_eval(built.units),
-            metrics.make_probe(built.units, built.method, built.weights),
+            self._for_replicas(
+                replicas.vectorized_refresh, returning(keep, train.make_refresh(built.method))
+            ),
+            returning(whole, train.make_eval(built.units)),
+            returning(whole, metrics.make_probe(built.units, built.method, built.weights)),
         )
 
     def _steps(self, method: Method) -> Steps:
@@ -88,6 +101,8 @@ class Trainer:
         step = train.make_step(
             built.units, method, built.optimizer, built.weights, memory=built.memory
         )
+        keep, whole = self.layout.keep, self.layout.whole
+        step = self.layout.returning(lambda done: (keep(done[0]), whole(done[1])), step)
         periods = (method.refresh_every, config.save_every)
         asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
             jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
@@ -214,6 +229,10 @@ class Trainer:
             "test_accuracy": sum(int(r["correct"]) for r in results) / n,
         }
 
+    def _refreshed(self, state: TrainState) -> None:
+        """Takes over a state that was changed between steps, with its feedback made anew."""
+        self.state = self.programs.refresh(self.layout.place(state))
+
     def _repair(self, evaluated: Row) -> Row:
         """Makes factors that have drifted orthonormal again, and evaluates to show what moved.
 
@@ -223,7 +242,7 @@ class Trainer:
         if not 0 < self.config.drift_bound < evaluated["drift"]:
             return {}
         params = factors.map_factors(factors.orthonormalized, self.state.params)
-        self.state = self.programs.refresh(self.state._replace(params=params))
+        self._refreshed(self.state._replace(params=params))
         return {
             "drift_repaired": float(factors.orthogonality_error(params)),
             "test_accuracy_before_repair": evaluated["test_accuracy"],
@@ -239,7 +258,7 @@ class Trainer:
         if not chosen:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
-        self.state = self.programs.refresh(ranks.compact(self.state, chosen))
+        self._refreshed(ranks.compact(self.state, chosen))
         return {
             "test_accuracy_before_compaction": evaluated["test_accuracy"],
             "test_loss_before_compaction": evaluated["test_loss"],

@@ -4,11 +4,15 @@ import dataclasses
 import datetime
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.config import Config, differences
 from experiments.environment import commit, hardware
+from ssa_jax import mesh
 from ssa_jax.record import versions
 
 
@@ -41,7 +45,13 @@ def write_text(file: Path, text: str) -> None:
 
 
 class Workdir:
-    """Files of one run. Created by `create` or `reopen`."""
+    """Files of one run. Created by `create` or `reopen`.
+
+    Attributes:
+      ours: whether this process writes them.
+    """
+
+    ours = True
 
     def __init__(self, path: Path):
         self.path = path
@@ -72,6 +82,52 @@ class Workdir:
         """Drops what was logged after `epochs` epochs, which a resumed run will log again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epochs]
         write_text(self.path / "metrics.jsonl", "".join(kept))
+
+
+class Elsewhere(Workdir):
+    """The workdir in a process that leaves it to the first one: rows are kept in memory."""
+
+    ours = False
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._rows: list[dict[str, Any]] = []
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes nothing."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Keeps one object."""
+        self._rows.append(row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was logged by this process."""
+        return list(self._rows)
+
+    def keep_rows(self, epochs: int) -> None:
+        """Drops what was logged after `epochs` epochs."""
+        self._rows = [row for row in self._rows if row["epoch"] <= epochs]
+
+
+def of_all(opened: Callable[[], Workdir]) -> Workdir:
+    """The folder that the first process opens, or its error, in all of them.
+
+    Raises:
+      WorkdirError: what `opened` raises in the first process.
+    """
+    if jax.process_count() == 1:
+        return opened()
+    folder, error = None, ""
+    if jax.process_index() == 0:
+        try:
+            folder = opened()
+        except WorkdirError as e:
+            error = str(e)
+    path = mesh.from_first(str(folder.path.resolve()) if folder else "")
+    error = mesh.from_first(error)
+    if error:
+        raise WorkdirError(error)
+    return folder or Elsewhere(Path(path))
 
 
 def create(config: Config) -> Workdir:

@@ -1,8 +1,10 @@
 """Checkpoints of the whole training state, written by Orbax in the background.
 
 A checkpoint is a folder named by the steps done. It holds the `TrainState` and, in Orbax's custom
-metadata, its sealed `record`. Orbax makes it visible by renaming a finished folder, so a killed
-process leaves whole checkpoints and at most one temporary folder, which the next writer removes.
+metadata, its sealed `record`. Where several processes train, all of them call what saves and reads,
+on one file system, and the first writes the record. Orbax makes a checkpoint visible by renaming a
+finished folder, so a killed process leaves whole checkpoints and at most one temporary folder,
+which the next writer removes.
 """
 
 import gc
@@ -19,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ssa_jax import ranks
+from ssa_jax.mesh import barrier
 from ssa_jax.record import (
     DamagedError,
     Position,
@@ -121,12 +124,18 @@ class Checkpoints:
         except Exception as e:
             raise self._write_error(e) from e
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[Position, TrainState]:
+    def restore(
+        self,
+        like: TrainState,
+        step: int | None = None,
+        place: Callable[[TrainState], TrainState] = lambda state: state,
+    ) -> tuple[Position, TrainState]:
         """A state and its position: of `step`, or of the newest checkpoint that is not damaged.
 
         Args:
           like: a state of the same run at its initial ranks.
           step: of `steps`, such as `best()`.
+          place: puts arrays where those that are read shall lie, such as `Layout.place`.
 
         Raises:
           CheckpointError: there is none, it is of another run, or all are damaged.
@@ -137,7 +146,7 @@ class Checkpoints:
         damaged = []
         for candidate in candidates:
             try:
-                record, state = self._read(candidate, like)
+                record, state = self._read(candidate, like, place)
             except DamagedError as e:
                 damaged.append(f"checkpoint {candidate} is damaged ({_one_line(e)})")
                 continue
@@ -154,10 +163,14 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Renames what is newer than a restored checkpoint, whose steps will be saved again."""
         self.close()
-        for newer in (self._directory / str(n) for n in self.steps() if n > step):
+        # No process may still be looking for the newest, nor look before all are set aside.
+        barrier("before setting aside")
+        newer_ones = [n for n in self.steps() if n > step] if jax.process_index() == 0 else []
+        for newer in (self._directory / str(n) for n in newer_ones):
             aside = newer.with_name(f"{newer.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
+        barrier("after setting aside")
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -204,12 +217,14 @@ class Checkpoints:
                 accuracies[step] = accuracy
         return accuracies
 
-    def _read(self, step: int, like: TrainState) -> tuple[Record, TrainState]:
+    def _read(
+        self, step: int, like: TrainState, place: Callable[[TrainState], TrainState]
+    ) -> tuple[Record, TrainState]:
         folder = self._directory / str(step)
         record = _record(folder)
         if self._config and (different := differences(self._config, record["config"] or {})):
             raise CheckpointError(f"{folder} is of another run: {different}")
-        target = _at_ranks(like, record["ranks"])
+        target = place(_at_ranks(like, record["ranks"]))
         here, there = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
         if different := differences(here, there):
             raise CheckpointError(f"{folder} does not fit this run: {different}")
@@ -222,7 +237,10 @@ class Checkpoints:
             raise DamagedError(f"its arrays are altered: {different}")
         return record, loaded
 
-    def _write_error(self, error: Exception) -> CheckpointError:
+    def _write_error(self, error: Exception) -> Exception:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Of a device or another process, and not of the directory.
+            return error
         return CheckpointError(
             f"a checkpoint could not be written to {self._directory}: {_one_line(error)}; the "
             "ones before it are kept, make room and go on with --resume"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssa_jax.mesh import ONE_DEVICE, Layout
 from ssa_jax.train import Batch
 
 Array = jax.Array
@@ -241,7 +242,7 @@ def shift_and_flip(key: Array, images: Array, crop: int, flip: bool) -> Array:
         mirror = jax.random.bernoulli(key_flip, 0.5, (n, 1))
         cols = jnp.where(mirror, cols[:, ::-1], cols)
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return padded[jnp.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]]
+    return jax.vmap(lambda image, r, c: image[r[:, None], c[None, :]])(padded, rows, cols)
 
 
 class Epoch(NamedTuple):
@@ -279,29 +280,43 @@ class Loader(NamedTuple):
     test_batches: Callable[[], Any]
 
 
-def make_loader(data: Dataset, eval_batch_size: int = 500) -> Loader:
-    """Puts a data set on the device as uint8 and closes the batch functions over it."""
+def _placed(layout: Layout, images: np.ndarray, labels: np.ndarray) -> Batch:
+    """Examples as they are stored, whole on every device."""
+    return Batch(*layout.place((images, labels.astype(np.int32)), whole=True))
+
+
+def make_loader(data: Dataset, eval_batch_size: int = 500, layout: Layout = ONE_DEVICE) -> Loader:
+    """Puts a data set on the device as uint8 and closes the batch functions over it.
+
+    Args:
+      data: the data set; every device of the layout has it whole.
+      eval_batch_size: test examples at a time, rounded up to a multiple of the devices.
+      layout: over whose devices the rows of a batch are spread.
+    """
     # Left on the host: a program takes them for constants, and would fetch them from the device.
     mean, std = (x.reshape(1, 1, 1, -1) for x in channel_moments(data.train_images))
-    train = Batch(jnp.asarray(data.train_images), jnp.asarray(data.train_labels, jnp.int32))
+    train = _placed(layout, data.train_images, data.train_labels)
     size = min(eval_batch_size, len(data.test_labels))
+    size += -size % layout.devices
     missing = -len(data.test_labels) % size
-    test = Batch(
-        jnp.asarray(np.pad(data.test_images, ((0, missing), (0, 0), (0, 0), (0, 0)))),
-        jnp.asarray(np.pad(data.test_labels, (0, missing), constant_values=-1), jnp.int32),
+    test = _placed(
+        layout,
+        np.pad(data.test_images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+        np.pad(data.test_labels, (0, missing), constant_values=-1),
     )
 
     # The arrays are arguments, since a closed-over array would be compiled in as a constant.
     @jax.jit
     def pick(source: Batch, indices: Array) -> Batch:
+        indices = layout.rows(indices)
         images = source.images[indices].astype(jnp.float32)
-        return Batch((images - mean) / std, source.labels[indices])
+        return layout.rows(Batch((images - mean) / std, source.labels[indices]))
 
     @jax.jit
     def augmented(source: Batch, key: Array, indices: Array) -> Batch:
         batch = pick(source, indices)
         images = shift_and_flip(key, batch.images, data.crop, data.flip)
-        return batch._replace(images=images)
+        return layout.rows(batch._replace(images=images))
 
     def epoch(key: Array, number: int, size: int) -> Epoch:
         order_key, crop_key = jax.random.split(key)
@@ -316,7 +331,7 @@ def make_loader(data: Dataset, eval_batch_size: int = 500) -> Loader:
 
     def test_batches() -> Any:
         for start in range(0, len(test.labels), size):
-            yield pick(test, jnp.arange(start, start + size))
+            yield pick(test, np.arange(start, start + size))
 
     return Loader(
         train_size=len(data.train_labels),

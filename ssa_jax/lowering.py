@@ -101,7 +101,7 @@ def _backwards(
             dx = _spread(strides, pads, x.shape, kernel, g)
         else:
             dx = jax.vjp(lambda x: by_xla(strides, pads, x, kernel), x)[1](g)[0]
-        return dx, _kernel_gradient(strides, pads, kernel.shape, x, g)
+        return dx, _kernel_gradient_on_mesh(strides, pads, kernel.shape, x, g)
 
     def elsewhere(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
         return jax.vjp(functools.partial(by_xla, strides, pads), x, kernel)[1](g)
@@ -142,6 +142,22 @@ def _spread(strides: Strides, pads: Pads, shape: tuple[int, ...], kernel: Array,
 
 def _dot(x: Array, matrix: Array) -> Array:
     return lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _kernel_gradient_on_mesh(
+    strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
+) -> Array:
+    """`_kernel_gradient` of the rows of every device of the active mesh, summed over them.
+
+    Without that the parts of the batch would not be those that a device has, and devices would
+    send each other all of x and g.
+    """
+    gradient = functools.partial(_kernel_gradient, strides, pads, shape)
+    devices = jax.sharding.get_abstract_mesh().size
+    if devices < 2 or x.shape[0] % devices:
+        return gradient(x, g)
+    of_each = (a.reshape(devices, -1, *a.shape[1:]) for a in (x, g))
+    return jax.vmap(gradient)(*of_each).sum(0)
 
 
 def _kernel_gradient(

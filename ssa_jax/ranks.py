@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssa_jax.factors import is_factors, named_leaves
+from ssa_jax.mesh import on_host
 
 Array = jax.Array
 Tree = Any
@@ -192,7 +193,7 @@ def _take(index: np.ndarray, name: str, ndim: int, x: Array) -> Array:
             f"parameters' shapes"
         )
     # Sliced on the host: on the device every new shape would be compiled for.
-    return jnp.asarray(np.asarray(x)[..., index])
+    return jnp.asarray(on_host(x)[..., index])
 
 
 def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ssa_jax.mesh import on_host
 from ssa_jax.train import TrainState
 
 _PACKAGES = ("ssa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -90,12 +91,6 @@ def _digest(text: Any) -> str:
     return hashlib.sha256(str(text).encode()).hexdigest()
 
 
-def _raw(x: jax.Array) -> np.ndarray:
-    """The entries of an array, of a typed PRNG key its data, on the host."""
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(x) if is_key else x)
-
-
 def shapes(state: TrainState) -> dict[str, list[Any]]:
     """Shape and dtype of every array by its path."""
     return {
@@ -108,7 +103,7 @@ def describe(state: TrainState) -> dict[str, list[Any]]:
     """Shape, dtype and CRC-32 of every array by its path."""
     # Viewed as bytes, since not every dtype of ours is one that Python's buffers know.
     sums = [
-        zlib.crc32(np.ascontiguousarray(_raw(x)).reshape(-1).view(np.uint8).data)
+        zlib.crc32(np.ascontiguousarray(on_host(x)).reshape(-1).view(np.uint8).data)
         for x in jax.tree.leaves(state)
     ]
     named = zip(shapes(state).items(), sums, strict=True)

@@ -12,6 +12,7 @@ import optax
 from ssa_jax import factors, losses, transforms, unitwise
 from ssa_jax.forward import predict
 from ssa_jax.losses import LossWeights
+from ssa_jax.mesh import on_host
 from ssa_jax.methods import Method
 from ssa_jax.passes import MEMORY_MODES, PREDICTIONS
 from ssa_jax.units import Unit
@@ -157,7 +158,7 @@ def truncation_losses(
 def all_finite(tree: Tree) -> bool:
     """Whether every entry of every inexact leaf is finite; on the host, between epochs."""
     leaves = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact))
-    return all(bool(np.isfinite(np.asarray(x)).all()) for x in leaves)
+    return all(bool(np.isfinite(on_host(x)).all()) for x in leaves)
 
 
 def make_refresh(method: Method) -> Callable[[TrainState], TrainState]:

@@ -1,0 +1,94 @@
+"""Run by its test in a process of its own with eight host devices: training on a mesh of them.
+
+    python mesh_on_devices.py MODEL METHOD SIZE...
+
+trains twenty steps, with a compaction of truncated ranks after ten where the method has ranks, on
+one device, on eight and, where there are factors, on eight with these in parts, and prints as JSON
+how far the latter end from the first, what was compiled, and where the state lay.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from experiments import build
+from experiments.compiling import Compiling
+from experiments.config import Config
+from experiments.tally import Tally
+from experiments.trainer import Trainer
+from ssa_jax.data import Dataset
+from ssa_jax.mesh import ONE_DEVICE, make_layout
+
+BATCH, STEPS = 8, 10
+
+
+def dataset(size):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (BATCH * STEPS + 20, size, size, 3), np.uint8)
+    labels = rng.integers(0, 10, len(images)).astype(np.int32)
+    at = BATCH * STEPS
+    return Dataset(images[:at], labels[:at], images[at:], labels[at:], 10, 2, True)
+
+
+def train(config, data, layout):
+    """Two epochs: the rows, the state at their end on the host, the trainer.
+
+    The probe that measures angles is left out: it takes longer to compile than all the rest.
+    """
+    with layout.active():
+        trainer = Trainer(config, data, build.build(config, data), Compiling(), layout)
+        rows = []
+        for epoch in range(2):
+            row = trainer.train_epoch(epoch, Tally({}, 0), lambda step: None)
+            row |= trainer.evaluate()
+            rows.append(row | trainer._compact(row))
+        state = jax.tree.map(np.asarray, trainer.state._replace(key=None))
+    return rows, state, trainer
+
+
+def distance(state, other):
+    """The largest difference of two states' parameters and statistics over the largest entry."""
+    pairs = zip(*(jax.tree.leaves((s.params, s.mstate)) for s in (state, other)), strict=True)
+    return max(float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs)
+
+
+def main():
+    model, method, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    ranks = {"rank_schedule": "hybrid", "rank_init": 1.0} if method == "ssa" else {}
+    # Adam's first step divides every entry by its own size, and so magnifies its rounding.
+    config = Config(
+        method=method, model=model, batch_size=BATCH, epochs=6, optimizer="momentum",
+        learning_rate=1e-3, feedback_every=4, **ranks,
+    )  # fmt: skip
+    data = dataset(size)
+    rows, state, alone = train(config, data, ONE_DEVICE)
+    layouts = {"whole": make_layout()}
+    if ranks:
+        layouts["parts"] = make_layout(shard_factors=True)
+    found = {}
+    for name, layout in layouts.items():
+        began = time.monotonic()
+        others, other, trainer = train(config, data, layout)
+        losses = [[r[k] for r in rs for k in ("train_loss", "test_loss")] for rs in (rows, others)]
+        found[name] = {
+            "losses": float(np.abs(np.subtract(*losses)).max()),
+            "state": distance(other, state),
+            "compiles": [alone.compiling.steps, trainer.compiling.steps],
+            "compacted": "test_loss_before_compaction" in others[0],
+            "spread": sum(not x.sharding.is_fully_replicated for x in
+                          jax.tree.leaves(trainer.state)),
+            "leaves": len(jax.tree.leaves(trainer.state)),
+            "seconds": time.monotonic() - began,
+        }  # fmt: skip
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A mesh of devices trains what one device trains, and one device is left alone."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from benchmarks.collectives import collectives
+from experiments import build, processes
+from experiments.compiling import Compiling
+from experiments.config import Config, ConfigError, identity
+from experiments.run import run
+from experiments.trainer import Trainer
+from ssa_jax import data as data_lib
+from ssa_jax import train
+from ssa_jax.dispatch import make_dispatch
+from ssa_jax.factors import Factors
+from ssa_jax.mesh import AXIS, ONE_DEVICE, Layout, from_first, make_layout, on_host
+
+TESTS = Path(__file__).parent
+EIGHT = Layout(AbstractMesh((8,), (AXIS,)), shard_factors=True)
+
+
+def devices_process(*args):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    done = subprocess.run(
+        [sys.executable, TESTS / args[0], *args[1:]],
+        env=env, cwd=TESTS.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_one_device_has_no_mesh_and_programs_stay_as_they_are():
+    assert make_layout(shard_factors=True) is ONE_DEVICE
+    tree = {"a": jax.numpy.ones((4, 2)), "key": jax.random.key(0)}
+    for put in (ONE_DEVICE.place, ONE_DEVICE.keep, ONE_DEVICE.whole, ONE_DEVICE.rows):
+        assert put(tree)["a"] is tree["a"]
+        assert put(tree)["key"] is tree["key"]
+    assert ONE_DEVICE.returning(ONE_DEVICE.keep, run) is run
+
+
+def test_one_device_runs_the_plain_step_without_any_mesh():
+    config = Config(dataset="digits", model="mlp", batch_size=128, epochs=1)
+    data = data_lib.load(config.dataset)
+    built = build.build(config, data)
+    trainer = Trainer(config, data, built, Compiling(), make_layout())
+    feed = trainer.loader.epoch(trainer.state.key, 0, config.batch_size)
+    step = train.make_step(*built[:2], built.optimizer, built.weights)
+    plain = make_dispatch(step, trainer.loader.batch_at, 1).lower(trainer.state, feed).as_text()
+    assert trainer.programs.steps.programs[1].lower(trainer.state, feed).as_text() == plain
+    assert f'"{AXIS}"' not in plain
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((512, 32), (AXIS,)),
+        ((8, 8), (AXIS,)),
+        ((30, 8), ()),
+        # As a moment that a factor shares has it.
+        ((), ()),
+    ],
+)
+def test_factors_in_parts_are_cut_along_the_axis_that_keeps_its_length(shape, spec):
+    x = np.zeros(shape)
+    tree = {"layer": Factors(x, np.zeros(8), x), "dense": x}
+
+    def specs(layout, **kwargs):
+        return jax.tree.map(lambda s: tuple(s.spec), layout.shardings(tree, **kwargs))
+
+    assert specs(EIGHT) == {"layer": Factors(spec, (), spec), "dense": ()}
+    for everywhere in (
+        specs(EIGHT, whole=True), specs(EIGHT._replace(shard_factors=False))
+    ):  # fmt: skip
+        assert everywhere == {"layer": Factors((), (), ()), "dense": ()}
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"^--batch_size must be a multiple of 8, .* got 100$"):
+        processes.require_divisible(Config(batch_size=100), EIGHT)
+    processes.require_divisible(Config(batch_size=104), EIGHT)
+    processes.require_divisible(Config(batch_size=101), ONE_DEVICE)
+
+
+def test_where_a_run_runs_is_no_part_of_what_it_is():
+    elsewhere = dataclasses.replace(
+        Config(), shard_params=True, coordinator_address="a:1", num_processes=2, process_id=1,
+        distributed=True,
+    )  # fmt: skip
+    assert identity(elsewhere) == identity(Config())
+
+
+def test_one_process_tells_itself():
+    assert from_first("runs/größe") == "runs/größe"
+    key = jax.random.key(3)
+    assert np.array_equal(on_host(key), np.asarray(jax.random.key_data(key)))
+
+
+HLO = """
+  %a = f32[10]{0} all-reduce(%x), channel_id=1, to_apply=%sum
+  %b = (f32[48,32]{1,0}, bf16[2,3]{1,0}) all-reduce(%x, %y), channel_id=2, to_apply=%sum
+  %c = f32[16,4]{1,0:T(8,128)} all-gather(%x), channel_id=3, dimensions={0}
+  %d = f32[] all-reduce-start(%x), channel_id=4
+  %e = f32[] all-reduce-done(%d)
+  %f = f32[10]{0} add(%a, %a), metadata={op_name="all-reduce(x)"}
+"""
+
+
+def test_collectives_are_read_off_a_program():
+    found = collectives(HLO)
+    assert [c.kind for c in found] == ["all-reduce", "all-reduce", "all-gather", "all-reduce"]
+    assert [c.bytes for c in found] == [40, 4 * 48 * 32 + 12, 256, 4]
+    assert found[1].arrays == (("f32", (48, 32)), ("bf16", (2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "method", "size"),
+    [
+        ("smallconv", "bp", 16),
+        ("smallconv", "ssa", 16),
+        ("resnet32", "dfa", 8),
+    ],
+)
+def test_eight_devices_train_what_one_trains(model, method, size):
+    """Others: ``python tests/mesh_on_devices.py MODEL METHOD SIZE`` prints the same figures."""
+    found = devices_process("mesh_on_devices.py", model, method, str(size))
+    for name, result in found.items():
+        assert result["losses"] < 1e-4, (name, result)
+        assert result["state"] < 1e-4, (name, result)
+        assert result["compiles"][0] == result["compiles"][1], (name, result)
+        assert result["compacted"] == (method == "ssa"), (name, result)
+        assert (result["spread"] > 0) == (name == "parts"), (name, result)
+    assert ("parts" in found) == (method == "ssa")
