@@ -3,20 +3,19 @@
 import time
 from typing import Any
 
-from experiments import build, plots, summary, tensorboard, workdir
+from experiments import build, inputs, plots, summary, tensorboard, workdir
 from experiments.compiling import Compiling, use_cache
 from experiments.config import Config, identity
 from experiments.environment import commit
 from experiments.flags import NotFiniteError
+from experiments.inputs import Data
 from experiments.interrupt import Interruptible, Terminated
 from experiments.progress import Progress
 from experiments.tally import Tally
 from experiments.trainer import Trainer
 from experiments.workdir import Workdir
-from ssa_jax import data as data_lib
 from ssa_jax import train
 from ssa_jax.checkpoint import Checkpoints
-from ssa_jax.data import Dataset
 from ssa_jax.record import Position
 from ssa_jax.train import TrainState
 
@@ -26,7 +25,7 @@ Row = dict[str, Any]
 MAX_ROLLBACKS = 5
 
 
-def run(config: Config, data: Dataset | None = None) -> Row:
+def run(config: Config, data: Data | None = None) -> Row:
     """Trains one configuration and returns its summary, which is also in its workdir.
 
     Args:
@@ -45,8 +44,7 @@ def run(config: Config, data: Dataset | None = None) -> Row:
     if config.tensorboard:
         tensorboard.require()
     use_cache(config.compile_cache)
-    data = data or data_lib.load(config.dataset, config.data_dir)
-    data = data_lib.hold_out(data, config.validation)
+    data = inputs.hold_out(data or inputs.load(config), config.validation)
     built = build.build(config, data)
     folder = workdir.reopen(config) if config.resume else workdir.create(config)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))

@@ -40,6 +40,8 @@ ALLOWED = {
     },
     "metrics": {"factors", "linalg", "forward", "losses", "methods", "passes", "train", "units"},
     "data": {"train"},
+    "images": set(),
+    "streams": {"data", "images", "train"},
     "dispatch": {"train"},
     "record": {"train"},
     "checkpoint": {"ranks", "record", "train"},

@@ -28,6 +28,7 @@ def resnet18(
     rank: float | None,
     rngs: nnx.Rngs,
     width: int = 64,
+    blocks: tuple[int, ...] = (2, 2, 2, 2),
 ) -> Feedforward:
     """ResNet-18 (He et al. 2016, table 1), one residual block a unit.
 
@@ -45,11 +46,12 @@ def resnet18(
       rank: initial rank as a fraction of full rank, or None for dense layers.
       rngs: the key ``params`` draws all weights.
       width: channels of the stem.
+      blocks: blocks of each stage.
 
     Raises:
       ValueError: inputs that are no images, or too small ones.
     """
-    return _resnet(input_shape, classes, rank, rngs, width, (2, 2, 2, 2), _basic)
+    return _resnet(input_shape, classes, rank, rngs, width, blocks, _basic)
 
 
 def resnet50(
@@ -59,6 +61,7 @@ def resnet50(
     rank: float | None,
     rngs: nnx.Rngs,
     width: int = 64,
+    blocks: tuple[int, ...] = (3, 4, 6, 3),
 ) -> Feedforward:
     """ResNet-50 (He et al. 2016, table 1), one bottleneck block a unit.
 
@@ -67,7 +70,7 @@ def resnet50(
     paper the first convolution has the stride; in the middle it costs no accuracy that a map is
     halved.) The rest, arguments and errors are those of `resnet18`.
     """
-    return _resnet(input_shape, classes, rank, rngs, width, (3, 4, 6, 3), _bottleneck)
+    return _resnet(input_shape, classes, rank, rngs, width, blocks, _bottleneck)
 
 
 def _basic(part: Part, c_in: int, width: int, strides: int) -> list[Plain]:
