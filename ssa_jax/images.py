@@ -39,7 +39,7 @@ def random_crop(data: bytes, size: int, least: float, rng: np.random.Generator) 
       OSError, SyntaxError, ValueError: no image, or a damaged one.
     """
     image = Image.open(io.BytesIO(data))
-    box = _random_box(image.width, image.height, least, rng)
+    box = random_box(image.width, image.height, least, rng)
     mirror = rng.random() < 0.5
     pixels = _resized(image, size, box)
     return np.ascontiguousarray(pixels[:, ::-1]) if mirror else pixels
@@ -56,8 +56,8 @@ def central_crop(data: bytes, size: int) -> np.ndarray:
     return _resized(image, size, (left, top, left + side, top + side))
 
 
-def _random_box(width: int, height: int, least: float, rng: np.random.Generator) -> Box:
-    """Left, upper, right and lower edge of a random part."""
+def random_box(width: int, height: int, least: float, rng: np.random.Generator) -> Box:
+    """Left, upper, right and lower edge of the part that `random_crop` shows."""
     for _ in range(_TRIES):
         area = width * height * rng.uniform(least, 1)
         ratio = math.exp(rng.uniform(math.log(_NARROW), math.log(_WIDE)))

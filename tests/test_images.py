@@ -43,7 +43,7 @@ def test_the_whole_area_is_the_whole_image_or_its_mirror():
 def test_random_parts_have_the_areas_and_ratios_asked_for():
     rng = np.random.default_rng(0)
     width, height, least = 400, 300, 0.3
-    boxes = np.array([images._random_box(width, height, least, rng) for _ in range(500)])
+    boxes = np.array([images.random_box(width, height, least, rng) for _ in range(500)])
     left, top, right, bottom = boxes.T
     assert (left >= 0).all()
     assert (top >= 0).all()
@@ -66,8 +66,8 @@ def test_parts_of_the_fallback_keep_to_the_ratios():
         def uniform(self, low, high):
             return high
 
-    assert images._random_box(400, 100, 0.5, Unfitting()) == (133, 0, 266, 100)
-    assert images._random_box(100, 400, 0.5, Unfitting()) == (0, 133, 100, 266)
+    assert images.random_box(400, 100, 0.5, Unfitting()) == (133, 0, 266, 100)
+    assert images.random_box(100, 400, 0.5, Unfitting()) == (0, 133, 100, 266)
 
 
 def test_a_jpeg_decoded_at_a_smaller_scale_is_the_same_picture():
