@@ -1,6 +1,7 @@
 """The data set of a config, in memory or streamed, and what reads it in training."""
 
 import jax
+import numpy as np
 
 from experiments.config import Config, ConfigError
 from ssa_jax import data as data_lib
@@ -27,6 +28,13 @@ def hold_out(data: Data, share: float) -> Data:
     if isinstance(data, Stream):
         return streams.hold_out(data, share)
     return data_lib.hold_out(data, share)
+
+
+def moments(data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (C,) of pixels in [0, 255] by which images are normalised."""
+    if isinstance(data, Stream):
+        return streams.MEAN, streams.STD
+    return data_lib.channel_moments(data.train_images)
 
 
 def make_loader(config: Config, data: Data) -> Loader | StreamLoader:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from streamed import stream
 
-from experiments import inputs
+from experiments import evaluate, inputs
 from experiments.config import Config, ConfigError
 from experiments.run import run
+from ssa_jax import export, streams
 from ssa_jax.data import DataError
 from ssa_jax.optim import OptimizerConfig, learning_rate
 
@@ -94,3 +95,15 @@ def test_processes_that_cannot_share_a_batch_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(ConfigError, match="--batch_size must be a multiple of 3"):
         inputs.make_loader(SMALL, stream())
+
+
+@pytest.mark.slow
+def test_a_run_on_streamed_data_is_exported_and_measured_as_in_training(tmp_path, monkeypatch):
+    data = stream(n_test=11, corrupt_test=(4,))._replace(classes=10)
+    summary = run(settings(tmp_path / "run", on_corrupt="skip"), data)
+    monkeypatch.setattr(inputs, "load", lambda config: data)
+    trained, *others = evaluate.evaluate_run(tmp_path / "run")
+    assert trained["test_accuracy"] == pytest.approx(summary["test_accuracy"])
+    assert {row["form"] for row in others} >= {"safetensors", "stablehlo", "dense"}
+    stored = export.read_config(tmp_path / "run" / "export")["metadata"]
+    assert np.allclose(stored["normalization"]["mean"], streams.MEAN)
