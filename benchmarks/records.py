@@ -250,6 +250,39 @@ def comm(record: dict[str, Any]) -> str:
     )
 
 
+def _loader_rows(rows: Sequence[Row]) -> str:
+    """A line for each size and reader."""
+    names = {"plain": "Pillow in a loop", "ours": "ours"}
+    table = [
+        [
+            f"{r['size']} pixels, {names[r['reader']]}"
+            + f", {r['workers'] or 'no'} worker{'s' * (r['workers'] != 1)}"
+            * (r["reader"] == "ours"),
+            f"{r['images_per_second']:.0f}",
+            f"{r['ratio_to_plain']:.2f}",
+            f"{r['first_batch_s']:.2f}",
+        ]
+        for r in rows
+    ]
+    return markdown(["size of the crop, reader", "images/s", "/ Pillow", "first batch s"], table)
+
+
+def loader(record: dict[str, Any]) -> str:
+    """The section of `benchmarks.loader`."""
+    rows = record["rows"]
+    return "\n\n".join(
+        [
+            "## Decoding and augmenting images",
+            "Images a second of `imagenet_sample1k` (JPEG files of about 120x100 pixels), random "
+            f"crops in batches of {rows[0]['batch']}, median of {rows[0]['rounds']} rounds in "
+            "which all readers took turns. The rate is that of what comes after the first batch; "
+            "workers are processes, and start before it.",
+            setting(record, "python -m benchmarks.loader --json benchmarks/records/loader.json"),
+            _loader_rows(rows),
+        ]
+    )
+
+
 SECTIONS = {
     "step": step,
     "depth": depth,
@@ -261,6 +294,7 @@ SECTIONS = {
     "pair": pair,
     "stacked": stacked,
     "seeds": seeds,
+    "loader": loader,
 }
 
 

@@ -66,7 +66,7 @@ def _unit(torch: Any, unit: Any) -> Any:
         if unit.activation is not nnx.relu:
             raise TypeError("only ReLU is known here")
         parts.append(nn.ReLU())
-    parts += [nn.MaxPool2d(unit.pool)] if unit.pool else []
+    parts += [nn.MaxPool2d(*unit.pool)] if unit.pool else []
     return nn.Sequential(*parts)
 
 

@@ -11,7 +11,7 @@ from experiments import budgets, memory
 from experiments.budgets import BudgetError
 from experiments.config import Config, ConfigError
 from ssa_jax import costs, factors, optim, ranks
-from ssa_jax.data import Dataset
+from ssa_jax.data import Images
 from ssa_jax.forward import output_shapes, predict
 from ssa_jax.losses import LossWeights
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network, blend, relay
@@ -52,28 +52,35 @@ class Costs(NamedTuple):
     macs: int
 
 
-def build(config: Config, data: Dataset, rate_scale: float = 1.0) -> Built:
+def build(config: Config, data: Images, rate_scale: float = 1.0) -> Built:
     """Builds a run, its learning rate scaled.
 
     Raises:
       ConfigError: settings that do not fit each other or the data.
     """
-    steps_per_epoch = len(data.train_labels) // config.batch_size
+    steps_per_epoch = data.train_size // config.batch_size
     if not steps_per_epoch:
         raise ConfigError(
-            f"--batch_size must be at most {len(data.train_labels)}, the number of training "
+            f"--batch_size must be at most {data.train_size}, the number of training "
             f"examples, got {config.batch_size}"
         )
     config = config if config.rank_schedule != "none" else _at_budget(config, data)
     every_step = config.epochs * steps_per_epoch
+    total_steps = min(config.schedule_steps or every_step, every_step)
+    if config.warmup_steps >= max(2, total_steps):
+        raise ConfigError(
+            f"--warmup_steps must be less than {total_steps}, the steps of the schedule, got "
+            f"{config.warmup_steps}"
+        )
     units, params, mstate = _split(config, data, factorized=config.factorized)
     shapes = output_shapes(units, params, mstate, data.image_shape)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate * rate_scale,
-        total_steps=min(config.schedule_steps or every_step, every_step),
+        total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         optimizer=config.optimizer,
         first_rate=config.first_rate,
+        warmup_steps=config.warmup_steps,
         hoyer=config.hoyer,
         rank_schedule=config.rank_schedule,
         rank_target=config.rank_target,
@@ -138,7 +145,7 @@ def make_methods(config: Config, network: Network) -> tuple[Method, Method]:
 
 def _memory(
     config: Config, units: tuple[Unit, ...], method: Method, params: Tree, mstate: Tree,
-    data: Dataset,
+    data: Images,
 ) -> str:  # fmt: skip
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
@@ -148,7 +155,7 @@ def _memory(
     return memory.choose(units, method, params, mstate, images, memory.device_bytes())
 
 
-def make_model(config: Config, data: Dataset, *, factorized: bool) -> nnx.Module:
+def make_model(config: Config, data: Images, *, factorized: bool) -> nnx.Module:
     """The untrained model that a config names, on factors at the initial rank or dense.
 
     Raises:
@@ -167,14 +174,14 @@ def make_model(config: Config, data: Dataset, *, factorized: bool) -> nnx.Module
 
 
 def _split(
-    config: Config, data: Dataset, *, factorized: bool
+    config: Config, data: Images, *, factorized: bool
 ) -> tuple[tuple[Unit, ...], Tree, Tree]:
     model = make_model(config, data, factorized=factorized)
     units, params, mstate = group_units(*split_units(model), config.unit_size)
     return in_precision(units, jnp.dtype(config.precision)), params, mstate
 
 
-def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dataset) -> Costs:
+def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Images) -> Costs:
     """Costs of a network at its stored ranks."""
     image = jax.ShapeDtypeStruct((1, *data.image_shape), "float32")
 
@@ -184,12 +191,12 @@ def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Dat
     return Costs(costs.parameters(params), costs.macs(logits, params, mstate, image))
 
 
-def dense_costs(config: Config, data: Dataset) -> Costs:
+def dense_costs(config: Config, data: Images) -> Costs:
     """Costs of the same network without factors."""
     return _costs_of(config, data, factorized=False)
 
 
-def _costs_of(config: Config, data: Dataset, *, factorized: bool) -> Costs:
+def _costs_of(config: Config, data: Images, *, factorized: bool) -> Costs:
     """Costs of the untrained network of a config, from shapes alone."""
     built: list[tuple[Unit, ...]] = []
 
@@ -206,7 +213,7 @@ def _patterns(config: Config) -> tuple[str, ...]:
     return tuple(p.strip() for p in config.rank_exclude.split(",") if p.strip())
 
 
-def _at_budget(config: Config, data: Dataset) -> Config:
+def _at_budget(config: Config, data: Images) -> Config:
     """The config with the initial rank at which the whole network fits its budget."""
     if not config.rank_budget:
         return config
@@ -225,7 +232,7 @@ def _at_budget(config: Config, data: Dataset) -> Config:
 
 def _within_budget(
     config: Config,
-    data: Dataset,
+    data: Images,
     chain: OptimizerConfig,
     units: tuple[Unit, ...],
     params: Tree,

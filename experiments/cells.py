@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from experiments import workdir
 from experiments.config import Config
 from experiments.flags import NotFiniteError
+from experiments.inputs import Data
 from experiments.run import run
 from ssa_jax.checkpoint import Checkpoints
-from ssa_jax.data import Dataset
 
 
 class Cell(NamedTuple):
@@ -42,7 +42,7 @@ def result(cell: Cell) -> dict[str, Any] | None:
     return summary if stopped or status in ("finished", "not_finite") else None
 
 
-def run_cell(cell: Cell, load: Callable[[], Dataset]) -> None:
+def run_cell(cell: Cell, load: Callable[[], Data]) -> None:
     """Runs or resumes a cell that is not done and that no other process is running.
 
     A run that is not finite is told and leaves its summary; other errors are those of
@@ -56,7 +56,7 @@ def run_cell(cell: Cell, load: Callable[[], Dataset]) -> None:
             print(f"{cell.path.name}: another process is running it", flush=True)
 
 
-def _run_or_keep(cell: Cell, load: Callable[[], Dataset]) -> None:
+def _run_or_keep(cell: Cell, load: Callable[[], Data]) -> None:
     name = cell.path.name
     config = still_to_run(cell)
     if config is None:

@@ -16,6 +16,7 @@ from ssa_jax.models import MODELS
 from ssa_jax.optim import OPTIMIZERS
 from ssa_jax.passes import MEMORY_MODES
 from ssa_jax.ranks import LINEAR_TARGET, SCHEDULES
+from ssa_jax.streams import ON_CORRUPT, STREAMS
 
 
 class ConfigError(ValueError):
@@ -38,7 +39,7 @@ class Config:
     )
     method: str = setting("ssa", "Learning method.", choices=tuple(METHODS))
     model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
-    dataset: str = setting("cifar10", "Data set.", choices=tuple(DATASETS))
+    dataset: str = setting("cifar10", "Data set.", choices=(*DATASETS, *STREAMS))
     data_dir: str | None = setting(None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.")
     validation: float = setting(
         0.0,
@@ -48,6 +49,20 @@ class Config:
     )
     train_size: int = setting(
         0, "Train on at most this many of the training images, always the same; 0: all.", low=0
+    )
+    image_size: int = setting(
+        0, "Side of the square images of a streamed data set; 0: its usual one.", low=0
+    )
+    crop_area: float = setting(
+        0.08, "Least share of a streamed image in a random crop.", above=0.0, high=1.0
+    )
+    workers: int = setting(
+        0, "Processes that decode a streamed data set; 0: threads of this one.", low=0
+    )
+    on_corrupt: str = setting(
+        "stop",
+        "At a record of a streamed data set that cannot be decoded: stop, or take the next one.",
+        choices=ON_CORRUPT,
     )
     factorize: str = setting(
         "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
@@ -70,6 +85,9 @@ class Config:
     batch_size: int = setting(128, "Examples in a step.", low=1)
     optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
+    warmup_steps: int = setting(
+        0, "Steps over which the rate rises to its peak; 0: 5 % of the schedule.", low=0
+    )
     first_rate: float = setting(
         1.0, "Rate of the first unit over that of the last, geometric in between.", above=0.0
     )
@@ -205,6 +223,12 @@ class Config:
             raise ConfigError("--rank_budget needs a factorised model: --factorize=on")
         if self.shard_params and not self.factorized:
             raise ConfigError("--shard_params needs a factorised model: --factorize=on")
+        if self.image_size and self.dataset not in STREAMS:
+            raise ConfigError(
+                f"--image_size is for streamed data sets ({', '.join(STREAMS)}), not {self.dataset}"
+            )
+        if self.steps_per_dispatch > 1 and self.dataset in STREAMS:
+            raise ConfigError("--steps_per_dispatch must be 1 on a streamed data set")
         if self.resume and not self.workdir:
             raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
 
@@ -213,7 +237,7 @@ class Config:
 # which settings were given.
 _NOT_IDENTITY = (
     "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
-    "on_nan", "compile_cache", "watch", "tensorboard",
+    "on_nan", "compile_cache", "watch", "tensorboard", "workers", "on_corrupt",
     "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 

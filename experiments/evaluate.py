@@ -11,6 +11,7 @@ latency at batch 1 and 128 beside the dense network of the same architecture. Fo
 give the same logits are an error.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +21,17 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import build, trained
+from experiments import build, inputs, trained
 from experiments.config import Config, ConfigError
 from experiments.flags import run_program
+from experiments.inputs import Data
 from experiments.latency import latencies
 from experiments.table import markdown
 from experiments.trained import Trained
 from ssa_jax import costs, export
-from ssa_jax import data as data_lib
-from ssa_jax.data import Dataset
+from ssa_jax.data import Images, Loader
 from ssa_jax.export import ExportError, InferenceModel
+from ssa_jax.streams import STREAMS, StreamLoader
 
 Array = jax.Array
 Row = dict[str, Any]
@@ -87,17 +89,20 @@ def evaluate_export(folder: Path, data_dir: str | None = None) -> list[Row]:
       ConfigError, DataError: a model or data set that is not here.
     """
     forms = _stored(folder)
-    metadata = export.read_config(folder)["metadata"]
+    stored = export.read_config(folder)
+    metadata = stored["metadata"]
     if not {"model", "dataset"} <= metadata.keys():
         raise ExportError(f"{folder} names no model and data set to be evaluated on")
     config = Config(model=metadata["model"], dataset=metadata["dataset"])
+    if config.dataset in STREAMS:
+        config = dataclasses.replace(config, image_size=stored["input_shape"][0])
     config.validate()
-    data = data_lib.load(config.dataset, data_dir)
+    data = inputs.load(dataclasses.replace(config, data_dir=data_dir))
     return _compare(forms, data, config, metadata.get("test_accuracy"))
 
 
 def _metadata(run: Trained) -> dict[str, Any]:
-    mean, std = data_lib.channel_moments(run.data.train_images)
+    mean, std = inputs.moments(run.data)
     return {
         "model": run.config.model,
         "dataset": run.config.dataset,
@@ -133,10 +138,14 @@ def _stored(folder: Path) -> dict[str, Form]:
 
 
 def _compare(
-    forms: dict[str, Form], data: Dataset, config: Config, expected: float | None
+    forms: dict[str, Form], data: Data, config: Config, expected: float | None
 ) -> list[Row]:
-    labels = data.test_labels
-    logits = {name: _logits(form.call, data) for name, form in forms.items()}
+    loader = inputs.make_loader(config, data)
+    labels = np.concatenate([np.asarray(batch.labels) for batch in loader.test_batches()])
+    # The last batch is padded, and a file that cannot be decoded has no label.
+    there = labels >= 0
+    labels = labels[there]
+    logits = {name: _logits(form.call, loader)[there] for name, form in forms.items()}
     reference = next(iter(logits.values()))
     rows = [
         {
@@ -153,13 +162,11 @@ def _compare(
     return _with_costs(rows, sized, data.image_shape)
 
 
-def _logits(call: Callable[[Array], Array], data: Dataset) -> np.ndarray:
-    """Logits (n, classes) of the whole test set."""
+def _logits(call: Callable[[Array], Array], loader: Loader | StreamLoader) -> np.ndarray:
+    """Logits (n, classes) of all test batches."""
     program = jax.jit(lambda x: call(x))
-    batches = data_lib.make_loader(data).test_batches()
-    logits = np.concatenate([np.asarray(program(batch.images)) for batch in batches])
-    # The last batch is padded.
-    return logits[: len(data.test_labels)]
+    batches = loader.test_batches()
+    return np.concatenate([np.asarray(program(batch.images)) for batch in batches])
 
 
 def _check_agreement(rows: list[Row], reference: np.ndarray, expected: float | None) -> None:
@@ -180,7 +187,7 @@ def _check_agreement(rows: list[Row], reference: np.ndarray, expected: float | N
             )
 
 
-def _dense(config: Config, data: Dataset) -> InferenceModel:
+def _dense(config: Config, data: Images) -> InferenceModel:
     """The inference form of the same architecture without factors; its weights are random."""
     model = build.make_model(config, data, factorized=False)
     return export.to_inference(model, data.image_shape)

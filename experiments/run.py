@@ -5,20 +5,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import build, plots, processes, summary, tensorboard, workdir
+from experiments import build, inputs, plots, processes, summary, tensorboard, workdir
 from experiments.compiling import Compiling, use_cache
 from experiments.config import Config, identity
 from experiments.environment import commit
 from experiments.flags import NotFiniteError
+from experiments.inputs import Data
 from experiments.interrupt import Interruptible, Terminated, interruptible
 from experiments.progress import Progress
 from experiments.tally import Tally
 from experiments.trainer import Trainer
 from experiments.workdir import Workdir
-from ssa_jax import data as data_lib
 from ssa_jax import train
 from ssa_jax.checkpoint import Checkpoints
-from ssa_jax.data import Dataset
 from ssa_jax.record import Position
 from ssa_jax.train import TrainState
 
@@ -28,7 +27,7 @@ Row = dict[str, Any]
 MAX_ROLLBACKS = 5
 
 
-def run(config: Config, data: Dataset | None = None) -> Row:
+def run(config: Config, data: Data | None = None) -> Row:
     """Trains one configuration and returns its summary, which is also in its workdir.
 
     Args:
@@ -52,14 +51,13 @@ def run(config: Config, data: Dataset | None = None) -> Row:
             return one.go()
 
 
-def prepare(config: Config, data: Dataset | None) -> Dataset:
+def prepare(config: Config, data: Data | None) -> Data:
     """Checks a config and sets up what its run needs; its data, as the config wants them."""
     config.validate()
     if config.tensorboard:
         tensorboard.require()
     use_cache(config.compile_cache)
-    data = data or data_lib.load(config.dataset, config.data_dir)
-    return data_lib.limited(data_lib.hold_out(data, config.validation), config.train_size)
+    return inputs.of_run(config, data)
 
 
 @contextlib.contextmanager

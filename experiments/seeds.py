@@ -16,15 +16,14 @@ from typing import Any
 import jax
 from absl import flags as absl_flags
 
-from experiments import study_table, summary, workdir
+from experiments import inputs, study_table, summary, workdir
 from experiments.cells import Cell, locked, result, run_cell, still_to_run
 from experiments.config import Config, ConfigError
+from experiments.inputs import Data
 from experiments.interrupt import Terminated
 from experiments.study_table import Column
 from experiments.together import ApartError, run_together, why_apart
 from experiments.workdir import WorkdirError, write_json, write_text
-from ssa_jax import data as data_lib
-from ssa_jax.data import Dataset
 
 Row = dict[str, Any]
 
@@ -59,9 +58,7 @@ def define() -> None:
     )  # fmt: skip
 
 
-def run_seeds(
-    config: Config, seeds: int, at_once: str = "auto", data: Dataset | None = None
-) -> Row:
+def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | None = None) -> Row:
     """Trains one configuration at so many seeds, from `config.seed` on; returns the summary.
 
     Args:
@@ -89,8 +86,8 @@ def run_seeds(
     cells = [_cell(config, folder, config.seed + i) for i in range(seeds)]
 
     @functools.cache
-    def load() -> Dataset:
-        return data or data_lib.load(config.dataset, config.data_dir)
+    def load() -> Data:
+        return data or inputs.load(config)
 
     try:
         if together:
@@ -144,7 +141,7 @@ def _cell(config: Config, folder: Path, seed: int) -> Cell:
     return Cell(path.name, one)
 
 
-def _run_at_once(cells: Sequence[Cell], data: Dataset) -> None:
+def _run_at_once(cells: Sequence[Cell], data: Data) -> None:
     """Runs what is not done of the cells together, as far as that goes."""
     with contextlib.ExitStack() as stack:
         for cell in cells:

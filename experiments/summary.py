@@ -9,7 +9,7 @@ from experiments import build
 from experiments.build import Costs
 from experiments.config import Config
 from ssa_jax import train
-from ssa_jax.data import Dataset
+from ssa_jax.data import Images
 from ssa_jax.metrics import Probe
 from ssa_jax.train import TrainState
 from ssa_jax.units import Unit
@@ -69,7 +69,15 @@ def settings(config: Config) -> Row:
 def last_epoch(rows: Sequence[Row]) -> Row:
     """What the last row says; None for each where there is no row."""
     last = rows[-1] if rows else {}
-    names = ("test_accuracy", "train_loss", "angles", "weight_angles", "signal_angles", "drift")
+    names = (
+        "test_accuracy",
+        "test_top5_accuracy",
+        "train_loss",
+        "angles",
+        "weight_angles",
+        "signal_angles",
+        "drift",
+    )
     return {name: last.get(name) for name in names}
 
 
@@ -79,7 +87,7 @@ def best_epoch(rows: Sequence[Row]) -> Row:
     return {"best_epoch": best.get("epoch"), "best_test_accuracy": best.get("test_accuracy")}
 
 
-def sizes(units: Sequence[Unit], state: TrainState, data: Dataset, dense: Costs) -> Row:
+def sizes(units: Sequence[Unit], state: TrainState, data: Images, dense: Costs) -> Row:
     """Steps, classes, ranks and costs of a state, the latter also relative to the dense network."""
     size = build.network_costs(tuple(units), state.params, state.mstate, data)
     return {

@@ -12,6 +12,8 @@ Array = jax.Array
 # What the step reports of truncation, NaN where it truncated nothing.
 _BEFORE, _AFTER = "loss_before_truncation", "loss_after_truncation"
 _COUNT = "truncations"
+# Records that a loader replaced.
+_SKIPPED = "skipped"
 
 
 class Tally:
@@ -68,13 +70,14 @@ class Tally:
         return all(map(math.isfinite, self.sums.values()))
 
     def row(self) -> dict[str, Any]:
-        """Mean loss and accuracy over the steps, and what truncation did, if there was any."""
+        """Mean loss and accuracy over the steps, what truncation did, and records skipped."""
         self.flush()
-        truncation = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
+        others = (_COUNT, _BEFORE, _AFTER, _SKIPPED)
+        found = {n: self.sums[n] for n in others if n in self.sums}
         return {
             "train_loss": self.sums["loss"] / self.steps,
             "train_accuracy": self.sums["accuracy"] / self.steps,
-            **truncation,
+            **found,
         }
 
 

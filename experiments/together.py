@@ -12,12 +12,13 @@ from experiments import build, processes
 from experiments.compiling import Compiling
 from experiments.config import Config
 from experiments.flags import NotFiniteError
+from experiments.inputs import Data
 from experiments.interrupt import Interruptible, interruptible
 from experiments.run import Run, opened, prepare
 from experiments.tally import Tallies, Tally
 from experiments.trainer import Trainer
 from ssa_jax import replicas
-from ssa_jax.data import Dataset
+from ssa_jax.streams import STREAMS
 from ssa_jax.train import TrainState
 
 
@@ -31,10 +32,12 @@ def why_apart(config: Config) -> str | None:
         return f"with --rank_schedule={config.rank_schedule} every seed has ranks of its own"
     if config.on_nan == "rollback":
         return "with --on_nan=rollback a seed may go back alone"
+    if config.dataset in STREAMS:
+        return f"--dataset={config.dataset} is streamed, in an order of its own for every seed"
     return None
 
 
-def run_together(configs: Sequence[Config], data: Dataset) -> None:
+def run_together(configs: Sequence[Config], data: Data) -> None:
     """Trains all runs to their end.
 
     Args:

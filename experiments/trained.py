@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from experiments import build, workdir
+from experiments import build, inputs, workdir
 from experiments.config import Config, identity
+from experiments.inputs import Data
 from experiments.workdir import Workdir, WorkdirError
-from ssa_jax import data as data_lib
 from ssa_jax.checkpoint import CheckpointError, Checkpoints
-from ssa_jax.data import Dataset
 from ssa_jax.units import merge_units, ungroup_units
 
 
@@ -27,7 +26,7 @@ class Trained(NamedTuple):
     """
 
     config: Config
-    data: Dataset
+    data: Data
     model: nnx.Module
     epoch: int
     test_accuracy: float | None
@@ -54,8 +53,7 @@ def restore(path: Path, data_dir: str | None = None) -> Trained:
     checkpoints = Checkpoints(folder.checkpoints, config=identity(config))
     if checkpoints.latest() is None:
         raise CheckpointError(f"{path} holds no checkpoint; train it first, with --resume")
-    data = data_lib.load(config.dataset, data_dir or config.data_dir)
-    data = data_lib.hold_out(data, config.validation)
+    data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
     position, state = checkpoints.restore(build.build(config, data).state)
     model = build.make_model(config, data, factorized=config.factorized)
     model = merge_units(model, ungroup_units(state.params), ungroup_units(state.mstate))

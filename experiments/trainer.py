@@ -1,23 +1,25 @@
 """A network in training: its programs and its state, an epoch at a time. Knows no files."""
 
+import contextlib
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import build, summary
+from experiments import build, inputs, summary
 from experiments.compiling import Compiling
 from experiments.config import Config
 from experiments.flags import NotFiniteError
+from experiments.inputs import Data
 from experiments.tally import Tallies, Tally
 from ssa_jax import data as data_lib
 from ssa_jax import factors, metrics, ranks, replicas, train
-from ssa_jax.data import Dataset, Epoch, Loader
+from ssa_jax.data import DataError, Feed, Loader
 from ssa_jax.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
 from ssa_jax.mesh import ONE_DEVICE, Layout
 from ssa_jax.methods import Method
@@ -71,13 +73,13 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        data: Dataset,
+        data: Data,
         built: build.Built,
         compiling: Compiling,
         layout: Layout = ONE_DEVICE,
     ):
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
-        self.loader: Loader = data_lib.make_loader(data, layout=layout)
+        self.loader = inputs.make_loader(config, data, layout)
         self.state = layout.place(built.state)
         self.use(built)
 
@@ -107,7 +109,7 @@ class Trainer:
         asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
             jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
         )
-        length = fitting_length(asked, periods)
+        length = fitting_length(asked, (*periods, self.loader.steps_at_once))
         programs = {
             n: self._for_replicas(
                 replicas.vectorized,
@@ -133,12 +135,14 @@ class Trainer:
         """Steps done, by every replica."""
         return int(np.max(jax.device_get(self.state.step)))
 
-    def _feed(self, epoch: int) -> Epoch:
-        def make(key: Array) -> Epoch:
-            return self.loader.epoch(key, epoch, self.config.batch_size)
-
-        key = self.state.key
-        return replicas.epoch(make, key) if replicas.is_stacked(self.state) else make(key)
+    def _feeds(self, epoch: int, done: int) -> Generator[Feed]:
+        """What the programs are fed with from a step of an epoch on."""
+        loader, key, size = self.loader, self.state.key, self.config.batch_size
+        if not replicas.is_stacked(self.state):
+            return loader.feeds(key, epoch, size, done)
+        # Runs on streamed data are never trained at once (`together.why_apart`).
+        assert isinstance(loader, Loader)
+        return data_lib.repeated(replicas.epoch(lambda k: loader.epoch(k, epoch, size), key))
 
     def train_epoch(
         self, epoch: int, tally: Tally | Tallies, between: Callable[[int], None]
@@ -155,26 +159,29 @@ class Trainer:
           NotFiniteError: the loss is not finite.
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
-        feed = self._feed(epoch)
+        feeds = self._feeds(epoch, tally.steps)
         steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
         if self.config.max_steps:
             last = min(last, self.config.max_steps)
-        with tqdm(
-            total=(last - first) * size,
-            initial=tally.steps * size,
-            unit="img",
-            desc=f"epoch {epoch + 1}/{self.config.epochs}",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        ) as bar:
+        with (
+            contextlib.closing(feeds),
+            tqdm(
+                total=(last - first) * size,
+                initial=tally.steps * size,
+                unit="img",
+                desc=f"epoch {epoch + 1}/{self.config.epochs}",
+                disable=not sys.stderr.isatty(),
+                leave=False,
+            ) as bar,
+        ):
             runs = dispatches(first + tally.steps, last, steps.length, steps.periods)
             for step, count in runs:
                 between(step)
                 # Whatever comes from the host or goes there in here is asked for explicitly.
                 with jax.transfer_guard("disallow"):
-                    self._dispatch(steps, feed, step, count, tally)
+                    self._dispatch(steps, next(feeds), step, count, tally)
                 _check_finite(tally.finite)
                 bar.update(count * size)
         tally.flush()
@@ -188,7 +195,7 @@ class Trainer:
         return epoch < self.built.warmup_epochs
 
     def _dispatch(
-        self, steps: Steps, feed: Epoch, step: int, count: int, tally: Tally | Tallies
+        self, steps: Steps, feed: Feed, step: int, count: int, tally: Tally | Tallies
     ) -> None:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
@@ -196,8 +203,8 @@ class Trainer:
         takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
         if (every and step % every == 0) or 0 < takes_over == step:
             self.state = self.programs.refresh(self.state)
-        self.state, measured = steps.programs[count](self.state, feed)
-        tally.add(measured, count)
+        self.state, measured = steps.programs[count](self.state, feed.source)
+        tally.add(measured | feed.counts, count)
 
     def measure(self) -> Row:
         """Evaluates and probes, and mends and shrinks the factors where that is due.
@@ -207,7 +214,11 @@ class Trainer:
         """
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
-        index = np.arange(min(PROBE_SIZE, self.loader.train_size))
+        size = min(PROBE_SIZE, self.loader.train_size)
+        if self.loader.steps_at_once:
+            # Of large images a step has as many as the device holds.
+            size = min(size, self.config.batch_size)
+        index = np.arange(size)
         row |= summary.probe_row(self.programs.probe(self.state, self.loader.fixed_batch(index)))
         row |= self._repair(row)
         row |= self._compact(row)
@@ -218,16 +229,20 @@ class Trainer:
         _check_finite(tally.finite and train.all_finite(self.state))
 
     def evaluate(self) -> Row:
-        """Loss and accuracy on the test set."""
+        """Loss and accuracy on the test set, without what cannot be decoded."""
         results = [
             self.programs.evaluate(self.state.params, self.state.mstate, batch)
             for batch in self.loader.test_batches()
         ]
-        n = len(self.data.test_labels)
-        return {
-            "test_loss": sum(float(r["loss"]) for r in results) / n,
-            "test_accuracy": sum(int(r["correct"]) for r in results) / n,
-        }
+        sums = {name: sum(float(r[name]) for r in results) for name in results[0]}
+        n = sums["count"]
+        if not n:
+            raise DataError("no test image could be decoded; is this the right data set?")
+        names = {"loss": "test_loss", "correct": "test_accuracy",
+                 "correct_top5": "test_top5_accuracy"}  # fmt: skip
+        row = {names[name]: value / n for name, value in sums.items() if name in names}
+        skipped = self.loader.test_size - int(n)
+        return {**row, "test_skipped": skipped} if skipped else row
 
     def _refreshed(self, state: TrainState) -> None:
         """Takes over a state that was changed between steps, with its feedback made anew."""

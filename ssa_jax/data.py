@@ -2,9 +2,10 @@
 
 import functools
 import importlib.util
+import itertools
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,22 @@ Array = jax.Array
 
 class DataError(ValueError):
     """A data set is missing, not readable, or not what its name says."""
+
+
+class Images(Protocol):
+    """What a network and a run need to know of a data set, wherever its images are."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def train_size(self) -> int:
+        """Number of training examples."""
 
 
 class Dataset(NamedTuple):
@@ -44,6 +61,11 @@ class Dataset(NamedTuple):
         """(H, W, C)."""
         _, h, w, c = self.train_images.shape
         return h, w, c
+
+    @property
+    def train_size(self) -> int:
+        """Number of training examples."""
+        return len(self.train_labels)
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
@@ -72,10 +94,7 @@ def hold_out(data: Dataset, share: float) -> Dataset:
     """
     if not share:
         return data
-    order = np.random.default_rng(0).permutation(len(data.train_labels))
-    held, kept = np.split(order, [max(1, round(share * len(order)))])
-    # In their old order, in which arrays as large as a data set are read.
-    held, kept = np.sort(held), np.sort(kept)
+    kept, held = held_out(data.train_size, share)
     return data._replace(
         train_images=data.train_images[kept],
         train_labels=data.train_labels[kept],
@@ -84,15 +103,27 @@ def hold_out(data: Dataset, share: float) -> Dataset:
     )
 
 
+def held_out(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of n examples that are kept and held out, in the order in which files have them."""
+    order = np.random.default_rng(0).permutation(n)
+    held, kept = np.split(order, [max(1, round(share * n))])
+    return np.sort(kept), np.sort(held)
+
+
 def limited(data: Dataset, size: int) -> Dataset:
     """The data set with at most `size` of its training examples, always the same; 0 keeps all.
 
     Drawn at random, so that the classes stay about as frequent as they are. The test set stays.
     """
-    if not 0 < size < len(data.train_labels):
+    if not 0 < size < data.train_size:
         return data
-    kept = np.sort(np.random.default_rng(0).permutation(len(data.train_labels))[:size])
+    kept = drawn(data.train_size, size)
     return data._replace(train_images=data.train_images[kept], train_labels=data.train_labels[kept])
+
+
+def drawn(n: int, size: int) -> np.ndarray:
+    """Indices of `size` of n examples, always the same, in the order in which files have them."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:size])
 
 
 def _checked(name: str, data: Dataset) -> Dataset:
@@ -133,6 +164,18 @@ def _tfds(name: str, crop: int, flip: bool) -> Callable[[str | None], Dataset]:
 
 
 def _load_tfds(name: str, crop: int, flip: bool, data_dir: str | None) -> Dataset:
+    builder = open_tfds(name, data_dir)
+    train, test = (_read_split(builder, name, split) for split in ("train", "test"))
+    classes = builder.info.features["label"].num_classes
+    return Dataset(*train, *test, classes=classes, crop=crop, flip=flip)
+
+
+def open_tfds(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder of a prepared data set.
+
+    Raises:
+      DataError: it is not prepared, and cannot be.
+    """
     # Imported late: it takes seconds, and the digits need none of it.
     import tensorflow_datasets as tfds
 
@@ -144,9 +187,7 @@ def _load_tfds(name: str, crop: int, flip: bool, data_dir: str | None) -> Datase
         raise DataError(f"{name} in {data_dir or 'the default TFDS directory'}: {e}") from e
     if not builder.is_prepared():
         _prepare(builder, name)
-    train, test = (_read_split(builder, name, split) for split in ("train", "test"))
-    classes = builder.info.features["label"].num_classes
-    return Dataset(*train, *test, classes=classes, crop=crop, flip=flip)
+    return builder
 
 
 def _prepare(builder: Any, name: str) -> None:
@@ -259,11 +300,32 @@ class Epoch(NamedTuple):
     key: Array
 
 
+class Feed(NamedTuple):
+    """What a program of training steps is fed with.
+
+    Attributes:
+      source: on the device; the loader's `batch_at` makes batches of it.
+      counts: what is to be counted of each step beside its metrics, arrays (steps,) by name.
+    """
+
+    source: Any
+    counts: dict[str, Any]
+
+
+def repeated(epoch: Epoch) -> Generator[Feed]:
+    """The feeds of an epoch that lies on the device: all of it, for any number of programs."""
+    whole = Feed(epoch, {})
+    return (whole for _ in itertools.count())
+
+
 class Loader(NamedTuple):
     """A data set on the device, as jitted functions.
 
     Attributes:
-      train_size: number of training examples.
+      train_size, test_size: numbers of examples.
+      steps_at_once: most steps that a feed is good for; 0 for any number.
+      feeds: (key, number, batch size, steps done) -> a generator of the `Feed` of each program
+        in the rest of an epoch.
       epoch: (key, number, batch size) -> the `Epoch` of that number in a run of that key.
       batch_at: (epoch, step) -> the augmented training `Batch` of a step, an int32 scalar on the
         device that counts from the start of the run.
@@ -273,6 +335,9 @@ class Loader(NamedTuple):
     """
 
     train_size: int
+    test_size: int
+    steps_at_once: int
+    feeds: Callable[[Array, int, int, int], Generator[Feed]]
     epoch: Callable[[Array, int, int], Epoch]
     batch_at: Callable[[Epoch, Array], Batch]
     train_batch: Callable[[Array, Array | np.ndarray], Batch]
@@ -324,6 +389,10 @@ def make_loader(data: Dataset, eval_batch_size: int = 500, layout: Layout = ONE_
         steps = len(order) // size
         return Epoch(train, order[: steps * size].reshape(steps, size), crop_key)
 
+    def feeds(key: Array, number: int, size: int, done: int) -> Generator[Feed]:
+        del done
+        return repeated(epoch(key, number, size))
+
     @jax.jit
     def batch_at(epoch: Epoch, step: Array) -> Batch:
         indices = epoch.rows[step % len(epoch.rows)]
@@ -334,7 +403,10 @@ def make_loader(data: Dataset, eval_batch_size: int = 500, layout: Layout = ONE_
             yield pick(test, np.arange(start, start + size))
 
     return Loader(
-        train_size=len(data.train_labels),
+        train_size=data.train_size,
+        test_size=len(data.test_labels),
+        steps_at_once=0,
+        feeds=feeds,
         epoch=epoch,
         batch_at=batch_at,
         train_batch=functools.partial(augmented, train),

@@ -58,6 +58,21 @@ class Layout(NamedTuple):
             return jax.tree.map(jax.numpy.asarray, tree)
         return jax.tree.map(_put, tree, self.shardings(tree, whole=whole))
 
+    def place_rows(self, tree: Tree) -> Tree:
+        """Arrays whose rows are spread over the devices, from those that each process has of them.
+
+        Args:
+          tree: of NumPy arrays (rows of this process, ...), equally many in each process; all
+            together a multiple of the devices.
+        """
+        mesh = self.mesh
+        if mesh is None:
+            return jax.device_put(tree)
+        spread = NamedSharding(mesh, P(AXIS))
+        # It is asked for in so many words, which a transfer guard does not see of this function.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.tree.map(lambda x: jax.make_array_from_process_local_data(spread, x), tree)
+
     def keep(self, tree: Tree) -> Tree:
         """Inside a jitted program: a state that leaves it as `place` would put it."""
         if self.mesh is None:

@@ -36,6 +36,7 @@ class OptimizerConfig(NamedTuple):
       first_rate: rate of the first unit over that of the last; see `scale_by_depth`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
         it back to zero.
+      warmup_steps: the same in steps; 0 for the share.
       clip: largest RMS of one gradient array; local, unlike a global norm.
       hoyer: η, coefficient of the Hoyer term.
       rank_schedule: a name in `ranks.SCHEDULES`.
@@ -58,6 +59,7 @@ class OptimizerConfig(NamedTuple):
     optimizer: str = "adam"
     first_rate: float = 1.0
     warmup: float = 0.05
+    warmup_steps: int = 0
     clip: float = 1.0
     hoyer: float = 0.0
     rank_schedule: str = "none"
@@ -78,7 +80,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=max(1, round(config.warmup * config.total_steps)),
+        warmup_steps=config.warmup_steps or max(1, round(config.warmup * config.total_steps)),
         decay_steps=max(2, config.total_steps),
     )
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssa_jax.forward import output_shapes
+from ssa_jax.layers import Pool
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
 from ssa_jax.models.blocks import (
     BlockEntry,
@@ -29,7 +30,7 @@ def tiny_conv(rank=None, seed=0):
     return Feedforward(
         [
             Plain(conv(2, 6, 3, rank=rank, rngs=rngs), norm=batch_norm(6, rngs),
-                  activation=nnx.relu, pool=2),
+                  activation=nnx.relu, pool=Pool(2, 2)),
             Plain(conv(6, 8, 3, rank=rank, rngs=rngs, strides=2), norm=batch_norm(8, rngs),
                   activation=nnx.relu),
             Plain(dense(32, 7, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True),
@@ -86,6 +87,10 @@ NETWORKS = {
     "split_residual": tiny_split_residual,
     "linear": tiny_linear,
 }
+
+
+# Models that would take a test too long at their width and depth.
+NARROW = {name: {"width": 8, "blocks": (1, 1)} for name in ("resnet18", "resnet50")}
 
 
 def make_batch(n=8, seed=0, shape=IMAGE, classes=CLASSES):

@@ -42,6 +42,8 @@ ALLOWED = {
     },
     "metrics": {"factors", "linalg", "forward", "losses", "methods", "passes", "train", "units"},
     "data": {"mesh", "train"},
+    "images": set(),
+    "streams": {"data", "images", "mesh", "train"},
     "dispatch": {"train"},
     "replicas": {"data", "dispatch", "train"},
     "record": {"mesh", "train"},

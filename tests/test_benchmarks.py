@@ -1,6 +1,7 @@
 """The records say what was measured, and the benchmarks write what the records read."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,25 @@ def test_a_stacked_update_is_the_update_of_each_unit():
     whole, _ = chain.update(stacked.stack(gradients), chain.init(together), together)
     for a, b in zip(jax.tree.leaves(stacked.stack(apart)), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TFDS_DATA_DIR"), reason="TFDS_DATA_DIR is not set")
+def test_loader_quick_writes_every_reader_beside_the_plain_loop(tmp_path):
+    file = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.loader", "--quick", "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    assert [(r["reader"], r["workers"]) for r in record["rows"]] == [
+        ("plain", 0), ("ours", 0), ("ours", 1), ("ours", 2)
+    ]  # fmt: skip
+    assert record["rows"][0]["ratio_to_plain"] == 1
+    assert all(r["images_per_second"] > 0 and r["first_batch_s"] > 0 for r in record["rows"])
+    page = records.loader(record)
+    assert "| 64 pixels, ours, 1 worker |" in page
+    assert "| 64 pixels, ours, no workers |" in page
 
 
 def three_steps(step, state, batch):

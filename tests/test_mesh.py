@@ -19,7 +19,7 @@ from experiments.config import Config, ConfigError, identity
 from experiments.run import run
 from experiments.trainer import Trainer
 from ssa_jax import data as data_lib
-from ssa_jax import train
+from ssa_jax import mesh, train
 from ssa_jax.dispatch import make_dispatch
 from ssa_jax.factors import Factors
 from ssa_jax.mesh import AXIS, ONE_DEVICE, Layout, from_first, make_layout, on_host
@@ -45,6 +45,14 @@ def test_one_device_has_no_mesh_and_programs_stay_as_they_are():
         assert put(tree)["a"] is tree["a"]
         assert put(tree)["key"] is tree["key"]
     assert ONE_DEVICE.returning(ONE_DEVICE.keep, run) is run
+
+
+def test_rows_of_one_device_are_those_of_the_process():
+    rows = {"a": np.arange(6).reshape(3, 2)}
+    with jax.transfer_guard("disallow"):
+        placed = ONE_DEVICE.place_rows(rows)
+    assert isinstance(placed["a"], jax.Array)
+    assert np.array_equal(placed["a"], rows["a"])
 
 
 def test_one_device_runs_the_plain_step_without_any_mesh():
@@ -83,11 +91,12 @@ def test_factors_in_parts_are_cut_along_the_axis_that_keeps_its_length(shape, sp
         assert everywhere == {"layer": Factors((), (), ()), "dense": ()}
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
+def test_a_batch_that_the_devices_do_not_divide_is_refused(monkeypatch):
+    assert processes.layout(Config(batch_size=101)) is ONE_DEVICE
+    monkeypatch.setattr(mesh, "make_layout", lambda shard_factors: EIGHT)
     with pytest.raises(ConfigError, match=r"^--batch_size must be a multiple of 8, .* got 100$"):
-        processes.require_divisible(Config(batch_size=100), EIGHT)
-    processes.require_divisible(Config(batch_size=104), EIGHT)
-    processes.require_divisible(Config(batch_size=101), ONE_DEVICE)
+        processes.layout(Config(batch_size=100))
+    assert processes.layout(Config(batch_size=104)) is EIGHT
 
 
 def test_where_a_run_runs_is_no_part_of_what_it_is():

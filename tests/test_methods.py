@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from helpers import CLASSES, NETWORKS, make_batch, make_method, max_difference, split
+from helpers import CLASSES, NARROW, NETWORKS, make_batch, make_method, max_difference, split
 
 from ssa_jax import factors, losses, metrics
 from ssa_jax.forward import forward
@@ -144,8 +144,10 @@ def test_direct_signals_ignore_later_activations(name, options):
 
 def network_of(model, rank, batch):
     """A model of the registry with a batch of images, and one step's worth of state."""
-    shape = (32, 32, 3)
-    units, params, mstate = split_units(MODELS[model](shape, 10, rank=rank, rngs=nnx.Rngs(0)))
+    # The stem of larger images pools.
+    shape = (33, 33, 3) if model in NARROW else (32, 32, 3)
+    network = MODELS[model](shape, 10, rank=rank, rngs=nnx.Rngs(0), **NARROW.get(model, {}))
+    units, params, mstate = split_units(network)
     return units, params, mstate, make_batch(batch, shape=shape, classes=10), shape
 
 

@@ -11,7 +11,7 @@ from helpers import IMAGE, NETWORKS, make_batch, make_method, max_difference, sp
 
 from ssa_jax import costs, feedback, losses
 from ssa_jax.forward import forward, output_shapes, predict
-from ssa_jax.layers import max_pool
+from ssa_jax.layers import Pool, max_pool
 from ssa_jax.losses import LossWeights
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import (
@@ -76,9 +76,17 @@ COUNTS = {
     "resnet32_identity": RESNET32,
     "plain32": PLAIN32,
 }
+# Torchvision's, of images of 224 pixels and 1000 classes.
+PUBLISHED = {"resnet18": 11_689_512, "resnet50": 25_557_032}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks_of_imagenet_have_the_published_size(name):
+    model = nnx.eval_shape(lambda: MODELS[name]((224, 224, 3), 1000, rank=None, rngs=nnx.Rngs(0)))
+    assert costs.parameters(nnx.state(model, nnx.Param)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", COUNTS)
 def test_dense_models_have_the_parameters_of_their_architecture(name):
     model = nnx.eval_shape(lambda: MODELS[name]((32, 32, 3), 10, rank=None, rngs=nnx.Rngs(0)))
     assert costs.parameters(nnx.state(model, nnx.Param)) == COUNTS[name]
@@ -225,7 +233,7 @@ def plain(rngs, c_in=2, activation=None, **options):
 WATCHED = {
     "dense": lambda r, a: Plain(dense(72, 4, rank=0.5, rngs=r), activation=a, flatten=True),
     "conv": lambda r, a: plain(r, activation=a),
-    "pooled": lambda r, a: plain(r, activation=a, pool=2),
+    "pooled": lambda r, a: plain(r, activation=a, pool=Pool(2, 2)),
     "residual": lambda r, a: Residual([plain(r, activation=nnx.relu), plain(r, 4)],
                                       shortcut=plain(r), activation=a),
     "bare": lambda r, a: Residual([plain(r, activation=nnx.relu), plain(r, 4)],
@@ -304,10 +312,10 @@ def test_every_activation_is_watched_once(name):
 
 def test_pooled_slope_is_that_of_the_maxima():
     layer = conv(2, 4, 3, rank=None, rngs=nnx.Rngs(0))
-    module = with_slopes(Plain(layer, activation=nnx.relu, pool=3))
+    module = with_slopes(Plain(layer, activation=nnx.relu, pool=Pool(3, 3)))
     x = make_batch().images
     module(x)
-    fraction = jnp.mean(max_pool(layer(x), 3) > 0, axis=(0, 1, 2))
+    fraction = jnp.mean(max_pool(layer(x), Pool(3, 3)) > 0, axis=(0, 1, 2))
     assert float(jnp.max(jnp.abs(fraction - jnp.mean(layer(x) > 0, axis=(0, 1, 2))))) > 0.1
     assert jnp.allclose(module.slope.mean.get_value(), 0.9 + 0.1 * fraction, atol=1e-6)
 

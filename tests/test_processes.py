@@ -15,6 +15,8 @@ import pytest
 from experiments import processes, pulse, workdir
 from experiments.config import Config, ConfigError
 from experiments.workdir import Elsewhere, WorkdirError
+from ssa_jax import streams
+from ssa_jax.data import DataError
 
 ROOT = Path(__file__).parent.parent
 # Ranks fall in the first epoch, and are compacted at its end.
@@ -93,18 +95,18 @@ def port():
         return s.getsockname()[1]
 
 
-def start(folder, *flags, devices=1):
+def start(folder, *flags, devices=1, program="cifar"):
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.cifar", f"--workdir={folder}", *flags],
+        [sys.executable, "-m", f"experiments.{program}", f"--workdir={folder}", *flags],
         cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def start_two(folder, *flags, devices=1):
+def start_two(folder, *flags, **options):
     address = f"--coordinator_address=127.0.0.1:{port()}"
     return [
-        start(folder, *flags, address, "--num_processes=2", f"--process_id={i}", devices=devices)
+        start(folder, *flags, address, "--num_processes=2", f"--process_id={i}", **options)
         for i in (0, 1)
     ]
 
@@ -144,6 +146,25 @@ def test_two_processes_train_what_one_trains(tmp_path):
         assert summary["status"] == "finished"
         # Stored ranks change once, after the first epoch.
         assert summary["compiles"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TFDS_DATA_DIR"), reason="TFDS_DATA_DIR is not set")
+def test_two_processes_decode_a_batch_between_them_and_train_what_one_trains(tmp_path):
+    try:
+        streams.load("tiny_imagenet10")
+    except DataError:
+        pytest.skip("tiny_imagenet10 is not prepared in TFDS_DATA_DIR")
+    # The last of the batches of 500 test images is not whole.
+    flags = ("--dataset=tiny_imagenet10", "--image_size=16", "--model=mlp", "--method=bp",
+             "--batch_size=64", f"--epochs={EPOCHS}", "--train_size=512")  # fmt: skip
+    ended(start(tmp_path / "one", *flags, program="imagenet"))
+    for process in start_two(tmp_path / "two", *flags, devices=2, program="imagenet"):
+        ended(process)
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+    top5 = [[r["test_top5_accuracy"] for r in rows(tmp_path / name)] for name in ("one", "two")]
+    assert top5[0] == pytest.approx(top5[1], rel=2e-3)
+    assert [r["skipped"] for r in rows(tmp_path / "two")] == [0, 0]
 
 
 def end_one_of_two(folder, victim, sent):

@@ -1,5 +1,7 @@
 """Units: the NNX model and its pure functions are the same network."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -147,11 +149,50 @@ def test_a_model_without_units_is_refused():
         units_lib.split_units(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
 
+def split_of(name, shape, rank):
+    """Units of a model, and the shapes of its trees: no weights are drawn."""
+    units = []
+
+    def trees():
+        split = split_units(MODELS[name](shape, 10, rank=rank, rngs=nnx.Rngs(0)))
+        units.extend(split[0])
+        return split[1:]
+
+    params, mstate = jax.eval_shape(trees)
+    return tuple(units), params, mstate
+
+
+def imagenet(side, width, blocks, expansion):
+    """Shapes of the stem and of the blocks of a residual network whose first maps have a side."""
+    stages = [
+        [(side // 2**i, side // 2**i, width * 2**i * expansion)] * n for i, n in enumerate(blocks)
+    ]
+    return [(side, side, width), *itertools.chain(*stages)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "side"), [("resnet18", 33, 9), ("resnet18", 64, 16), ("resnet50", 224, 56)]
+)
+def test_the_stem_quarters_what_is_larger_than_32_pixels(name, size, side):
+    units, params, mstate = split_of(name, (size, size, 3), None)
+    stem, *_, last, logits = output_shapes(units, params, mstate, (size, size, 3))
+    assert stem == (side, side, 64)
+    assert last[0] == -(-side // 8)
+    assert logits == (10,)
+    assert params[0]["map"]["kernel"].shape == (7, 7, 3, 64)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_vgg13_takes_the_sizes_of_imagenet(size):
+    units, params, mstate = split_of("vgg13", (size, size, 3), 0.25)
+    assert output_shapes(units, params, mstate, (size, size, 3))[-2] == (size // 32,) * 2 + (512,)
+
+
 @pytest.mark.parametrize("rank", [None, 0.25])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
     shape = (32, 32, 3)
-    units, params, mstate = split_units(MODELS[name](shape, 10, rank=rank, rngs=nnx.Rngs(0)))
+    units, params, mstate = split_of(name, shape, rank)
     shapes = output_shapes(units, params, mstate, shape)
     assert shapes[-1] == (10,)
     resnet = [(32, 32, 16)] * 6 + [(16, 16, 32)] * 5 + [(8, 8, 64)] * 5
@@ -165,6 +206,8 @@ def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
                                        for shape in ((h, w, 2 * c), (h, w, c))]],
         "resnet32_identity": resnet,
         "plain32": resnet,
+        "resnet18": imagenet(32, 64, (2, 2, 2, 2), 1),
+        "resnet50": imagenet(32, 64, (3, 4, 6, 3), 4),
     }  # fmt: skip
     assert shapes[:-1] == expected[name]
     assert params[-1]["map"]["kernel"].shape[-1] == 10

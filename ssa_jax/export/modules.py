@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssa_jax.layers import Pool
 from ssa_jax.lowering import conv_general_dilated
 
 Array = jax.Array
@@ -23,15 +24,14 @@ class ExportError(ValueError):
 
 
 class MaxPool(nnx.Module):
-    """Max pooling of (batch, H, W, C), window and stride `size`, no padding."""
+    """Max pooling of (batch, H, W, C); windows that would leave the padded map are left out."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, pool: Pool):
+        self.pool = pool
 
     def __call__(self, x: Array) -> Array:
-        """Maps (batch, H, W, C) to (batch, H // size, W // size, C)."""
-        window = (self.size, self.size)
-        return nnx.max_pool(x, window, strides=window)
+        """Maps (batch, H, W, C) to (batch, ⌊(H + 2 padding - size) / stride⌋ + 1, …, C)."""
+        return nnx.max_pool(x, **self.pool.options)
 
 
 class Affine(nnx.Module):
@@ -199,7 +199,7 @@ def describe(layer: Any) -> Description:
     if isinstance(layer, Affine):
         return {"kind": "affine", "features": layer.features}
     if isinstance(layer, MaxPool):
-        return {"kind": "max_pool", "size": layer.size}
+        return {"kind": "max_pool", **layer.pool._asdict()}
     if isinstance(layer, Add):
         return {
             "kind": "add",
@@ -224,7 +224,8 @@ def rebuild(description: Description) -> Any:
         branches = options["branches"]
         return Add([nnx.Sequential(*(rebuild(d) for d in branch)) for branch in branches])
     if kind == "max_pool":
-        return MaxPool(options["size"])
+        # Exports of earlier versions have the size alone, which was the stride too.
+        return MaxPool(Pool(**{"stride": options["size"], **options}))
     if kind == "affine":
         return Affine(*[jax.ShapeDtypeStruct((options["features"],), jnp.float32)] * 2)  # type: ignore[arg-type]
     if kind in ("linear", "conv"):

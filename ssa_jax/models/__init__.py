@@ -5,6 +5,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from ssa_jax.models.feedforward import mlp, smallconv, vgg13
+from ssa_jax.models.imagenet import resnet18, resnet50
 from ssa_jax.models.residual import plain32, resnet32, resnet32_conv, resnet32_identity
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {
@@ -15,4 +16,6 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet32_conv": resnet32_conv,
     "resnet32_identity": resnet32_identity,
     "plain32": plain32,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
 }

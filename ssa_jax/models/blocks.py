@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from ssa_jax.layers import SVDConv, SVDDense, max_pool
+from ssa_jax.layers import Pool, SVDConv, SVDDense, max_pool
 from ssa_jax.lowering import conv_general_dilated
 
 Array = jax.Array
@@ -157,7 +157,7 @@ class Plain(nnx.Module):
       map: a layer on arrays, such as `nnx.Conv` or `SVDDense`.
       norm: a batch norm or None.
       activation: an elementwise function or None.
-      pool: window and stride of a 2-D max pooling, or 0.
+      pool: windows of a 2-D max pooling, or None.
       average: averages the input (batch, H, W, C) over its positions first: (batch, C).
       flatten: flattens the input to (batch, features) first.
     """
@@ -168,7 +168,7 @@ class Plain(nnx.Module):
         *,
         norm: nnx.BatchNorm | None = None,
         activation: Callable[[Array], Array] | None = None,
-        pool: int = 0,
+        pool: Pool | None = None,
         average: bool = False,
         flatten: bool = False,
     ):
@@ -209,8 +209,7 @@ class Plain(nnx.Module):
         if self.slope is not None:
             y = self.slope(y)
         if self.pool:
-            window = (self.pool, self.pool)
-            y = nnx.avg_pool(y, window, strides=window)
+            y = nnx.avg_pool(y, **self.pool.options, count_include_pad=False)
         return y
 
     def _enter(self, x: Array) -> Array:

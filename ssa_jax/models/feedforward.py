@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
+from ssa_jax.layers import Pool
 from ssa_jax.models.blocks import Plain, batch_norm, check_images, conv, dense
 
 Array = jax.Array
@@ -61,7 +62,7 @@ def _conv_stack(
     for here, after in zip(plan, [*plan[1:], None], strict=True):
         if here == "M":
             continue
-        pool = 2 if after == "M" else 0
+        pool = Pool(2, 2) if after == "M" else None
         if pool:
             height, width = height // 2, width // 2
         c_out = int(here)
