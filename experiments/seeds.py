@@ -96,7 +96,8 @@ def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | No
             if not result(cell):
                 run_cell(cell, load)
     except KeyboardInterrupt as e:
-        _write(config, folder, cells)
+        if any(result(cell) for cell in cells):
+            _write(config, folder, cells)
         what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
         raise type(e)(
             f"{what}; go on with the same flags and --workdir={folder} --resume"
@@ -121,7 +122,8 @@ def _open(config: Config, seeds: int) -> Path:
     """The folder of all seeds: a new or empty one, or with `resume` one that has some."""
     path = Path(config.workdir or workdir.default_path(config, f"seeds{seeds}"))
     if config.resume:
-        if workdir.runs_in(path) == [path]:
+        # Also one that was stopped before its first seed had begun.
+        if (path / "config.json").exists() or not any(path.glob("seed*")):
             raise WorkdirError(f"{path} holds no seeds to resume; give the --workdir of --seeds")
         return path
     try:

@@ -59,10 +59,10 @@ def test_an_implicit_transfer_in_the_loop_raises(steps):
 @pytest.mark.parametrize(
     "change",
     [
-        {},
-        {"precision": "bfloat16", "method": "bp"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bfloat16", "method": "bp"}, marks=pytest.mark.slow),
         {"rank_schedule": "hybrid", "rank_init": 1.0},
-        {"warmup_method": "bp", "max_steps": STEPS + 6},
+        pytest.param({"warmup_method": "bp", "max_steps": STEPS + 6}, marks=pytest.mark.slow),
     ],
     ids=["ssa", "bfloat16", "truncation", "warm-up"],
 )
