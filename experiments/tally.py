@@ -72,8 +72,9 @@ class Tally:
     def row(self) -> dict[str, Any]:
         """Mean loss and accuracy over the steps, what truncation did, and records skipped."""
         self.flush()
-        others = (_COUNT, _BEFORE, _AFTER, _SKIPPED)
-        found = {n: self.sums[n] for n in others if n in self.sums}
+        found = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
+        if _SKIPPED in self.sums:
+            found[_SKIPPED] = int(self.sums[_SKIPPED])
         return {
             "train_loss": self.sums["loss"] / self.steps,
             "train_accuracy": self.sums["accuracy"] / self.steps,
