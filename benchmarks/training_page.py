@@ -165,6 +165,19 @@ def _profile(record: dict[str, Any]) -> str:
     return markdown(["network", "step ms", *names], table)
 
 
+def _arithmetic(rows: Sequence[Row]) -> str:
+    """What of the goal for time the multiply-accumulates of ssa allow, network by network."""
+    told = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        ours, theirs = (find(rows, model=model, **kind) for kind in (_ssa(), {"method": REFERENCE}))
+        if ours and theirs and ours["macs"] and theirs["macs"]:
+            told.append(f"{model} {ours['macs'] / theirs['macs']:.2f}")
+    return (
+        f"Multiply-accumulates of a step of ssa at rank {RANK}, taped, over those of Flax BP: "
+        f"{', '.join(told)}. At an equal rate of arithmetic the ratio of the times is that number."
+    )
+
+
 def step(record: dict[str, Any]) -> str:
     """The section of `benchmarks.step`."""
     return "\n\n".join(
@@ -179,6 +192,7 @@ def step(record: dict[str, Any]) -> str:
             "share of the whole step; run apart they share less. adam and stiefel make up chain: "
             "plain clip and Adam, and what projections and retraction take beside them.",
             _profile(record),
+            _arithmetic(record["rows"]),
             "Goals:",
             goals(record),
         ]
