@@ -42,7 +42,7 @@ def test_the_section_has_a_line_for_every_row():
     assert text.count("| mlp, ssa at 0.5 | 2 | 1.000 | 0.500 | 3 | 9 | 0.000 | 0 |") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_factors_are_summed_and_no_kernels(tmp_path):
     """The sums of a step are those of the gradients of what is trained, and a few numbers."""
     file = tmp_path / "comm.json"

@@ -130,7 +130,7 @@ def test_collectives_are_read_off_a_program():
     assert found[1].arrays == (("f32", (48, 32)), ("bf16", (2, 3)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "method", "size"),
     [

@@ -129,7 +129,7 @@ def assert_same_curve(folder, other):
         assert [r[name] for r in mine] == pytest.approx([r[name] for r in theirs], rel=2e-3), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_trains(tmp_path):
     flags = (*SMALL, f"--epochs={EPOCHS}")
     ended(start(tmp_path / "one", *flags))
@@ -148,7 +148,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
         assert summary["compiles"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("TFDS_DATA_DIR"), reason="TFDS_DATA_DIR is not set")
 def test_two_processes_decode_a_batch_between_them_and_train_what_one_trains(tmp_path):
     try:
@@ -187,7 +187,7 @@ def end_one_of_two(folder, victim, sent):
             process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_ends_the_other_and_one_goes_on_alone(tmp_path):
     folder = tmp_path / "run"
     err, code, seconds = end_one_of_two(folder, 1, signal.SIGKILL)
@@ -201,7 +201,7 @@ def test_a_killed_process_ends_the_other_and_one_goes_on_alone(tmp_path):
     assert_same_curve(folder, tmp_path / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_first_process_that_hangs_ends_the_other(tmp_path):
     err, code, seconds = end_one_of_two(tmp_path / "run", 0, signal.SIGSTOP)
     # JAX may be the first to notice.
@@ -210,7 +210,7 @@ def test_a_first_process_that_hangs_ends_the_other(tmp_path):
     assert seconds < 60
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_to_one_process_saves_in_all_and_ends_them(tmp_path):
     folder = tmp_path / "run"
     _, code, _ = end_one_of_two(folder, 1, signal.SIGTERM)
@@ -218,7 +218,7 @@ def test_sigterm_to_one_process_saves_in_all_and_ends_them(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flags_that_do_not_fit_end_the_program_with_one_line(tmp_path):
     _, err = ended(start(tmp_path / "a", *SMALL, "--batch_size=100", devices=8), code=2)
     assert err.splitlines()[-1] == (
