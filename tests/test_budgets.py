@@ -103,6 +103,7 @@ def test_the_heuristic_ends_at_its_budget_too_and_rank_changes_do_not_move_the_l
     assert summary["compile_s"] > 0
 
 
+@pytest.mark.slow
 def test_adaptive_ranks_are_bounded_by_their_buckets_and_excluded_layers_stay(data, tmp_path):
     config = dataclasses.replace(
         SMALL,

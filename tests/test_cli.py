@@ -67,6 +67,7 @@ def test_the_workdir_tells_the_run(finished):
         assert summary[name] == row[name]
 
 
+@pytest.mark.slow
 def test_a_warm_up_is_its_method_until_the_other_takes_over(tmp_path):
     def losses(name, **changes):
         folder = str(tmp_path / name)
@@ -170,6 +171,7 @@ def test_options_of_the_feedback_run_to_the_end(change, tmp_path):
         assert max(summary["signal_angles"]) < 0.1
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_another_seed_another(tmp_path):
     def losses(name, **change):
         run(dataclasses.replace(SMALL, workdir=str(tmp_path / name), epochs=2, **change))
@@ -180,6 +182,7 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path):
     assert losses("c", seed=1) != first
 
 
+@pytest.mark.slow
 def test_resume_equals_an_uninterrupted_run(tmp_path):
     change = {"rank_schedule": "hybrid", "rank_init": 1.0, "epochs": 4}
     whole = dataclasses.replace(SMALL, workdir=str(tmp_path / "whole"), **change)

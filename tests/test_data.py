@@ -186,6 +186,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 @needs_prepared
+@pytest.mark.slow
 def test_a_file_cut_short_is_refused(tmp_path):
     files = list(copy_of("mnist", tmp_path).rglob("*test*.array_record*"))
     files[0].write_bytes(files[0].read_bytes()[:100_000])

@@ -147,6 +147,7 @@ def test_each_finding_is_told_once(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_run_without_retraction_is_told_so_while_it_runs(tmp_path, capsys):
     # Without the projection too, U and V leave the manifold at once.
     config = Config(

@@ -120,6 +120,7 @@ def test_folders_that_hold_no_trained_run(finished, tmp_path):
         trained.restore(broken)
 
 
+@pytest.mark.slow
 def test_the_program_prints_a_table_and_its_errors_are_one_line(finished, tmp_path):
     folder, summary = finished
     out = tmp_path / "out"

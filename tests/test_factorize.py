@@ -138,6 +138,7 @@ def test_wrong_choices(choice, message):
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.slow
 def test_a_converted_model_trains_by_ssa(name):
     units, params, mstate = split_units(from_dense(NETWORKS[name](None), rank=0.5))
     method = make_method("ssa", units, params, mstate, IMAGE)

@@ -129,6 +129,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(
     assert_equal_runs(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_steps_a_program_stops_between_two_and_goes_on(whole, signal_at, tmp_path):
     """And is bit for bit a run of single steps, without convolutions, through compactions."""
     several = dataclasses.replace(SMALL, steps_per_dispatch=4)
@@ -177,6 +178,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path):
     assert_equal_runs(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_steps_and_nothing_else(whole, tmp_path, capsys):
     folder = tmp_path / "run"
     run.run(at(SMALL, folder, save_every=4, max_steps=2 * STEPS + 5))
@@ -194,6 +196,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(whole, tmp_path, caps
     assert_equal_runs(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_wherever_it_lies(whole, tmp_path):
     other = at(SMALL, tmp_path / "other", method="bp", factorize="on")
     run.run(dataclasses.replace(other, max_steps=1))
@@ -217,6 +220,7 @@ def test_the_best_epoch_is_named_and_kept(whole):
 PLAIN = dataclasses.replace(SMALL, method="bp", rank_schedule="none")
 
 
+@pytest.mark.slow
 def test_a_rollback_halves_the_rate_until_the_loss_is_finite(tmp_path, monkeypatch):
     """Poisoned gradients stand for a rate that is too high: they end once it was halved twice."""
     make = build.build
@@ -247,6 +251,7 @@ def test_a_rollback_halves_the_rate_until_the_loss_is_finite(tmp_path, monkeypat
         assert row["learning_rate"] == pytest.approx(float(slow.learning_rate(row["step"] - 1)))
 
 
+@pytest.mark.slow
 def test_rollbacks_are_bounded(tmp_path):
     config = at(PLAIN, tmp_path / "run", optimizer="momentum", learning_rate=1e30,
                 on_nan="rollback")  # fmt: skip
@@ -279,7 +284,11 @@ def test_orthonormalized_factors_are_the_same_weight(seed):
     for x, y in ((before.u, after.u), (before.v, after.v)):
         assert float(jnp.min(jnp.sum(x * y, 0)[jnp.asarray([0, 1, 3, 5])])) > 0.8
     again = factors.orthonormalized(after)
-    assert max(max_difference(x, y) for x, y in zip(after, again, strict=True)) < 1e-6
+    # Of vectors whose singular values are zero the span alone is determined: rounding turns them.
+    kept = jnp.asarray([0, 1, 3, 5])
+    pairs = list(zip(after, again, strict=True))
+    assert max(max_difference(x[..., kept], y[..., kept]) for x, y in pairs) < 1e-6
+    assert max(max_difference(x, y) for x, y in pairs) < 1e-4
 
 
 def test_drift_above_its_bound_is_repaired_and_logged(tmp_path):

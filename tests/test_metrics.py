@@ -129,6 +129,7 @@ def test_the_norm_is_that_of_the_true_gradient_whatever_the_method():
 
 
 @pytest.mark.parametrize("network", ["conv", "residual"])
+@pytest.mark.slow
 def test_subspaces_of_tracked_twins_are_the_weights_and_of_independent_ones_are_not(network):
     tracked = probe_of("ssa", network, update="tracked").subspace_angles
     fixed = probe_of("ssa", network, update="fixed").subspace_angles

@@ -117,6 +117,7 @@ def test_whole_and_split_blocks_are_one_function_of_one_seed(rank):
         assert shortcuts == (None, None) if i == 1 else max_difference(*shortcuts) == 0
 
 
+@pytest.mark.slow
 def test_composed_paths_agree_where_a_block_ends():
     (units, params, mstate), (units_s, params_s, mstate_s) = (
         split_units(small(name)) for name in ("resnet32", "resnet32_conv")
@@ -343,6 +344,7 @@ def half_slope_network():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_composed_path_with_mean_slopes_is_the_jacobian_at_constant_slope():
     units, params, mstate = split_units(with_slopes(half_slope_network()))
     shapes = output_shapes(units, params, mstate, IMAGE)

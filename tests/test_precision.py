@@ -87,6 +87,7 @@ def test_logits_are_near_those_of_float32(name, train):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_gradients_point_where_those_of_float32_do(name):
     """A few degrees off in bfloat16: a rectifier whose input is about zero is rounded to the other
     side. That it is rounding alone shows in float16, an eighth of it, where a degree is left.

@@ -159,6 +159,7 @@ def test_another_configuration_or_study_or_folder_is_refused(shared, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_goes_on(tmp_path, capsys):
     folder = tmp_path / "study"
     stopped = settings(folder, only=["bp"], epochs=2, max_steps=STEPS + 3)
