@@ -23,7 +23,7 @@ slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -n 2
 
 long: $(INSTALLED)
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -73,7 +73,7 @@ def test_contestants_take_turns_and_their_preparation_is_off_the_clock():
     assert all(t.min_ms <= t.median_ms for t in times)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stiefel_quick_writes_rows_with_errors_at_rounding(tmp_path):
     file = tmp_path / "rows.json"
     subprocess.run(
@@ -88,7 +88,7 @@ def test_stiefel_quick_writes_rows_with_errors_at_rounding(tmp_path):
     assert "| 96x16, sgd | 1 |" in records.stiefel(record)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inference_quick_writes_rows_beside_the_dense_network(tmp_path):
     file = tmp_path / "rows.json"
     subprocess.run(
@@ -110,7 +110,7 @@ def test_inference_quick_writes_rows_beside_the_dense_network(tmp_path):
     assert "A test." in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_convolution_quick_writes_every_lowering_of_every_pass(tmp_path):
     file = tmp_path / "rows.json"
     subprocess.run(
@@ -136,7 +136,7 @@ def test_all_forms_of_a_factorised_convolution_are_one_function():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pair", "stacked"])
 def test_forms_quick_writes_every_form_of_every_part(name, tmp_path):
     file = tmp_path / "rows.json"
@@ -167,7 +167,7 @@ def test_a_stacked_update_is_the_update_of_each_unit():
         np.testing.assert_allclose(a, b, atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("TFDS_DATA_DIR"), reason="TFDS_DATA_DIR is not set")
 def test_loader_quick_writes_every_reader_beside_the_plain_loop(tmp_path):
     file = tmp_path / "rows.json"
@@ -212,11 +212,11 @@ FLAX, PLAIN = contestants.REFERENCES
     [
         (FLAX, Case("mlp", 4, depth=1)),
         *(
-            pytest.param(entry, case, marks=pytest.mark.slow)
+            pytest.param(entry, case, marks=pytest.mark.long)
             for case in (Case("smallconv", 4), Case("conv_chain", 4, depth=2))
             for entry in (FLAX, PLAIN)
         ),
-        pytest.param(PLAIN, Case("resnet32", 2), marks=pytest.mark.slow),
+        pytest.param(PLAIN, Case("resnet32", 2), marks=pytest.mark.long),
     ],
     ids=lambda x: getattr(x, "model", None) or x.method,
 )
@@ -244,7 +244,7 @@ def test_the_hand_written_reference_trains_the_network_that_our_bp_trains(entry,
             np.testing.assert_allclose(theirs[name], x, atol=1e-5, rtol=1e-5, err_msg=str(name))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case", [Case("smallconv", 4), Case("resnet32", 4), Case("mlp", 4)], ids=lambda c: c.model
 )
@@ -280,7 +280,7 @@ def test_share_of_the_matrix_product_is_operations_over_what_the_time_allows():
     assert roofline.share(5_000_000, 2.0, matmul_gflops=20.0) == pytest.approx(0.25)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_largest_resident_size_grows_with_what_is_held_and_not_with_the_parent():
     before = peak.largest_resident()
     held = np.ones(before // 8)
@@ -353,7 +353,7 @@ def quick_record(name, file, *flags):
     return record
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
     record = quick_record("step", tmp_path / "rows.json", "--notes", "A test.")
     kinds = {(r["method"], r["rank"], r["memory"]) for r in record["rows"]}
@@ -370,7 +370,7 @@ def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
     assert "A test." in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["depth", "scaling"])
 def test_depth_and_scaling_quick_write_a_row_for_every_size(tmp_path, name):
     record = quick_record(name, tmp_path / "rows.json", "--no_peak")
@@ -387,7 +387,7 @@ def test_seeds_are_compared_with_as_many_steps_one_after_another():
     assert f"| mlp, bp | 2 | {row['apart_ms']:.3g} | {row['at_once_ms']:.3g} |" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_quick_writes_a_row_for_every_method(tmp_path):
     file = tmp_path / "rows.json"
     subprocess.run(

@@ -66,7 +66,7 @@ def test_the_floor_that_fits_is_the_largest(wanted):
     [
         ("adaptive", "params"),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=pytest.mark.long)
             for case in [("adaptive", "macs"), ("linear", "params"), ("none", "macs")]
         ),
     ],
@@ -85,7 +85,7 @@ def test_a_run_ends_at_its_budget(schedule, kind, data, tmp_path):
     assert 0.195 < reached <= 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_heuristic_ends_at_its_budget_too_and_rank_changes_do_not_move_the_loss(data, tmp_path):
     folder = tmp_path / "run"
     config = dataclasses.replace(
@@ -177,7 +177,7 @@ def test_compiling_is_timed_while_it_is_listened_to():
     assert clock.steps == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_epochs_compile_the_step_once_a_change_of_buckets(data, tmp_path):
     folder = tmp_path / "run"
     config = dataclasses.replace(

@@ -401,7 +401,7 @@ def test_ctrl_c_leaves_a_workdir_to_go_on_with(tmp_path):
     assert rows(folder)[-1]["epoch"] > summary["epochs"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
 @pytest.mark.parametrize("model", ["smallconv", "vgg13"])
 def test_a_few_steps_on_real_cifar10_learn(model, tmp_path):

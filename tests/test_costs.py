@@ -118,7 +118,7 @@ def test_costs_of_a_step_of_dense_layers():
 
 
 @pytest.mark.parametrize(
-    "name", ["bp", "ssa", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fa", "dfa"))]
+    "name", ["bp", "ssa", *(pytest.param(n, marks=pytest.mark.long) for n in ("fa", "dfa"))]
 )
 def test_units_of_a_step_add_up_to_what_the_compiler_counts(name):
     units, params, mstate = split_units(

@@ -195,7 +195,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
 
 
 @needs_prepared
-@pytest.mark.slow
+@pytest.mark.long
 def test_cifar10_is_cifar10():
     cifar = data.load("cifar10")
     assert cifar.train_images.shape == (50_000, 32, 32, 3)

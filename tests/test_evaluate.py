@@ -66,7 +66,7 @@ def test_every_form_has_the_accuracy_of_training(finished, untimed, tmp_path):
     assert alone[0]["test_accuracy"] == summary["test_accuracy"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dense_convolutional_run_and_its_normalisation(untimed, tmp_path):
     folder = tmp_path / "run"
     config = dataclasses.replace(
@@ -143,7 +143,7 @@ def test_the_program_prints_a_table_and_its_errors_are_one_line(finished, tmp_pa
         assert message in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
 def test_all_forms_agree_on_the_test_set_of_cifar10(untimed, tmp_path):
     folder = tmp_path / "run"

@@ -65,7 +65,7 @@ QUICK = ("mlp", "smallconv", "resnet32")
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(MODELS)],
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in sorted(MODELS)],
 )
 def test_every_model_has_an_inference_form(name):
     # Small blocks keep the deep ones quick; what is tested is how they are put together.

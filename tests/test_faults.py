@@ -110,7 +110,7 @@ def signal_at(monkeypatch):
     ("number", "error"),
     [
         (signal.SIGTERM, Terminated),
-        pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.long),
     ],
 )
 def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(
@@ -145,7 +145,7 @@ def test_a_run_of_several_steps_a_program_stops_between_two_and_goes_on(whole, s
     assert all(np.array_equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_that_end_within_an_epoch_are_kept(whole, tmp_path):
     """Each part logs what it saw of its last epoch; the next takes that row back."""
     for limit in (STEPS + 3, STEPS + 3, 2 * STEPS):
@@ -169,7 +169,7 @@ def test_the_second_signal_acts_at_once():
             interrupt.check()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path):
     folder = tmp_path / "run"
     run.run(at(SMALL, folder, max_steps=3))
@@ -378,7 +378,7 @@ def whole_process(cache, tmp_path_factory):
 KILLS = 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_killed_at_any_moment_ends_as_if_it_was_not(seed, whole_process, cache, tmp_path):
     """Twenty kills in all, in starts, steps, measurements and saves alike.
@@ -413,7 +413,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_was_not(seed, whole_process, c
     compare()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_ends_in_good_order(whole_process, cache, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, cache)
@@ -437,7 +437,7 @@ def assert_refused(result, message):
     assert "Traceback" not in out + err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(whole_process, cache, tmp_path):
     disk, folder = tmp_path / "disk", tmp_path / "disk" / "run"
     disk.mkdir()
@@ -462,7 +462,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(whole_process, 
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_limit_on_files_ends_the_run_and_leaves_the_last_checkpoint(
     whole_process, cache, tmp_path
 ):

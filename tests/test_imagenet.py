@@ -114,7 +114,7 @@ def test_seeds_on_streamed_data_run_one_after_another(tmp_path):
         assert row["images"] == 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_streamed_data_is_exported_and_measured_as_in_training(tmp_path, monkeypatch):
     data = stream(n_test=11, corrupt_test=(4,))._replace(classes=10)
     summary = run(settings(tmp_path / "run", on_corrupt="skip"), data)

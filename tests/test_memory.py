@@ -65,7 +65,7 @@ def test_memory_of_the_device_is_that_of_its_allocator_where_it_tells(monkeypatc
     assert memory.device_bytes() == 7
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_streamed_run_has_the_losses_of_a_taped_one(tmp_path):
     told = {}
     for asked in ("taped", "streamed"):

@@ -154,7 +154,7 @@ def network_of(model, rank, batch):
 @pytest.mark.parametrize("rank", [None, 0.5])
 @pytest.mark.parametrize(
     "model",
-    [m if m in ("mlp", "smallconv") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS],
+    [m if m in ("mlp", "smallconv") else pytest.param(m, marks=pytest.mark.long) for m in MODELS],
 )
 def test_sequential_tracked_is_bp_on_every_model(model, rank):
     units, params, mstate, batch, shape = network_of(model, rank, 4)

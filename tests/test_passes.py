@@ -58,8 +58,8 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     ("name", "network"),
     [
         ("ssa", "conv"),
-        pytest.param("ssa", "residual", marks=pytest.mark.slow),
-        *(pytest.param(n, "conv", marks=pytest.mark.slow) for n in DIRECT if n != "ssa"),
+        pytest.param("ssa", "residual", marks=pytest.mark.long),
+        *(pytest.param(n, "conv", marks=pytest.mark.long) for n in DIRECT if n != "ssa"),
     ],
 )
 def test_streamed_equals_taped(name, network):
@@ -73,7 +73,7 @@ def test_streamed_equals_taped(name, network):
     assert max_difference(ours[0].params, start.params) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_that_looks_at_all_units_together_streams_too():
     def clipped():
         return optax.chain(optax.clip_by_global_norm(1e-2), transforms.ssa(1e-2))
@@ -128,7 +128,7 @@ def maps_held(depth, memory):
     return program.memory_analysis().temp_size_in_bytes / one_map
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_flat_in_depth_when_streamed():
     shallow, deep = (maps_held(depth, "streamed") for depth in (4, 12))
     # Less than an eighth of one map a unit: nothing is kept of the units passed.
@@ -154,7 +154,7 @@ def held_beside_the_state(depth, memory, optimizer, width=128):
     return program.memory_analysis().temp_size_in_bytes / one_unit
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", ["none", "linear"])
 def test_what_a_streamed_step_holds_of_parameters_is_flat_in_depth(schedule):
     shallow, deep = (held_beside_the_state(d, "streamed", chain(schedule)) for d in (4, 12))
@@ -162,7 +162,7 @@ def test_what_a_streamed_step_holds_of_parameters_is_flat_in_depth(schedule):
     assert held_beside_the_state(12, "taped", chain(schedule)) > deep + 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_that_couples_units_holds_all_gradients():
     coupled = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     shallow, deep = (held_beside_the_state(d, "streamed", coupled) for d in (4, 12))

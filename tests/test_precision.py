@@ -52,7 +52,7 @@ def test_the_state_keeps_its_types(name, options):
     assert max_difference(kept, state.params) > 0
 
 
-@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.slow), 0.5])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.long), 0.5])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_leaves_a_unit_is_float32(name, rank):
     _, units, params, mstate, batch = both(name, rank)

@@ -67,9 +67,9 @@ def assert_equal_runs(folder, other):
     ("method", "change"),
     [
         ("dfa", {}),
-        pytest.param("bp", {"steps_per_dispatch": 3}, marks=pytest.mark.slow),
-        pytest.param("ssa", {}, marks=pytest.mark.slow),
-        pytest.param("ssa", {"memory": "streamed", "feedback_every": 4}, marks=pytest.mark.slow),
+        pytest.param("bp", {"steps_per_dispatch": 3}, marks=pytest.mark.long),
+        pytest.param("ssa", {}, marks=pytest.mark.long),
+        pytest.param("ssa", {"memory": "streamed", "feedback_every": 4}, marks=pytest.mark.long),
     ],
 )
 def test_stacked_states_are_trained_as_each_alone_by_one_program(method, change):
@@ -199,7 +199,7 @@ def separate(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_at_once_leave_the_folders_of_separate_runs(at_once, separate):
     folder, found = at_once
     for seed in (7, 8):
@@ -228,7 +228,7 @@ def test_seeds_at_once_leave_the_folders_of_separate_runs(at_once, separate):
     assert all(f"| seed {seed} " in text for seed in (7, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_seeds_go_on_from_those_that_are_done(at_once, tmp_path, capsys):
     shutil.copytree(at_once[0], tmp_path / "seeds")
     before = (tmp_path / "seeds" / "seed7" / "metrics.jsonl").stat().st_mtime_ns
@@ -240,7 +240,7 @@ def test_more_seeds_go_on_from_those_that_are_done(at_once, tmp_path, capsys):
     assert (tmp_path / "seeds" / "table.md").read_text() in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(
     at_once, separate, tmp_path, monkeypatch, capsys
 ):
@@ -273,7 +273,7 @@ def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(
         assert_close_runs(tmp_path / "apart" / f"seed{seed}", separate / f"seed{seed}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_seed_that_is_not_finite_fails_alone(separate, tmp_path, monkeypatch):
     begin = run.Run.begin
 

@@ -68,7 +68,7 @@ def problem():
 def pair(name, retraction):
     """A case of the grid; slow where optimiser and retraction both differ from the usual."""
     usual = name == "sgd" or retraction == "newton_schulz"
-    return pytest.param(name, retraction, marks=() if usual else pytest.mark.slow)
+    return pytest.param(name, retraction, marks=() if usual else pytest.mark.long)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_ten_thousand_large_steps_stay_on_the_manifold(name):
     assert max(np.max(e) for e in jax.tree.leaves(errors)) < 2e-6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qr", "cholesky_qr2", "polar", "cayley"])
 def test_stacked_factorisations_do_not_block_one_another(name):
     """Batched factorisations side by side on two threads once hung within some hundred calls."""

@@ -43,7 +43,7 @@ def test_resumed_after_any_number_of_batches_the_rest_is_the_same():
         assert_equal_batches(batches(source, start=int(done)), uninterrupted[done:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(whole, workers):
     # Grain looks at flags, which a program has parsed.
@@ -95,7 +95,7 @@ def test_a_corrupt_record_is_named_by_its_index():
         batches(stream(n=24, corrupt=(11,)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_corrupt_record_is_named_from_a_worker_too():
     flags.FLAGS.mark_as_parsed()
     with pytest.raises(DataError, match="sample: record 11 is corrupt"):

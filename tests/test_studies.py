@@ -379,7 +379,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(program, flag, message):
     assert message in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_methods_from_the_command_line(tmp_path):
     folder = tmp_path / "study"
     done = command("methods", "--quick", f"--folder={folder}", "--only=bp")
@@ -394,7 +394,7 @@ def test_methods_from_the_command_line(tmp_path):
     assert all(float(cell) > 0 for line in lines for cell in line[4:6])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ablation_from_the_command_line(tmp_path):
     folder = tmp_path / "study"
     done = command("ablation", "--quick", f"--folder={folder}", "--gamma=0.01")
@@ -404,7 +404,7 @@ def test_ablation_from_the_command_line(tmp_path):
     assert json.loads((folder / "full-seed0/config.json").read_text())["config"]["gamma"] == 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gap_from_the_command_line(tmp_path):
     folder = tmp_path / "study"
     done = command("gap", "--quick", f"--folder={folder}", "--only=svd_bp,lookahead_2")

@@ -114,7 +114,7 @@ def test_without_tensorboardx_the_flag_is_refused_before_anything_is_made(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_and_its_resumption_write_events(tmp_path):
     pytest.importorskip("tensorboardX")
     config = Config(

@@ -59,10 +59,10 @@ def test_an_implicit_transfer_in_the_loop_raises(steps):
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"precision": "bfloat16", "method": "bp"}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"precision": "bfloat16", "method": "bp"}, marks=pytest.mark.long),
         {"rank_schedule": "hybrid", "rank_init": 1.0},
-        pytest.param({"warmup_method": "bp", "max_steps": STEPS + 6}, marks=pytest.mark.slow),
+        pytest.param({"warmup_method": "bp", "max_steps": STEPS + 6}, marks=pytest.mark.long),
     ],
     ids=["ssa", "bfloat16", "truncation", "warm-up"],
 )
