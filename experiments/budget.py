@@ -19,11 +19,10 @@ and how a study goes on; budget.png is the table's picture.
 """
 
 import dataclasses
-from pathlib import Path
 
 from experiments import curves, flags, study
 from experiments.study import Settings, Study, Variant
-from experiments.study_table import Column, accuracy, per_cent, train_loss
+from experiments.study_table import size_columns
 
 DEFAULTS = {"rank_cuts": 20}
 BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5)
@@ -45,22 +44,10 @@ VARIANTS = tuple(
 )
 
 
-def columns(folder: Path) -> list[Column]:
-    """Everything from the summaries."""
-    del folder
-    return [
-        Column("test accuracy", accuracy),
-        Column("train loss", train_loss),
-        Column("parameters", per_cent("params_ratio")),
-        Column("MACs", per_cent("macs_ratio")),
-        Column("rank", per_cent("rank_fraction")),
-    ]
-
-
 STUDY = Study(
     "budget",
     VARIANTS,
-    columns,
+    size_columns,
     "The budget is in the variant's name; parameters and MACs are those reached, over the dense "
     "network's, and rank is the mean over layers of rank over full rank.",
 )

@@ -12,12 +12,11 @@ that end at one size; `experiments.study` says what the folder holds and how a s
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments import curves, flags, study
 from experiments.study import Study, Variant
-from experiments.study_table import Column, accuracy, per_cent, train_loss
+from experiments.study_table import size_columns
 
 DEFAULTS = {"model": "vgg13"}
 TARGETS = (0.9, 0.7, 0.5)
@@ -46,22 +45,10 @@ DENSE = Variant("bp", "bp, dense", {"method": "bp", "rank_schedule": "none"})
 VARIANTS = (DENSE, FIXED, *(v for row in HYBRID.values() for v in row), *ADAPTIVE)
 
 
-def columns(folder: Path) -> list[Column]:
-    """Everything from the summaries."""
-    del folder
-    return [
-        Column("test accuracy", accuracy),
-        Column("train loss", train_loss),
-        Column("parameters", per_cent("params_ratio")),
-        Column("MACs", per_cent("macs_ratio")),
-        Column("rank", per_cent("rank_fraction")),
-    ]
-
-
 STUDY = Study(
     "ranks",
     VARIANTS,
-    columns,
+    size_columns,
     "Parameters and MACs are those at the end, for inference, over the dense network's; rank is "
     "the mean over layers of rank over full rank.",
     quick={"model": "mlp", "epochs": 2},

@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.table import markdown
@@ -87,3 +88,15 @@ def per_cent(key: str) -> Callable[[str, Sequence[Row]], str]:
         return f"{100 * statistics.fmean(r[key] for r in rows):.1f} %" if rows else "-"
 
     return text
+
+
+def size_columns(folder: Path) -> list[Column]:
+    """Accuracy beside the size that is left, all from the summaries."""
+    del folder
+    return [
+        Column("test accuracy", accuracy),
+        Column("train loss", train_loss),
+        Column("parameters", per_cent("params_ratio")),
+        Column("MACs", per_cent("macs_ratio")),
+        Column("rank", per_cent("rank_fraction")),
+    ]
