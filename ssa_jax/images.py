@@ -41,8 +41,8 @@ def random_crop(data: bytes, size: int, least: float, rng: np.random.Generator) 
     image = Image.open(io.BytesIO(data))
     box = random_box(image.width, image.height, least, rng)
     mirror = rng.random() < 0.5
-    pixels = _resized(image, size, box)
-    return np.ascontiguousarray(pixels[:, ::-1]) if mirror else pixels
+    part = _resized(image, size, box)
+    return np.array(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else part)
 
 
 def central_crop(data: bytes, size: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def central_crop(data: bytes, size: int) -> np.ndarray:
     image = Image.open(io.BytesIO(data))
     side = CENTRAL * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    return _resized(image, size, (left, top, left + side, top + side))
+    return np.array(_resized(image, size, (left, top, left + side, top + side)))
 
 
 def random_box(width: int, height: int, least: float, rng: np.random.Generator) -> Box:
@@ -71,8 +71,8 @@ def random_box(width: int, height: int, least: float, rng: np.random.Generator) 
     return left, top, left + w, top + h
 
 
-def _resized(image: Any, size: int, box: Box) -> np.ndarray:
-    """The part of an opened image in a box, as uint8 (size, size, 3)."""
+def _resized(image: Any, size: int, box: Box) -> Any:
+    """The part of an opened image in a box, as a square image in RGB."""
     width, height = image.size
     left, top, right, bottom = box
     # Other formats than JPEG pay no heed to this.
@@ -80,5 +80,4 @@ def _resized(image: Any, size: int, box: Box) -> np.ndarray:
                         math.ceil(height * size / (bottom - top))))  # fmt: skip
     x, y = image.width / width, image.height / height
     scaled = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
-    resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=scaled)
-    return np.array(resized)
+    return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=scaled)

@@ -167,7 +167,7 @@ def limited(stream: Stream, size: int) -> Stream:
 
 
 class _Decoded:
-    """Records as arrays, by index: the function that worker processes run.
+    """Records as arrays, by index.
 
     Args:
       stream: names, classes and size.
@@ -188,12 +188,20 @@ class _Decoded:
         self.stream, self.source, self.crop = stream, source, crop
         self.on_corrupt, self.replace = on_corrupt, replace
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        """The record at an index.
+    def batch(self, indices: Array | np.ndarray) -> HostBatch:
+        """The records at some indices: the function that worker processes run.
 
         Raises:
-          DataError: it is corrupt and not to be skipped, or too many are.
+          DataError: one is corrupt and not to be skipped, or too many are.
         """
+        images, labels, skipped = zip(*(self._record(int(i)) for i in indices), strict=True)
+        return {
+            "image": np.stack(images),
+            "label": np.array(labels, np.int32),
+            "skipped": np.array(skipped, np.int32),
+        }
+
+    def _record(self, index: int) -> tuple[np.ndarray, int, bool]:
         for offset in range(min(_MOST_SKIPPED, len(self.source)) if self.replace else 1):
             try:
                 image, label = self._read((index + offset) % len(self.source), index)
@@ -201,10 +209,10 @@ class _Decoded:
                 if self.on_corrupt == "stop":
                     raise
             else:
-                return _record(image, label, skipped=offset > 0)
+                return image, label, offset > 0
         if self.replace:
             raise DataError(f"{self.stream.name}: all of {offset + 1} records in a row are corrupt")
-        return _record(np.zeros(self.stream.image_shape, np.uint8), -1, skipped=True)
+        return np.zeros(self.stream.image_shape, np.uint8), -1, True
 
     def _read(self, index: int, place: int) -> tuple[np.ndarray, int]:
         name, classes = self.stream.name, self.stream.classes
@@ -218,10 +226,6 @@ class _Decoded:
             raise DataError(
                 f"{name}: record {index} is corrupt: {e}; --on_corrupt=skip goes on without it"
             ) from e
-
-
-def _record(image: np.ndarray, label: int, skipped: bool) -> dict[str, Any]:
-    return {"image": image, "label": np.int32(label), "skipped": np.int32(skipped)}
 
 
 def _random_crop(
@@ -263,13 +267,12 @@ def train_dataset(
             f"a batch of {batch_size} cannot be shared equally by {reading.shards} processes"
         )
     words = (*seed, epoch)
-    order = int(np.random.SeedSequence((*words, 0)).generate_state(1)[0])
+    order = np.random.default_rng((*words, 0)).permutation(stream.train_size)
+    whole = stream.train_size // batch_size * batch_size
+    mine = order[:whole].reshape(-1, batch_size)[:, reading.shard :: reading.shards]
     crop = functools.partial(_random_crop, stream.image_size, reading.crop_area, words)
     decoded = _Decoded(stream, stream.train, crop, reading.on_corrupt, replace=True)
-    whole = stream.train_size // batch_size * batch_size
-    indices = grain.MapDataset.range(stream.train_size).shuffle(seed=order)
-    mine = indices[:whole][reading.shard :: reading.shards]
-    return mine.map(decoded).batch(batch_size // reading.shards, drop_remainder=True)
+    return grain.MapDataset.source(mine).map(decoded.batch)
 
 
 def test_dataset(stream: Stream, reading: Reading, batch_size: int) -> grain.MapDataset:
@@ -282,8 +285,9 @@ def test_dataset(stream: Stream, reading: Reading, batch_size: int) -> grain.Map
     """
     crop = functools.partial(_central_crop, stream.image_size)
     decoded = _Decoded(stream, stream.test, crop, reading.on_corrupt, replace=False)
-    mine = grain.MapDataset.range(len(stream.test))[reading.shard :: reading.shards]
-    return mine.map(decoded).batch(batch_size // reading.shards)
+    mine = np.arange(reading.shard, len(stream.test), reading.shards)
+    cuts = range(batch_size // reading.shards, len(mine), batch_size // reading.shards)
+    return grain.MapDataset.source(np.split(mine, cuts)).map(decoded.batch)
 
 
 def read(dataset: grain.MapDataset, workers: int) -> Generator[HostBatch]:
@@ -350,9 +354,7 @@ def make_loader(
     def fixed_batch(indices: Array | np.ndarray) -> Batch:
         crop = functools.partial(_central_crop, stream.image_size)
         decoded = _Decoded(stream, stream.train, crop, reading.on_corrupt, replace=True)
-        records = [decoded(int(i)) for i in indices]
-        stacked = {k: np.stack([r[k] for r in records]) for k in ("image", "label")}
-        return normalised(_batch(layout.place(stacked, whole=True)))
+        return normalised(_batch(layout.place(decoded.batch(indices), whole=True)))
 
     def test_batches() -> Iterator[Batch]:
         batches = read(test_dataset(stream, reading, size), reading.workers)
