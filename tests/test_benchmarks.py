@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import (
     contestants,
+    page,
     pair,
     peak,
     records,
@@ -45,6 +46,26 @@ def test_stored_results_say_where_they_come_from(file):
     # A result of uncommitted code could not be repeated.
     assert record["commit"]
     assert not record["commit"].endswith("+")
+
+
+def test_the_readme_states_the_stored_ratios():
+    record = json.loads((records.STORED / "step.json").read_text())
+    assert {r["batch"] for r in record["rows"]} == {128}
+
+    def ratio(field, memory, model):
+        of_model = [r for r in record["rows"] if r["model"] == model]
+        ours = page.find(of_model, method="ssa", rank=training_page.RANK, memory=memory)
+        theirs = page.find(of_model, method=contestants.REFERENCE)
+        return f"{ours[field] / theirs[field]:.2f}"
+
+    models = ("vgg13", "resnet32", "smallconv", "mlp")
+    ms = [ratio("ms", "taped", m) for m in models]
+    temp = [ratio("temp_bytes", "streamed", m) for m in models]
+    assert (
+        f"takes {ms[0]} of the time of backpropagation in Flax on `vgg13`, {ms[1]} on `resnet32`, "
+        f"{ms[2]} on `smallconv` and {ms[3]} on the `mlp`; streamed, it takes "
+        f"{temp[0]}, {temp[1]}, {temp[2]} and {temp[3]} of its temporary memory"
+    ) in (ROOT / "README.md").read_text()
 
 
 def test_environment_names_what_is_missing():

@@ -84,7 +84,7 @@ def stamps(folder):
     return {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @needs_cifar
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", STUDIES)
@@ -156,7 +156,7 @@ CLAIMS = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_quick_overhead_shows_what_it_measured_and_repeats_nothing(command, tmp_path):
     folder = tmp_path / "study"
