@@ -100,7 +100,7 @@ def panels(rows: Sequence[study.Row]) -> list[curves.Panel]:
     """What is followed by step, means over seeds; both axes logarithmic."""
     good = [r for r in rows if r["status"] != "not_finite" and r["step_by_epoch"]]
     return [
-        curves.Panel("step", title, [_curve(v, name, good) for v in VARIANTS], log=True)
+        curves.Panel("step", title, [_curve(v, name, good) for v in VARIANTS], log="xy")
         for name, title in FOLLOWED
         if good
     ]

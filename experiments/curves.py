@@ -42,7 +42,7 @@ class Panel(NamedTuple):
       curves: with the same labels in the same order in all panels of a picture, which have one
         legend.
       title: above the panel.
-      log: whether both axes are logarithmic.
+      log: the axes that are logarithmic, of "x" and "y".
       levels: values of y at which a dotted line stands.
     """
 
@@ -50,7 +50,7 @@ class Panel(NamedTuple):
     y: str
     curves: Sequence[Curve]
     title: str = ""
-    log: bool = False
+    log: Sequence[str] = ()
     levels: Sequence[float] = ()
 
 
@@ -80,10 +80,10 @@ def draw(file: Path, panels: Sequence[Panel]) -> Path | None:
 
 def _panel(axes: Any, panel: Panel) -> None:
     axes.set(xlabel=panel.x, ylabel=panel.y, title=panel.title)
-    if panel.log:
-        _logarithmic(axes)
-    else:
+    if "x" not in panel.log:
         axes.xaxis.get_major_locator().set_params(integer=True)
+    for name in panel.log:
+        _logarithmic(axes, name)
     axes.grid(alpha=0.3, which="both")
     for level in panel.levels:
         axes.axhline(level, color="0.4", linestyle=":")
@@ -93,16 +93,15 @@ def _panel(axes: Any, panel: Panel) -> None:
             _curve(axes, curve, marker)
 
 
-def _logarithmic(axes: Any) -> None:
-    """Both axes, with plain numbers at 1, 2, 3 and 5 times the powers of ten."""
+def _logarithmic(axes: Any, name: str) -> None:
+    """One of both axes, with plain numbers at 1, 2, 3 and 5 times the powers of ten."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set(**{f"{name}scale": "log"})
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _curve(axes: Any, curve: Curve, marker: str) -> None:

@@ -24,6 +24,7 @@ from experiments import (
     step_costs,
     study,
     study_table,
+    tuning,
 )
 from experiments.config import Config, ConfigError
 from experiments.study import Settings, Study, Variant
@@ -246,7 +247,9 @@ def test_every_method_is_in_the_study_of_methods():
     assert {v.changes["method"] for v in methods.FORMS} == set(METHODS)
 
 
-PROGRAMS = (ablation, alignment, budget, convergence, depth, gap, methods, ranks, sensitivity)
+PROGRAMS = (
+    ablation, alignment, budget, convergence, depth, gap, methods, ranks, sensitivity, tuning
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.STUDY.name)
@@ -286,6 +289,24 @@ def test_several_networks_share_the_methods_and_each_has_its_own_reference(tmp_p
     assert column.text("mlp_cifar100_ssa_direct", []) == "-"
     # One network is named by the settings, as in stored results.
     assert [v.name for v in methods.STUDY.variants] == [form.name for form in methods.FORMS]
+
+
+def test_the_best_learning_rate_of_a_method_is_that_of_its_runs_that_stayed_finite(tmp_path):
+    slow, fast, wild = tuning.RATES[0], tuning.RATES[3], tuning.RATES[-1]
+    found = {f"dfa_{slow:g}": [0.4, 0.5], f"dfa_{fast:g}": [0.5, 0.6], f"bp_{slow:g}": [0.7]}
+    rows = [
+        {"variant": name, "test_accuracy": a, "status": "finished"}
+        for name, accuracies in found.items()
+        for a in accuracies
+    ]
+    rows.append({"variant": f"dfa_{wild:g}", "test_accuracy": 0.9, "status": "not_finite"})
+    assert [tuning.best_rate(m, rows) for m in tuning.METHODS] == [slow, fast, None]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (column,) = [c for c in tuning.columns(tmp_path) if c.title.startswith("best")]
+    marked = {v.name for v in tuning.VARIANTS if column.text(v.name, []) == "yes"}
+    assert marked == {f"bp_{slow:g}", f"dfa_{fast:g}"}
+    curves = {c.label: [p.y for p in c.points] for c in tuning.panel(rows).curves}
+    assert curves == {"bp": [70.0], "dfa": [45.0, 55.0], "ssa direct": []}
 
 
 def test_a_rate_is_the_exponent_of_a_power_of_the_step():

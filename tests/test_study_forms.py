@@ -15,8 +15,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import overhead_page, study_table
 
-# Those that train; the seventh, overhead, measures steps alone.
-STUDIES = ("ablation", "alignment", "convergence", "methods", "ranks", "sensitivity")
+# Those that train; overhead measures steps alone.
+STUDIES = ("ablation", "alignment", "convergence", "methods", "ranks", "sensitivity", "tuning")
 needs_cifar = pytest.mark.skipif(
     not os.environ.get("TFDS_DATA_DIR"), reason="TFDS_DATA_DIR names no prepared data sets"
 )
