@@ -17,6 +17,7 @@ from experiments import build, config, recipes
 from experiments.config import Config, ConfigError
 from experiments.recipes import RECIPES
 from ssa_jax.data import DATASETS, Dataset
+from ssa_jax.streams import STREAMS
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +32,7 @@ def resolved(name):
 
 def like(dataset):
     """A handful of images of a data set's shape."""
-    side, channels = (8, 1) if dataset == "digits" else (32, 3)
+    side, channels = {"digits": (8, 1), "tiny_imagenet10": (64, 3)}.get(dataset, (32, 3))
     images, labels = np.zeros((256, side, side, channels), np.uint8), np.arange(256, dtype=np.int32)
     return Dataset(images, labels % 10, images, labels % 10, 10, 1, False)
 
@@ -47,12 +48,13 @@ def test_every_file_is_a_recipe_of_its_name():
 def test_a_recipe_builds_and_says_how_to_run_it(name):
     one = resolved(name)
     one.validate()
-    assert one.dataset in DATASETS
+    assert one.dataset in (*DATASETS, *STREAMS)
     assert one.method in name
     state = jax.eval_shape(lambda: build.build(one, like(one.dataset)).state)
     assert jax.tree.leaves(state.params)
     text = docstring(name)
-    assert f"    python -m experiments.cifar --recipe={name}\n" in text
+    program = "imagenet" if one.dataset in STREAMS else "cifar"
+    assert f"    python -m experiments.{program} --recipe={name}\n" in text
     for fact in ("Hardware: ", "Time: ", "Expected test accuracy: "):
         assert len(re.findall(f"^{fact}\\S", text, re.MULTILINE)) == 1
 

@@ -1,5 +1,7 @@
 """Named settings of runs, one a file: `python -m experiments.cifar --recipe=NAME`.
 
+Those of streamed data sets are for `python -m experiments.imagenet` in its place.
+
 The docstring of a recipe has its command, hardware, time and expected accuracy, and says so where
 these are not measured; its FIELDS are fields of `experiments.config.Config`. They become the
 defaults of the flags, so a flag that is given overrides them.
@@ -18,6 +20,7 @@ from experiments.recipes import (
     cifar10_vgg13_bp,
     cifar10_vgg13_ssa,
     digits_mlp_ssa,
+    tiny_imagenet10_resnet18_ssa,
 )
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -31,4 +34,5 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cifar10_resnet32_bp": cifar10_resnet32_bp.FIELDS,
     "cifar10_resnet32_ssa": cifar10_resnet32_ssa.FIELDS,
     "digits_mlp_ssa": digits_mlp_ssa.FIELDS,
+    "tiny_imagenet10_resnet18_ssa": tiny_imagenet10_resnet18_ssa.FIELDS,
 }
