@@ -286,8 +286,9 @@ def test_dataset(stream: Stream, reading: Reading, batch_size: int) -> grain.Map
     crop = functools.partial(_central_crop, stream.image_size)
     decoded = _Decoded(stream, stream.test, crop, reading.on_corrupt, replace=False)
     mine = np.arange(reading.shard, len(stream.test), reading.shards)
-    cuts = range(batch_size // reading.shards, len(mine), batch_size // reading.shards)
-    return grain.MapDataset.source(np.split(mine, cuts)).map(decoded.batch)
+    size = batch_size // reading.shards
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    return grain.MapDataset.source(batches).map(decoded.batch)
 
 
 def read(dataset: grain.MapDataset, workers: int) -> Generator[HostBatch]:

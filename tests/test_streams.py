@@ -174,6 +174,15 @@ def test_shards_of_the_test_set_have_equally_many_batches_and_together_every_exa
     assert parts == [[[0, 2], [1, -1]], [[1, 0], [-1, -1]]]
 
 
+def test_a_shard_without_any_test_example_has_no_batches():
+    source = stream(n_test=1)
+    sizes = [
+        [len(b["label"]) for b in streams.read(streams.test_dataset(source, reading, 2), 0)]
+        for reading in (Reading(shard=0, shards=2), Reading(shard=1, shards=2))
+    ]
+    assert sizes == [[1], []]
+
+
 def test_fixed_batches_are_central_crops():
     source = stream()
     batch = loader(source).fixed_batch(np.array([4, 2]))
