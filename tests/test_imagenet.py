@@ -44,6 +44,17 @@ def test_stopped_within_an_epoch_and_resumed_it_is_the_uninterrupted_run(tmp_pat
     assert sum(row["skipped"] for row in whole) > 0
 
 
+@pytest.mark.slow
+def test_bfloat16_learns_what_float32_does_to_its_rounding(tmp_path):
+    data = stream()
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        run(settings(tmp_path / precision, method="ssa", precision=precision), data)
+        losses[precision] = [row["train_loss"] for row in rows(tmp_path / precision)]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+
+
 def test_a_corrupt_record_stops_a_run_that_goes_on_with_the_other_policy(tmp_path):
     data = stream(n=20, corrupt=(3,))
     with pytest.raises(DataError, match="record 3 is corrupt"):
