@@ -3,9 +3,10 @@
     python -m benchmarks.pair [--quick] [--json FILE] [--notes TEXT]
 
 For 3x3 convolutions of the models at batch 128, at three ranks: two convolutions, the vertical one
-of V and s and the horizontal one of U, which is what `SVDConv` does; the same as two matrix
-products of unfolded windows, s between them; and one convolution with the kernel that the factors
-make. Passes: forward; local, which is the output and the gradients of U, s and V.
+of V and s and the horizontal one of U; the same as two matrix products of unfolded windows, s
+between them; and one convolution with the kernel that the factors make. `SVDConv` runs the first
+or the last, by `kernel_pays`. Passes: forward; local, which is the output and the gradients of U,
+s and V.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def _kernels(w: Factors) -> tuple[Array, Array]:
 
 
 def convolutions(w: Factors, x: Array) -> Array:
-    """As `SVDConv`."""
+    """As `SVDConv` below the rank from which its kernel pays."""
     down, across = _kernels(w)
     y = lowering.conv(x, down * w.s.reshape(1, 1, 1, -1), _ONE, _DOWN)
     return lowering.conv(y, across, _ONE, _ACROSS)

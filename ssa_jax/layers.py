@@ -95,7 +95,8 @@ class SVDConv(nnx.Module):
     The kernel K (kh, kw, C, N) in HWIO is the matrix K'[(j,n),(i,c)] = K[i,j,c,n] of shape
     (kw·N, kh·C). V is run as a (kh, 1, C, r) kernel with stride (sh, 1), U as a (1, kw, r, N)
     kernel with stride (1, sw); the bias is added once, after the second. At full rank this is
-    the dense convolution.
+    the dense convolution. In training, where that takes fewer multiply-accumulates
+    (`kernel_pays`), K is put together in every call and run instead, to the same result.
 
     Args:
       in_features: C.
@@ -111,6 +112,7 @@ class SVDConv(nnx.Module):
       in_features, out_features: as given; both stay when the rank changes.
       kernel: `nnx.Param` of `Factors` with u (kw·N, r), s (r,), v (kh·C, r).
       bias: `nnx.Param` (N,) or None.
+      deterministic: keeps to the pair; `train` and `eval` of a module set it.
 
     Raises:
       ValueError: rank outside (0, 1], or a kernel size, stride or padding of another form.
@@ -134,6 +136,7 @@ class SVDConv(nnx.Module):
         self.strides = _pair(strides)
         split_padding(padding)
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        self.deterministic = False
         kernel = he_normal(
             rngs.params(), (*self.kernel_size, in_features, out_features), jnp.float32
         )
@@ -142,16 +145,47 @@ class SVDConv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
-        u, s, v = self.kernel.get_value()
+        weights = self.kernel.get_value()
         (kh, kw), (sh, sw) = self.kernel_size, self.strides
         pad_h, pad_w = split_padding(self.padding)
-        down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
-        across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
-        y = conv(x, down, (sh, 1), pad_h)
-        y = conv(y, across, (1, sw), pad_w)
+        if not self.deterministic and kernel_pays(weights, x.shape, self.strides):
+            kernel = matrix_to_kernel(factors.to_dense(weights), (kh, kw))
+            both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
+            y = conv(x, kernel, (sh, sw), both)
+        else:
+            u, s, v = weights
+            down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
+            across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
+            y = conv(x, down, (sh, 1), pad_h)
+            y = conv(y, across, (1, sw), pad_w)
         if self.bias is not None:
             y = y + self.bias.get_value().reshape(1, 1, 1, -1)
         return y
+
+
+def kernel_pays(weights: Factors, shape: Sequence[int], strides: tuple[int, int]) -> bool:
+    """Whether an `SVDConv` takes fewer multiply-accumulates by its kernel than by its pair.
+
+    Counted are the output and the gradients of U, s and V, what a local step needs of a layer.
+    For P output positions of all examples, a = kh·C and b = kw·N the pair takes
+    P r (2 sw a + 3 b), since the first of the two has the width of the input; the kernel takes
+    2 P a b, and 3 r a b for putting it together and taking its gradient apart. With one stride
+    and many positions it pays from two fifths of full rank where a = b.
+
+    On a mesh of devices never: what they sum would be the gradients of kernels.
+
+    Args:
+      weights: u (b, r), s (r,), v (a, r).
+      shape: of the input, (batch, H, W, C).
+      strides: (sh, sw).
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return False
+    batch, height, width, _ = shape
+    (b, r), a = weights.u.shape, weights.v.shape[0]
+    positions = batch * -(-height // strides[0]) * -(-width // strides[1])
+    pair = positions * r * (2 * strides[1] * a + 3 * b)
+    return 2 * positions * a * b + 3 * r * a * b < pair
 
 
 def kernel_to_matrix(kernel: Array) -> Array:

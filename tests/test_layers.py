@@ -1,14 +1,22 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from ssa_jax import factors, layers
+from ssa_jax import costs, factors, layers
 from ssa_jax.layers import Pool, SVDConv, SVDDense
 
 
 def images(seed=0, shape=(3, 9, 8, 4)):
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def convolutions(conv, x):
+    """How many convolutions a layer runs: that of its kernel, or those of its pair."""
+    graph, state = nnx.split(conv)
+    return str(jax.make_jaxpr(lambda s, x: nnx.merge(graph, s)(x))(state, x)).count("name=_conv\n")
 
 
 @pytest.mark.parametrize(
@@ -21,28 +29,64 @@ def images(seed=0, shape=(3, 9, 8, 4)):
         ((5, 2), (1, 2), "SAME"),
     ],
 )
-def test_full_rank_conv_equals_the_dense_convolution(size, strides, padding):
-    conv = SVDConv(4, 6, size, strides=strides, padding=padding, rngs=nnx.Rngs(1))
+@pytest.mark.parametrize(("rank", "forms"), [(1.0, 1), (0.2, 2)])
+def test_conv_equals_the_dense_convolution_by_its_matrix(size, strides, padding, rank, forms):
+    conv = SVDConv(4, 6, size, strides=strides, padding=padding, rank=rank, rngs=nnx.Rngs(1))
     kernel = layers.matrix_to_kernel(factors.to_dense(conv.kernel.get_value()), size)
     dense = nnx.Conv(4, 6, size, strides=strides, padding=padding, rngs=nnx.Rngs(0))
     dense.kernel = nnx.Param(kernel)
     conv.bias = nnx.Param(jnp.arange(6.0))
     dense.bias = nnx.Param(jnp.arange(6.0))
     x = images()
+    assert convolutions(conv, x) == forms
     assert conv(x).shape == dense(x).shape
     assert jnp.allclose(conv(x), dense(x), atol=2e-5)
 
 
-def test_truncated_conv_equals_the_convolution_by_its_matrix():
-    conv = SVDConv(4, 6, 3, rank=0.4, rngs=nnx.Rngs(1))
-    f = conv.kernel.get_value()
-    assert f.rank == 5
-    kernel = layers.matrix_to_kernel(factors.to_dense(f), (3, 3))
-    x = images()
-    expected = jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+def local_pass(conv, pays, monkeypatch):
+    """(factors, x, g) -> output and gradients of the factors, in one of both forms."""
+
+    def run(weights, x, g):
+        monkeypatch.setattr(layers, "kernel_pays", lambda *args: pays)
+        graph, state = nnx.split(conv)
+        state["kernel"] = state["kernel"].replace(weights)
+        y, pullback = jax.vjp(
+            lambda w: nnx.merge(graph, nnx.State({**state, "kernel": nnx.Param(w)}))(x), weights
+        )
+        return y, pullback(g)[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "rank"),
+    [
+        *itertools.product([(8, 8, 8, 12)], [1, 2, (1, 2)], [0.3, 0.38, 0.46, 1.0]),
+        *itertools.product([(2, 4, 4, 12)], [1], [0.54, 1.0]),
+    ],
+)
+def test_a_convolution_runs_the_form_of_fewer_products(shape, rank, strides, monkeypatch):
+    conv = SVDConv(12, 16, 3, rank=rank, strides=strides, use_bias=False, rngs=nnx.Rngs(0))
+    x, weights = images(shape=shape), conv.kernel.get_value()
+    pays = layers.kernel_pays(weights, x.shape, conv.strides)
+    g = images(1, conv(x).shape)
+    kernel, pair = (
+        costs.macs(local_pass(conv, form, monkeypatch), weights, x, g) for form in (True, False)
     )
-    assert jnp.allclose(conv(x), expected, atol=2e-5)
+    assert pays == (kernel < pair)
+    found, expected = (local_pass(conv, f, monkeypatch)(weights, x, g) for f in (True, False))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_in_evaluation_and_on_a_mesh_no_kernel_is_put_together():
+    conv = SVDConv(4, 6, 3, rngs=nnx.Rngs(0))
+    assert convolutions(conv, images()) == 1
+    conv.eval()
+    assert convolutions(conv, images()) == 2
+    conv.train()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("devices",))):
+        assert convolutions(conv, images()) == 2
 
 
 def test_kernel_and_matrix_are_inverse_and_indexed_as_documented():
