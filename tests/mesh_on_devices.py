@@ -4,7 +4,8 @@
 
 trains twenty steps, with a compaction of truncated ranks after ten where the method has ranks, on
 one device, on eight and, where there are factors, on eight with these in parts, and prints as JSON
-how far the latter end from the first, what was compiled, and where the state lay.
+how far the latter end from the first, what was compiled, and where the state lay; as "rounding" how
+far one device ends from itself where it begins with parameters that differ in their last place.
 """
 
 import json
@@ -37,17 +38,27 @@ def dataset(size):
     return Dataset(images[:at], labels[:at], images[at:], labels[at:], 10, 2, True)
 
 
-def train(config, data, layout):
+def in_the_last_place(params):
+    """Parameters that differ from these by a relative 1e-7, about the rounding of float32."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: x * (1 + 1e-7 * rng.standard_normal(x.shape)).astype(x.dtype), params
+    )
+
+
+def train(config, data, layout, change=lambda params: params):
     """Two epochs: the rows, the state at their end on the host, the trainer.
 
     The probe that measures angles is left out: it takes longer to compile than all the rest.
     """
     with layout.active():
         trainer = Trainer(config, data, build.build(config, data), Compiling(), layout)
+        trainer.state = trainer.state._replace(params=change(trainer.state.params))
         rows = []
         for epoch in range(2):
-            row = trainer.train_epoch(epoch, Tally({}, 0), lambda step: None)
-            row |= trainer.evaluate()
+            tally = Tally({}, 0)
+            trainer.train_epoch(epoch, tally, lambda step: None)
+            row = tally.row() | trainer.evaluate()
             rows.append(row | trainer._compact(row))
         state = jax.tree.map(np.asarray, trainer.state._replace(key=None))
     return rows, state, trainer
@@ -57,6 +68,15 @@ def distance(state, other):
     """The largest difference of two states' parameters and statistics over the largest entry."""
     pairs = zip(*(jax.tree.leaves((s.params, s.mstate)) for s in (state, other)), strict=True)
     return max(float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in pairs)
+
+
+def differences(rows, state, others, other):
+    """Of losses, and of the state at the end."""
+    losses = [[r[k] for r in rs for k in ("train_loss", "test_loss")] for rs in (rows, others)]
+    return {
+        "losses": float(np.abs(np.subtract(*losses)).max()),
+        "state": distance(other, state),
+    }
 
 
 def main():
@@ -76,10 +96,8 @@ def main():
     for name, layout in layouts.items():
         began = time.monotonic()
         others, other, trainer = train(config, data, layout)
-        losses = [[r[k] for r in rs for k in ("train_loss", "test_loss")] for rs in (rows, others)]
         found[name] = {
-            "losses": float(np.abs(np.subtract(*losses)).max()),
-            "state": distance(other, state),
+            **differences(rows, state, others, other),
             "compiles": [alone.compiling.steps, trainer.compiling.steps],
             "compacted": "test_loss_before_compaction" in others[0],
             "spread": sum(not x.sharding.is_fully_replicated for x in
@@ -87,7 +105,9 @@ def main():
             "leaves": len(jax.tree.leaves(trainer.state)),
             "seconds": time.monotonic() - began,
         }  # fmt: skip
-    print(json.dumps(found))
+    again, other, _ = train(config, data, ONE_DEVICE, in_the_last_place)
+    rounding = differences(rows, state, again, other)
+    print(json.dumps({"layouts": found, "rounding": rounding}))
 
 
 if __name__ == "__main__":

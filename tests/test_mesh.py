@@ -132,12 +132,15 @@ def test_collectives_are_read_off_a_program():
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["bp", "dfa", "ssa"])
-@pytest.mark.parametrize(("model", "size"), [("vgg13", 32), ("resnet32", 8)])
+@pytest.mark.parametrize(("model", "size"), [("smallconv", 16), ("vgg13", 32), ("resnet32", 8)])
 def test_eight_devices_train_what_one_trains(model, size, method):
-    found = devices_process("mesh_on_devices.py", model, method, str(size))
+    result = devices_process("mesh_on_devices.py", model, method, str(size))
+    found, rounding = result["layouts"], result["rounding"]
     for name, result in found.items():
-        assert result["losses"] < 1e-4, (name, result)
-        assert result["state"] < 1e-4, (name, result)
+        # A rectifier whose input rounds to either side of zero sends training another way, on one
+        # device as on eight.
+        for field in ("losses", "state"):
+            assert result[field] < max(1e-4, 10 * rounding[field]), (name, result, rounding)
         assert result["compiles"][0] == result["compiles"][1], (name, result)
         assert result["compacted"] == (method == "ssa"), (name, result)
         assert (result["spread"] > 0) == (name == "parts"), (name, result)
