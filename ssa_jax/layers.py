@@ -172,14 +172,15 @@ def kernel_pays(weights: Factors, shape: Sequence[int], strides: tuple[int, int]
     2 P a b, and 3 r a b for putting it together and taking its gradient apart. With one stride
     and many positions it pays from two fifths of full rank where a = b.
 
-    On a mesh of devices never: what they sum would be the gradients of kernels.
+    On a mesh of devices never: what they sum would be the gradients of kernels. Nor in less than
+    float32, where rounding K and its gradient turns the gradients of the factors by degrees.
 
     Args:
       weights: u (b, r), s (r,), v (a, r).
       shape: of the input, (batch, H, W, C).
       strides: (sh, sw).
     """
-    if not jax.sharding.get_abstract_mesh().empty:
+    if weights.u.dtype != jnp.float32 or not jax.sharding.get_abstract_mesh().empty:
         return False
     batch, height, width, _ = shape
     (b, r), a = weights.u.shape, weights.v.shape[0]

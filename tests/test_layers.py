@@ -79,7 +79,7 @@ def test_a_convolution_runs_the_form_of_fewer_products(shape, rank, strides, mon
         assert jnp.allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def test_in_evaluation_and_on_a_mesh_no_kernel_is_put_together():
+def test_in_evaluation_on_a_mesh_and_in_less_than_float32_no_kernel_is_put_together():
     conv = SVDConv(4, 6, 3, rngs=nnx.Rngs(0))
     assert convolutions(conv, images()) == 1
     conv.eval()
@@ -87,6 +87,9 @@ def test_in_evaluation_and_on_a_mesh_no_kernel_is_put_together():
     conv.train()
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("devices",))):
         assert convolutions(conv, images()) == 2
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), conv.kernel.get_value())
+    conv.kernel = nnx.Param(half)
+    assert convolutions(conv, images().astype(jnp.bfloat16)) == 2
 
 
 def test_kernel_and_matrix_are_inverse_and_indexed_as_documented():
