@@ -130,6 +130,11 @@ def test_collectives_are_read_off_a_program():
     assert found[1].arrays == (("f32", (48, 32)), ("bf16", (2, 3)))
 
 
+# In the others a rectifier whose input rounds to either side of zero sends training another way,
+# on one device as on eight.
+STEADY = {("smallconv", "bp"), ("smallconv", "ssa"), ("resnet32", "dfa")}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["bp", "dfa", "ssa"])
 @pytest.mark.parametrize(("model", "size"), [("smallconv", 16), ("vgg13", 32), ("resnet32", 8)])
@@ -137,10 +142,9 @@ def test_eight_devices_train_what_one_trains(model, size, method):
     result = devices_process("mesh_on_devices.py", model, method, str(size))
     found, rounding = result["layouts"], result["rounding"]
     for name, result in found.items():
-        # A rectifier whose input rounds to either side of zero sends training another way, on one
-        # device as on eight.
         for field in ("losses", "state"):
-            assert result[field] < max(1e-4, 10 * rounding[field]), (name, result, rounding)
+            bound = 1e-4 if (model, method) in STEADY else max(1e-4, 3 * rounding[field])
+            assert result[field] < bound, (name, result, rounding)
         assert result["compiles"][0] == result["compiles"][1], (name, result)
         assert result["compacted"] == (method == "ssa"), (name, result)
         assert (result["spread"] > 0) == (name == "parts"), (name, result)
