@@ -2,17 +2,19 @@
 
     python -m benchmarks.peak CASE_JSON ENTRY_JSON
 
-prints the two numbers of `Peak` as JSON.
+prints the numbers of `Peak` as JSON.
 """
 
+import gc
 import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,15 +24,25 @@ from benchmarks.networks import Case, random_batch
 
 STEPS = 3
 
+# Blocks of this size and larger go back to the system when they are freed, so that the resident
+# size is what is in use; by itself glibc keeps freed ones of up to 32 MiB.
+_KEPT_BELOW = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+
 
 class Peak(NamedTuple):
-    """Largest resident size in bytes: with libraries and batch alone, and after some steps.
+    """Sizes of a process in bytes.
 
-    Compiling takes memory too, unless the programs are in the cache on disk.
+    Attributes:
+      base_bytes: largest resident size with libraries and batch alone.
+      peak_bytes: largest resident size after some steps. Tracing takes memory too, and so does
+        compiling, unless the programs are in the cache on disk.
+      steps_bytes: what steps take beyond what is resident between them: the largest resident size
+        while some more run, less the size before. None where the system does not tell it.
     """
 
     base_bytes: int
     peak_bytes: int
+    steps_bytes: int | None
 
 
 def in_process(case: Case, entry: Entry) -> Peak:
@@ -39,8 +51,9 @@ def in_process(case: Case, entry: Entry) -> Peak:
     kept = jax.config.values["jax_compilation_cache_dir"]
     cache = {"JAX_COMPILATION_CACHE_DIR": kept} if kept else {}
     done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **cache}
-    )
+        command, check=True, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **_KEPT_BELOW, **cache},
+    )  # fmt: skip
     return Peak(*json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -50,13 +63,37 @@ def largest_resident() -> int:
     `ru_maxrss` of a program that another one started is at least the size of its parent, on
     Linux; the status file tells of the program alone.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmHWM" in fields:
-            return 1024 * int(fields["VmHWM"].split()[0])
+    found = _status("VmHWM")
+    if found is not None:
+        return found
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status(field: str) -> int | None:
+    """Bytes of a size in Linux's status file of this process."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return 1024 * int(fields[field].split()[0]) if field in fields else None
+
+
+def beyond(call: Callable[[], Any]) -> int | None:
+    """Bytes by which the resident size rises above what it is now, at most, during a call.
+
+    None where the largest resident size cannot be reset: that takes Linux.
+    """
+    gc.collect()
+    before = _status("VmRSS")
+    try:
+        # The kernel takes 5 to mean the largest resident size (proc_pid_clear_refs(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    call()
+    after = _status("VmHWM")
+    return None if before is None or after is None else max(0, after - before)
 
 
 def measure(case: Case, entry: Entry) -> Peak:
@@ -68,7 +105,14 @@ def measure(case: Case, entry: Entry) -> Peak:
     contestant: Contestant = contestants.prepare(case, entry)
     for _ in range(STEPS - 1):
         contestant.step()
-    return Peak(base, largest_resident())
+    # Read before the next line resets it.
+    most = largest_resident()
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            contestant.step()
+
+    return Peak(base, most, beyond(steps))
 
 
 if __name__ == "__main__":

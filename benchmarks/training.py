@@ -33,8 +33,8 @@ def measure(
     convolutions, which must be among the entries. ``macs`` are a step's multiply-accumulates with
     its share of a refresh (PyTorch's are taken to be the reference's), and ``share`` is the part
     of the measured rate of a matrix product that they come to. ``compile_s`` is tracing and
-    compiling. ``base_bytes`` and ``peak_bytes`` are those of
-    `peak.Peak`.
+    compiling. ``base_bytes``, ``peak_bytes`` and ``steps_bytes`` are
+    those of `peak.Peak`.
 
     Args:
       case: network and batch.
@@ -62,6 +62,7 @@ def measure(
                 "temp_bytes": one.temp_bytes,
                 "base_bytes": most.base_bytes if most else None,
                 "peak_bytes": most.peak_bytes if most else None,
+                "steps_bytes": most.steps_bytes if most else None,
                 "ratio_to_bp": round(ms / times[base], 4),
                 "macs": macs,
                 "share": macs and round(roofline.share(macs, ms, matmul_gflops), 4),

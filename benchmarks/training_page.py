@@ -111,6 +111,7 @@ def _steps(rows: Iterable[Row], *sizes: str) -> str:
             format_ms({"median_ms": r["ms"]}),
             f"{r['ratio_to_bp']:.2f}",
             _mib(r["temp_bytes"]),
+            _mib(r.get("steps_bytes")),
             _mib(r["peak_bytes"], r["base_bytes"]),
             "-" if r["compile_s"] is None else f"{r['compile_s']:.1f}",
             "-" if r["macs"] is None else f"{r['macs'] / 1e9:.3g} G",
@@ -118,8 +119,8 @@ def _steps(rows: Iterable[Row], *sizes: str) -> str:
         ]
         for r in rows
     ]
-    header = ["model, method", *sizes, "ms", "/ Flax BP", "temporary MiB", "process MiB",
-              "compile s", "MACs", "of matmul rate"]  # fmt: skip
+    header = ["model, method", *sizes, "ms", "/ Flax BP", "temporary MiB", "steps MiB",
+              "process MiB", "compile s", "MACs", "of matmul rate"]  # fmt: skip
     return markdown(header, table)
 
 
@@ -129,7 +130,8 @@ def _columns(record: dict[str, Any]) -> str:
         f"Milliseconds of a training step, median of {record['rounds']} rounds in which all of a "
         "network's took turns, feedback refreshes included by their share. Flax BP: written by "
         "hand in Flax NNX and optax on the same modules, with this project's convolutions, the "
-        "basis of all ratios. Temporary: as the compiler plans it. Process: largest resident size "
+        "basis of all ratios. Temporary: as the compiler plans it. Steps: by how much the resident "
+        "size of a process rises while they run. Process: largest resident size "
         "of a process that builds, reads the compiled step and runs three of them, less what its "
         "libraries and batch take. Compilation: of the step, without a cache on disk."
     )

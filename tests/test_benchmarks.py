@@ -307,9 +307,24 @@ def test_largest_resident_size_grows_with_what_is_held_and_not_with_the_parent()
     held = np.ones(before // 8)
     assert peak.largest_resident() > before
     del held
-    base, most = peak.in_process(Case("mlp", 1), Entry("bp"))
+    base, most, steps = peak.in_process(Case("mlp", 1), Entry("bp"))
     assert most > base
     assert base < peak.largest_resident()
+    assert steps < most - base
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not tell")
+def test_what_a_call_takes_is_told_whether_it_keeps_it_or_not():
+    size = 2**26
+
+    def touch(kept):
+        kept.append(np.ones(size, np.uint8))
+
+    for _ in range(2):
+        assert 0.9 * size < peak.beyond(lambda: touch([])) < 1.5 * size
+    kept = []
+    assert 0.9 * size < peak.beyond(lambda: touch(kept)) < 1.5 * size
+    assert peak.beyond(lambda: None) < 0.1 * size
 
 
 def row(method, ms, temp, rank=None, memory="taped", **fields):
@@ -355,7 +370,7 @@ def test_growth_with_depth_is_that_of_streamed_steps_between_the_ends():
 
 
 FIELDS = ["model", "method", "rank", "memory", "batch", "ms", "compile_s", "temp_bytes",
-          "base_bytes", "peak_bytes", "ratio_to_bp", "macs", "share"]  # fmt: skip
+          "base_bytes", "peak_bytes", "steps_bytes", "ratio_to_bp", "macs", "share"]  # fmt: skip
 
 
 def quick_record(name, file, *flags):
@@ -381,6 +396,7 @@ def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
     assert kinds == {tuple(e) for e in step.entries("mlp", (0.25,))}
     for row in record["rows"]:
         assert row["peak_bytes"] > row["base_bytes"] > 0
+        assert 0 <= row["steps_bytes"] < row["peak_bytes"] - row["base_bytes"]
     profile = {p["part"]: p for p in record["profile"]}
     assert profile["step"]["share"] == 1
     assert profile["chain"]["ms"] == pytest.approx(
