@@ -195,6 +195,10 @@ def step(record: dict[str, Any]) -> str:
             "plain clip and Adam, and what projections and retraction take beside them.",
             _profile(record),
             _arithmetic(record["rows"]),
+            "A taped step keeps what the gradients of all units need, the inputs of their layers "
+            "and of their activations, and so does backpropagation; a pair keeps the map between "
+            "its two convolutions besides. Less takes a second forward pass: the streamed step, "
+            "whose memory the largest unit sets where units are convolutions.",
             "Goals:",
             goals(record),
         ]
@@ -202,18 +206,21 @@ def step(record: dict[str, Any]) -> str:
 
 
 def growth(rows: Sequence[Row]) -> str:
-    """The memory of streamed steps at the largest depth over that at the least."""
+    """The memory of streamed steps at the largest depth over that at the least.
+
+    As the compiler plans it and, where it was measured, by the resident size of a process.
+    """
     low, high = (f({r["depth"] for r in rows}) for f in (min, max))
     cells = []
-    for r in rows:
-        if r["depth"] != low or not _streamed(r) or not r["temp_bytes"]:
-            continue
-        same = {k: r[k] for k in ("model", "method", "rank", "memory", "batch")}
-        deep = find(rows, **same, depth=high)
-        if deep is not None and deep["temp_bytes"] is not None:
-            value = deep["temp_bytes"] / r["temp_bytes"]
-            text = f"memory at depth {high} over {low}, {_name(r)}"
-            cells.append(_judged(text, _GROWTH, value))
+    for field, kind in (("temp_bytes", "memory"), ("steps_bytes", "resident memory of steps")):
+        for r in rows:
+            if r["depth"] != low or not _streamed(r) or not r.get(field):
+                continue
+            same = {k: r[k] for k in ("model", "method", "rank", "memory", "batch")}
+            deep = find(rows, **same, depth=high)
+            if deep is not None and deep[field] is not None:
+                text = f"{kind} at depth {high} over {low}, {_name(r)}"
+                cells.append(_judged(text, _GROWTH, deep[field] / r[field]))
     return markdown(["goal, network", "at most", "measured", "met"], cells)
 
 

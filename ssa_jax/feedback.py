@@ -90,9 +90,11 @@ def composed_paths(
       plan: how they are stored.
 
     Returns:
-      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
+      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel, of the dtype
+      of the twins, at least float32.
     """
     classes = shapes[-1][0]
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(twins))
 
     def push(path: Array) -> tuple[Array, ...]:
         paths: list[Array] = []
@@ -101,17 +103,17 @@ def composed_paths(
             def linear(x: Array, i: int = i) -> Array:
                 return units[i].linear(twins[i], mstate[i], x)
 
-            _, pullback = jax.vjp(linear, jnp.zeros((len(path), *shapes[i - 1]), jnp.float32))
+            _, pullback = jax.vjp(linear, jnp.zeros((len(path), *shapes[i - 1]), dtype))
             (path,) = pullback(path)
             positions = tuple(range(1, path.ndim - 1)) if plan.per_channel else ()
             paths.insert(0, jnp.mean(path, positions, keepdims=True) if positions else path)
         return tuple(paths)
 
     if plan.rows >= classes:
-        return push(jnp.eye(classes, dtype=jnp.float32))
+        return push(jnp.eye(classes, dtype=dtype))
     # Rows of zeros fill the last chunk.
     chunks = -(-classes // plan.rows)
-    rows = jnp.eye(chunks * plan.rows, classes, dtype=jnp.float32)
+    rows = jnp.eye(chunks * plan.rows, classes, dtype=dtype)
     found = lax.map(push, rows.reshape(chunks, plan.rows, classes))
     return tuple(x.reshape(-1, *x.shape[2:])[:classes] for x in found)
 

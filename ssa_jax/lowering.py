@@ -36,12 +36,12 @@ def conv(
 
     Args:
       x: (batch, H, W, C).
-      kernel: K (kh, kw, C, N) of the dtype of x.
+      kernel: K (kh, kw, C, N).
       strides: (sh, sw).
       padding: ``"SAME"``, ``"VALID"``, or (low, high) of each spatial dimension.
 
     Returns:
-      y (batch, H', W', N) of that dtype.
+      y (batch, H', W', N) of the dtype that x and K promote to.
 
     Raises:
       ValueError: another padding, or arrays that do not fit.
@@ -51,6 +51,8 @@ def conv(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], size, (sh, sw), padding)
     (top, bottom), (left, right) = padding
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     return _conv((sh, sw), ((top, bottom), (left, right)), x, kernel)
 
 
@@ -187,7 +189,7 @@ def _kernel_gradient(
     def add(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         return total + gradient(*part), None
 
-    return lax.scan(add, jnp.zeros(shape, jnp.float32), tuple(split))[0].astype(x.dtype)
+    return lax.scan(add, jnp.zeros(shape, _sum_dtype(x)), tuple(split))[0].astype(x.dtype)
 
 
 def _parts(batch: int, example: int, limit: int) -> int:
@@ -199,23 +201,28 @@ def _parts(batch: int, example: int, limit: int) -> int:
 def gradient_from_x(
     strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
 ) -> Array:
-    """The kernel gradient, float32, as the product of the windows of x with g."""
+    """The kernel gradient, of `_sum_dtype`, as the product of the windows of x with g."""
     return _outer(_windows(strides, pads, shape, x, g.shape[1:3]), g).reshape(shape)
 
 
 def gradient_from_g(
     strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
 ) -> Array:
-    """The kernel gradient, float32, as the product of x with the windows of g."""
+    """The kernel gradient, of `_sum_dtype`, as the product of x with the windows of g."""
     kh, kw, c, n = shape
     windows = _reverse_windows(strides, pads, shape, x.shape, g)
     return _outer(x, windows).reshape(c, kh, kw, n).transpose(1, 2, 0, 3)
 
 
 def _outer(x: Array, y: Array) -> Array:
-    """Σ over batch and positions of x yᵀ, float32."""
+    """Σ over batch and positions of x yᵀ, of `_sum_dtype`."""
     x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
-    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=_sum_dtype(x))
+
+
+def _sum_dtype(x: Array) -> Any:
+    """The dtype of sums over a batch: that of x, at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _windows(

@@ -153,7 +153,7 @@ def truncation_losses(
 
     pairs = zip(factors.leaves(whole), factors.leaves(params), strict=True)
     cut = jnp.any(jnp.stack([jnp.any(a.s != b.s) for a, b in pairs]))
-    nan = jnp.float32(jnp.nan)
+    nan = jnp.full((), jnp.nan, jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
     before, after = jax.lax.cond(cut, lambda: (loss(whole), loss(params)), lambda: (nan, nan))
     return {"loss_before_truncation": before, "loss_after_truncation": after}
 

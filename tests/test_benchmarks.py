@@ -364,9 +364,13 @@ def test_growth_with_depth_is_that_of_streamed_steps_between_the_ends():
         for depth, temp in zip((8, 16, 64), sizes, strict=True)
     ]  # fmt: skip
     page = training_page.growth(rows)
+    assert "resident" not in page
     assert "| memory at depth 64 over 8, vgg13, dfa, streamed | 1.20 | 1.200 | yes |" in page
     assert "| memory at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no |" in page
     assert ", bp" not in page
+    page = training_page.growth([{**r, "steps_bytes": 3 * r["temp_bytes"]} for r in rows])
+    line = "resident memory of steps at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no"
+    assert line in page
 
 
 FIELDS = ["model", "method", "rank", "memory", "batch", "ms", "compile_s", "temp_bytes",

@@ -173,6 +173,7 @@ def remove(file, rng):
     file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, flip, remove])
 def test_no_damage_to_any_file_changes_what_is_read(damage, tmp_path):
     """Whatever is done to a file, a restore gives the newest state or the one before, whole."""

@@ -372,6 +372,7 @@ def test_every_setting_is_identity_or_excused():
     assert config_lib.differences(SMALL, dataclasses.asdict(moved)) == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_workdir_to_go_on_with(tmp_path):
     folder = tmp_path / "run"
     flags = ["--dataset=digits", "--model=mlp", "--epochs=4000", "--method=bp"]

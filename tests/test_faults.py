@@ -291,6 +291,7 @@ def test_orthonormalized_factors_are_the_same_weight(seed):
     assert max(max_difference(x, y) for x, y in pairs) < 1e-4
 
 
+@pytest.mark.slow
 def test_drift_above_its_bound_is_repaired_and_logged(tmp_path):
     loose = at(SMALL, tmp_path / "a", rank_schedule="none", retraction="none", epochs=2,
                projection="none", drift_bound=1e-3)  # fmt: skip

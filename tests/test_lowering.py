@@ -33,7 +33,7 @@ def both(function, x, kernel, strides, padding):
 def agree(ours, theirs, tolerance=1e-5):
     for a, b in zip(ours, theirs, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        a, b = (np.asarray(v, np.float32) for v in (a, b))
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
         assert np.abs(a - b).max(initial=0) <= tolerance * np.abs(b).max(initial=0)
 
 
@@ -74,6 +74,19 @@ def test_half_precision_keeps_its_dtype(maps):
     exact = both(reference, *(a.astype(jnp.float32) for a in (x, kernel)), (1, 1), "SAME")
     assert all(a.dtype == jnp.bfloat16 for a in ours)
     agree(ours, [a.astype(jnp.bfloat16) for a in exact], tolerance=2e-2)
+
+
+@pytest.mark.parametrize("maps", [(2, 2), (6, 6)])
+def test_double_precision_is_kept_and_single_goes_to_it(monkeypatch, maps):
+    monkeypatch.setattr(lowering, "_CHUNK_BYTES", 1)
+    with jax.enable_x64(True):
+        x, kernel = arrays(maps, (3, 3), dtype=jnp.float64)
+        ours, theirs = (both(f, x, kernel, (1, 1), "SAME") for f in (lowering.conv, reference))
+        assert all(a.dtype == jnp.float64 for a in ours)
+        agree(ours, theirs, tolerance=1e-14)
+        single = x.astype(jnp.float32)
+        y = lowering.conv(single, kernel, (1, 1), "SAME")
+        agree([y], [reference(single.astype(jnp.float64), kernel, (1, 1), "SAME")], 1e-14)
 
 
 @pytest.mark.parametrize("maps", [(2, 2), (6, 6)])

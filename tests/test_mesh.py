@@ -130,22 +130,36 @@ def test_collectives_are_read_off_a_program():
     assert found[1].arrays == (("f32", (48, 32)), ("bf16", (2, 3)))
 
 
-# In the others a rectifier whose input rounds to either side of zero sends training another way,
-# on one device as on eight.
-STEADY = {("smallconv", "bp"), ("smallconv", "ssa"), ("resnet32", "dfa")}
+SIZES = {"smallconv": 16, "vgg13": 32, "resnet32": 8}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["bp", "dfa", "ssa"])
-@pytest.mark.parametrize(("model", "size"), [("smallconv", 16), ("vgg13", 32), ("resnet32", 8)])
-def test_eight_devices_train_what_one_trains(model, size, method):
-    result = devices_process("mesh_on_devices.py", model, method, str(size))
-    found, rounding = result["layouts"], result["rounding"]
+def trains_what_one_device_trains(model, method, dtype, bound):
+    found = devices_process("mesh_on_devices.py", model, method, str(SIZES[model]), dtype)
     for name, result in found.items():
-        for field in ("losses", "state"):
-            bound = 1e-4 if (model, method) in STEADY else max(1e-4, 3 * rounding[field])
-            assert result[field] < bound, (name, result, rounding)
+        assert result["losses"] < bound, (name, result)
+        assert result["state"] < bound, (name, result)
         assert result["compiles"][0] == result["compiles"][1], (name, result)
         assert result["compacted"] == (method == "ssa"), (name, result)
         assert (result["spread"] > 0) == (name == "parts"), (name, result)
     assert ("parts" in found) == (method == "ssa")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["bp", "dfa", "ssa"])
+@pytest.mark.parametrize("model", SIZES)
+def test_eight_devices_train_what_one_trains(model, method):
+    """In float64: the same sums in another order, and nothing else.
+
+    In float32 a rectifier whose input rounds to either side of zero sends the training of deep
+    networks another way within ten steps, on eight devices as on one whose parameters are changed
+    in their last place.
+    """
+    trains_what_one_device_trains(model, method, "float64", 1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "method"), [("smallconv", "bp"), ("smallconv", "ssa"), ("resnet32", "dfa")]
+)
+def test_eight_devices_train_what_one_trains_to_the_rounding_of_float32(model, method):
+    trains_what_one_device_trains(model, method, "float32", 1e-4)

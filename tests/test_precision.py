@@ -1,4 +1,4 @@
-"""Hidden units in bfloat16: what is rounded, what stays float32, and how far off it is."""
+"""Hidden units in bfloat16: what is rounded, what stays float32, and how far off it is; float64."""
 
 import re
 
@@ -8,7 +8,7 @@ import optax
 import pytest
 from helpers import NETWORKS, make_batch, make_method, max_difference, split
 
-from ssa_jax import metrics
+from ssa_jax import metrics, transforms
 from ssa_jax import units as units_lib
 from ssa_jax.forward import forward, predict
 from ssa_jax.losses import LossWeights
@@ -50,6 +50,31 @@ def test_the_state_keeps_its_types(name, options):
     assert measured["loss"].dtype == jnp.float32
     assert jnp.bfloat16 not in jax.tree.leaves(before)
     assert max_difference(kept, state.params) > 0
+
+
+@pytest.mark.slow
+def test_a_state_in_double_precision_stays_in_it_to_its_rounding():
+    """Sequential feedback with tracked twins is backpropagation; refreshes and cuts included."""
+    ends = []
+    with jax.enable_x64(True):
+        for name, options in (("bp", {}), ("ssa", {"path": "sequential"}), ("ssa", {})):
+            units, *trees = split("conv", 0.5)
+            params, mstate = jax.tree.map(lambda x: x.astype(jnp.float64), tuple(trees))
+            method = make_method(name, units, params, mstate, **options)
+            optimizer = optax.chain(optax.sgd(1e-2), transforms.truncate_rank(lambda count: 0.8))
+            step = make_step(units, method, optimizer, LossWeights())
+            refresh = make_refresh(method) if method.refresh_every else lambda state: state
+            state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+            before = types(state)
+            for _ in range(3):
+                state, measured = step(refresh(state), make_batch(32))
+            assert types(state) == before
+            assert jnp.float32 not in jax.tree.leaves(types((state.params, state.feedback)))
+            assert measured["loss_after_truncation"].dtype == jnp.float64
+            ends.append(state.params)
+    backward, sequential, direct = ends
+    assert max_difference(backward, sequential) < 1e-14
+    assert max_difference(backward, direct) > 1e-6
 
 
 @pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.long), 0.5])
