@@ -91,10 +91,10 @@ def composed_paths(
 
     Returns:
       n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel, of the dtype
-      of the twins, at least float32.
+      that twins and state promote to, at least float32.
     """
     classes = shapes[-1][0]
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(twins))
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((twins, mstate)))
 
     def push(path: Array) -> tuple[Array, ...]:
         paths: list[Array] = []
