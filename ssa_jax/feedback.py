@@ -103,8 +103,8 @@ def composed_paths(
             def linear(x: Array, i: int = i) -> Array:
                 return units[i].linear(twins[i], mstate[i], x)
 
-            _, pullback = jax.vjp(linear, jnp.zeros((len(path), *shapes[i - 1]), dtype))
-            (path,) = pullback(path)
+            y, pullback = jax.vjp(linear, jnp.zeros((len(path), *shapes[i - 1]), dtype))
+            (path,) = pullback(path.astype(y.dtype))
             positions = tuple(range(1, path.ndim - 1)) if plan.per_channel else ()
             paths.insert(0, jnp.mean(path, positions, keepdims=True) if positions else path)
         return tuple(paths)
