@@ -1,6 +1,6 @@
 """Run by its test in a process of its own with eight host devices: training on a mesh of them.
 
-    python mesh_on_devices.py MODEL METHOD SIZE DTYPE
+    python mesh_on_devices.py MODEL METHOD SIZE DTYPE RANK
 
 trains twenty steps, with a compaction of truncated ranks after ten where the method has ranks, on
 one device, on eight and, where there are factors, on eight with these in parts, and prints as JSON
@@ -69,9 +69,9 @@ def distance(state, other):
 
 
 def main():
-    model, method, size, dtype = *sys.argv[1:3], int(sys.argv[3]), sys.argv[4]
+    model, method, size, dtype, rank = *sys.argv[1:3], int(sys.argv[3]), *sys.argv[4:]
     jax.config.update("jax_enable_x64", dtype == "float64")
-    ranks = {"rank_schedule": "hybrid", "rank_init": 1.0} if method == "ssa" else {}
+    ranks = {"rank_schedule": "hybrid", "rank_init": float(rank)} if method == "ssa" else {}
     # Adam's first step divides every entry by its own size, and so magnifies its rounding.
     config = Config(
         method=method, model=model, batch_size=BATCH, epochs=6, optimizer="momentum",

@@ -133,8 +133,9 @@ def test_collectives_are_read_off_a_program():
 SIZES = {"smallconv": 16, "vgg13": 32, "resnet32": 8}
 
 
-def trains_what_one_device_trains(model, method, dtype, bound):
-    found = devices_process("mesh_on_devices.py", model, method, str(SIZES[model]), dtype)
+def trains_what_one_device_trains(model, method, dtype, rank, bound):
+    script = ("mesh_on_devices.py", model, method, str(SIZES[model]), dtype, str(rank))
+    found = devices_process(*script)
     for name, result in found.items():
         assert result["losses"] < bound, (name, result)
         assert result["state"] < bound, (name, result)
@@ -154,7 +155,7 @@ def test_eight_devices_train_what_one_trains(model, method):
     networks another way within ten steps, on eight devices as on one whose parameters are changed
     in their last place.
     """
-    trains_what_one_device_trains(model, method, "float64", 1e-12)
+    trains_what_one_device_trains(model, method, "float64", rank=0.25, bound=1e-12)
 
 
 @pytest.mark.long
@@ -162,4 +163,4 @@ def test_eight_devices_train_what_one_trains(model, method):
     ("model", "method"), [("smallconv", "bp"), ("smallconv", "ssa"), ("resnet32", "dfa")]
 )
 def test_eight_devices_train_what_one_trains_to_the_rounding_of_float32(model, method):
-    trains_what_one_device_trains(model, method, "float32", 1e-4)
+    trains_what_one_device_trains(model, method, "float32", rank=1.0, bound=1e-4)
