@@ -18,6 +18,9 @@ from ssa_jax.lowering import conv
 Array = jax.Array
 Padding = str | int | Sequence[int | tuple[int, int]]
 
+# How many multiply-accumulates a CPU does while it reads or writes one float32.
+MACS_PER_FLOAT = 30
+
 he_normal = nnx.initializers.he_normal()
 
 
@@ -95,8 +98,8 @@ class SVDConv(nnx.Module):
     The kernel K (kh, kw, C, N) in HWIO is the matrix K'[(j,n),(i,c)] = K[i,j,c,n] of shape
     (kw·N, kh·C). V is run as a (kh, 1, C, r) kernel with stride (sh, 1), U as a (1, kw, r, N)
     kernel with stride (1, sw); the bias is added once, after the second. At full rank this is
-    the dense convolution. In training, where that takes fewer multiply-accumulates
-    (`kernel_pays`), K is put together in every call and run instead, to the same result.
+    the dense convolution. In training, where that takes less work (`kernel_pays`), K is put
+    together in every call and run instead, to the same result.
 
     Args:
       in_features: C.
@@ -148,7 +151,7 @@ class SVDConv(nnx.Module):
         weights = self.kernel.get_value()
         (kh, kw), (sh, sw) = self.kernel_size, self.strides
         pad_h, pad_w = split_padding(self.padding)
-        if not self.deterministic and kernel_pays(weights, x.shape, self.strides):
+        if not self.deterministic and kernel_pays(weights, x.shape, self.kernel_size, self.strides):
             kernel = matrix_to_kernel(factors.to_dense(weights), (kh, kw))
             both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
             y = conv(x, kernel, (sh, sw), both)
@@ -163,14 +166,22 @@ class SVDConv(nnx.Module):
         return y
 
 
-def kernel_pays(weights: Factors, shape: Sequence[int], strides: tuple[int, int]) -> bool:
-    """Whether an `SVDConv` takes fewer multiply-accumulates by its kernel than by its pair.
+def kernel_pays(
+    weights: Factors,
+    shape: Sequence[int],
+    kernel_size: tuple[int, int],
+    strides: tuple[int, int],
+) -> bool:
+    """Whether an `SVDConv` takes less work by its kernel than by its pair.
 
-    Counted are the output and the gradients of U, s and V, what a local step needs of a layer.
-    For P output positions of all examples, a = kh·C and b = kw·N the pair takes
-    P r (2 sw a + 3 b), since the first of the two has the width of the input; the kernel takes
-    2 P a b, and 3 r a b for putting it together and taking its gradient apart. With one stride
-    and many positions it pays from two fifths of full rank where a = b.
+    Counted are the output and the gradients of U, s and V, what a local step needs of a layer:
+    multiply-accumulates, and `MACS_PER_FLOAT` of them for each entry of a map that is read or
+    written. For P output positions of all examples, a = kh·C, b = kw·N and maps of X, M and Y
+    entries before, within and after the pair, that is P r (2 sw a + 3 b) products, since the
+    first of the two has the width of the input, and 2 X + 5 M + 3 Y entries. The kernel takes
+    2 P a b, and 3 r a b for putting it together and taking its gradient apart, and 2 (X + Y)
+    entries. With one stride, many positions and channels it pays from two fifths of full rank
+    where a = b, with few channels from less.
 
     On a mesh of devices never: what they sum would be the gradients of kernels. Nor in less than
     float32, where rounding K and its gradient turns the gradients of the factors by degrees.
@@ -178,6 +189,7 @@ def kernel_pays(weights: Factors, shape: Sequence[int], strides: tuple[int, int]
     Args:
       weights: u (b, r), s (r,), v (a, r).
       shape: of the input, (batch, H, W, C).
+      kernel_size: (kh, kw).
       strides: (sh, sw).
     """
     if weights.u.dtype != jnp.float32 or not jax.sharding.get_abstract_mesh().empty:
@@ -185,7 +197,8 @@ def kernel_pays(weights: Factors, shape: Sequence[int], strides: tuple[int, int]
     batch, height, width, _ = shape
     (b, r), a = weights.u.shape, weights.v.shape[0]
     positions = batch * -(-height // strides[0]) * -(-width // strides[1])
-    pair = positions * r * (2 * strides[1] * a + 3 * b)
+    within, after = positions * strides[1] * r, positions * b // kernel_size[1]
+    pair = positions * r * (2 * strides[1] * a + 3 * b) + MACS_PER_FLOAT * (5 * within + after)
     return 2 * positions * a * b + 3 * r * a * b < pair
 
 

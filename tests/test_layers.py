@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from ssa_jax import costs, factors, layers
+from ssa_jax import costs, factors, layers, lowering
 from ssa_jax.layers import Pool, SVDConv, SVDDense
 
 
@@ -29,9 +29,12 @@ def convolutions(conv, x):
         ((5, 2), (1, 2), "SAME"),
     ],
 )
-@pytest.mark.parametrize(("rank", "forms"), [(1.0, 1), (0.2, 2)])
-def test_conv_equals_the_dense_convolution_by_its_matrix(size, strides, padding, rank, forms):
+@pytest.mark.parametrize(("rank", "training", "forms"), [(1.0, True, 1), (0.2, False, 2)])
+def test_conv_equals_the_dense_convolution_by_its_matrix(
+    size, strides, padding, rank, training, forms
+):
     conv = SVDConv(4, 6, size, strides=strides, padding=padding, rank=rank, rngs=nnx.Rngs(1))
+    conv.set_attributes(deterministic=not training)
     kernel = layers.matrix_to_kernel(factors.to_dense(conv.kernel.get_value()), size)
     dense = nnx.Conv(4, 6, size, strides=strides, padding=padding, rngs=nnx.Rngs(0))
     dense.kernel = nnx.Param(kernel)
@@ -58,20 +61,41 @@ def local_pass(conv, pays, monkeypatch):
     return run
 
 
+def moved(conv, pays, monkeypatch, *args):
+    """Entries of maps that the convolutions of `local_pass` read and write."""
+    sizes = []
+
+    def recorded(x, *rest):
+        y = lowering.conv(x, *rest)
+        sizes.append(x.size + y.size)
+        return y
+
+    monkeypatch.setattr(layers, "conv", recorded)
+    jax.eval_shape(local_pass(conv, pays, monkeypatch), *args)
+    monkeypatch.undo()
+    # Each goes forward and has a gradient of its kernel, and all but the first one of their input.
+    return 3 * sum(sizes) - sizes[0]
+
+
 @pytest.mark.parametrize(
-    ("shape", "strides", "rank"),
+    ("channels", "shape", "strides", "rank"),
     [
-        *itertools.product([(8, 8, 8, 12)], [1, 2, (1, 2)], [0.3, 0.38, 0.46, 1.0]),
-        *itertools.product([(2, 4, 4, 12)], [1], [0.54, 1.0]),
+        *itertools.product([16], [(8, 8, 8, 12)], [1, 2, (1, 2)], [0.1, 0.2, 0.3, 1.0]),
+        *itertools.product([16], [(2, 4, 4, 12)], [1], [0.2, 0.4, 0.54, 1.0]),
+        *itertools.product([64], [(8, 8, 8, 64)], [1], [0.3, 0.5]),
     ],
 )
-def test_a_convolution_runs_the_form_of_fewer_products(shape, rank, strides, monkeypatch):
-    conv = SVDConv(12, 16, 3, rank=rank, strides=strides, use_bias=False, rngs=nnx.Rngs(0))
+def test_a_convolution_runs_the_form_of_less_work(channels, shape, rank, strides, monkeypatch):
+    conv = SVDConv(
+        shape[-1], channels, 3, rank=rank, strides=strides, use_bias=False, rngs=nnx.Rngs(0)
+    )
     x, weights = images(shape=shape), conv.kernel.get_value()
-    pays = layers.kernel_pays(weights, x.shape, conv.strides)
+    pays = layers.kernel_pays(weights, x.shape, conv.kernel_size, conv.strides)
     g = images(1, conv(x).shape)
     kernel, pair = (
-        costs.macs(local_pass(conv, form, monkeypatch), weights, x, g) for form in (True, False)
+        costs.macs(local_pass(conv, form, monkeypatch), weights, x, g)
+        + layers.MACS_PER_FLOAT * moved(conv, form, monkeypatch, weights, x, g)
+        for form in (True, False)
     )
     assert pays == (kernel < pair)
     found, expected = (local_pass(conv, f, monkeypatch)(weights, x, g) for f in (True, False))
