@@ -64,7 +64,7 @@ def test_the_floor_that_fits_is_the_largest(wanted):
 @pytest.mark.parametrize(
     ("schedule", "kind"),
     [
-        ("adaptive", "params"),
+        pytest.param("adaptive", "params", marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in [("adaptive", "macs"), ("linear", "params"), ("none", "macs")]
