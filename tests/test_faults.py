@@ -109,7 +109,7 @@ def signal_at(monkeypatch):
 @pytest.mark.parametrize(
     ("number", "error"),
     [
-        (signal.SIGTERM, Terminated),
+        pytest.param(signal.SIGTERM, Terminated, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.long),
     ],
 )
