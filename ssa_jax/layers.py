@@ -197,6 +197,7 @@ def kernel_pays(
     batch, height, width, _ = shape
     (b, r), a = weights.u.shape, weights.v.shape[0]
     positions = batch * -(-height // strides[0]) * -(-width // strides[1])
+    # Of the entries only those that the pair moves more: 2 X + 2 Y are moved by both.
     within, after = positions * strides[1] * r, positions * b // kernel_size[1]
     pair = positions * r * (2 * strides[1] * a + 3 * b) + MACS_PER_FLOAT * (5 * within + after)
     return 2 * positions * a * b + 3 * r * a * b < pair

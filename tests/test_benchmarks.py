@@ -1,5 +1,6 @@
 """The records say what was measured, and the benchmarks write what the records read."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from benchmarks import (
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
 from experiments import environment, timing
-from ssa_jax import costs, factors, train
+from ssa_jax import costs, factors, layers, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +67,22 @@ def test_the_readme_states_the_stored_ratios():
         f"{ms[2]} on `smallconv` and {ms[3]} on the `mlp`; streamed, it takes "
         f"{temp[0]}, {temp[1]}, {temp[2]} and {temp[3]} of its temporary memory"
     ) in (ROOT / "README.md").read_text()
+
+
+def test_the_forms_that_layers_run_are_the_faster_ones_of_the_record():
+    rows = json.loads((records.STORED / "pair.json").read_text())["rows"]
+    for shape, fraction in itertools.product(pair.SHAPES, pair.RANKS):
+        found = {"shape": str(shape), "rank": fraction, "pass": "local"}
+        kernel, two = (
+            page.find(rows, form=form, **found)["ms"] for form in ("merged", "two convolutions")
+        )
+        a, b = 3 * shape.c_in, 3 * shape.c_out
+        r = factors.rank_of(fraction, b, a)
+        weights = factors.Factors(
+            *(jax.ShapeDtypeStruct(s, "float32") for s in ((b, r), (r,), (a, r)))
+        )
+        images = (pair.BATCH, shape.side, shape.side, shape.c_in)
+        assert layers.kernel_pays(weights, images, (3, 3), (1, 1)) == (kernel < two), found
 
 
 def test_environment_names_what_is_missing():

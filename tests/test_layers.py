@@ -70,9 +70,9 @@ def moved(conv, pays, monkeypatch, *args):
         sizes.append(x.size + y.size)
         return y
 
-    monkeypatch.setattr(layers, "conv", recorded)
-    jax.eval_shape(local_pass(conv, pays, monkeypatch), *args)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "conv", recorded)
+        jax.eval_shape(local_pass(conv, pays, patch), *args)
     # Each goes forward and has a gradient of its kernel, and all but the first one of their input.
     return 3 * sum(sizes) - sizes[0]
 
