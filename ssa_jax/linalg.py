@@ -17,8 +17,9 @@ Array = jax.Array
 
 # Accelerators round the factors of a float32 product to fewer bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST
-# Rows that a matrix product on the CPU adds up in one running sum, at most.
-_SUMMED_AT_ONCE = 1024
+# Rows that are added up in one running sum, at most, and partial sums, at least.
+_SUMMED_AT_ONCE = 128
+_PARTIAL_SUMS = 8
 # Each iteration multiplies a small singular value by 2.19, so this many span 1e-9 to one.
 NEWTON_SCHULZ_STEPS = 30
 
@@ -31,14 +32,16 @@ def gram(x: Array) -> Array:
     """XᵀX of (..., n, r), shape (..., r, r), summed in blocks of rows.
 
     One running float32 sum of hundreds of squares loses the digit that a retraction needs to land
-    within a few 1e-7. A product of more rows than `_SUMMED_AT_ONCE` is blocked by itself.
+    within a few 1e-7. All blocks are one batched product.
     """
     n = x.shape[-2]
-    if not _SUMMED_AT_ONCE // 4 <= n <= _SUMMED_AT_ONCE:
+    if n < _SUMMED_AT_ONCE // 2:
         return _mm(x.mT, x)
-    size = -(-n // 8)
-    blocks = [x[..., i : i + size, :] for i in range(0, n, size)]
-    return sum((_mm(y.mT, y) for y in blocks[1:]), _mm(blocks[0].mT, blocks[0]))
+    blocks = max(_PARTIAL_SUMS, -(-n // _SUMMED_AT_ONCE))
+    size = -(-n // blocks)
+    padding = [(0, 0)] * (x.ndim - 2) + [(0, blocks * size - n), (0, 0)]
+    y = jnp.pad(x, padding).reshape(*x.shape[:-2], blocks, size, x.shape[-1])
+    return jnp.sum(_mm(y.mT, y), axis=-3)
 
 
 def _eye_like(a: Array) -> Array:
@@ -85,21 +88,14 @@ def project_none(x: Array, g: Array) -> Array:
 def _bjorck_bowie(y: Array, g: Array) -> tuple[Array, Array]:
     """One step from y with Gram matrix g, and a bound (...,) of max|YᵀY - I| after it.
 
-    With E = I - G and while the eigenvalues of E lie in [-1, 1], the new residual is E q(E) E
-    after the step of first order and E² q(E) E² after that of third, |q| <= 1: no entry exceeds
-    the largest squared row norm of E or of E². The first order is taken where it suffices.
+    With E = I - G and while the eigenvalues of E lie in [-1, 1], the new residual is
+    E² q(E) E² with |q| <= 1: no entry exceeds the largest squared row norm of E².
     """
     eye = _eye_like(g)
     e = eye - g
-    bound = _largest_row(e)
-
-    def third() -> tuple[Array, Array]:
-        e2 = _mm(e, e)
-        return 0.5 * e + _mm(e2, 0.375 * eye + 0.3125 * e), _largest_row(e2)
-
-    enough = jnp.all(bound <= jnp.finfo(y.dtype).eps)
-    series, bound = jax.lax.cond(enough, lambda: (0.5 * e, bound), third)
-    return y + _mm(y, series), bound
+    e2 = _mm(e, e)
+    series = 0.5 * e + _mm(e2, 0.375 * eye + 0.3125 * e)
+    return y + _mm(y, series), _largest_row(e2)
 
 
 def _largest_row(a: Array) -> Array:
@@ -132,9 +128,8 @@ def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
 
     Y <- Y (I + E/2 + 3E²/8 + 5E³/16) with E = I - YᵀY, the fourth-order member of the family
     of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
-    their products with the tall matrix. Where Y (I + E/2), one classical step, is exact to
-    rounding, the small products E² and E³ are spared. Y is first scaled by an eigenvalue
-    bound where that is needed for the iteration to converge. One step is enough for singular
+    their products with the tall matrix. Y is first scaled by an eigenvalue bound where that is
+    needed for the iteration to converge. One step is enough for singular
     values within about 1 % of one; further ones run only while the bound on what is left
     exceeds rounding. What has not converged after `steps` (Y without full
     rank, or so large that YᵀY overflows) is replaced by the Q factor of Y.

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
 from ssa_jax.forward import after
 
 Array = jax.Array
 Tree = Any
 Leaves = dict[str, Any]
+
+# How the call of a jitted function is named in a traced program, by versions of JAX.
+_CALLS = ("jit", "pjit")
 
 
 class Moved(NamedTuple):
@@ -130,7 +134,7 @@ def _reach(jaxpr: Any, inputs: Sequence[int]) -> list[int]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def units_of(atom: Any) -> int:
-        return 0 if hasattr(atom, "val") else known.get(atom, 0)
+        return 0 if isinstance(atom, core.Literal) else known.get(atom, 0)
 
     for eqn in jaxpr.eqns:
         reached = _reach_through(eqn, [units_of(atom) for atom in eqn.invars])
@@ -139,11 +143,15 @@ def _reach(jaxpr: Any, inputs: Sequence[int]) -> list[int]:
 
 
 def _reach_through(eqn: Any, inputs: Sequence[int]) -> list[int]:
-    """The same of one equation: of a choice branch by branch, of all others in one."""
+    """The same of one equation: of a choice branch by branch, of a call by its body, of all others
+    in one.
+    """
     if eqn.primitive.name == "cond":
         index, *operands = inputs
         branches = [_reach(branch.jaxpr, operands) for branch in eqn.params["branches"]]
         return [_union([index, *of_branches]) for of_branches in zip(*branches, strict=True)]
+    if eqn.primitive.name in _CALLS:
+        return _reach(eqn.params["jaxpr"].jaxpr, inputs)
     return [_union(inputs)] * len(eqn.outvars)
 
 
