@@ -1,6 +1,8 @@
 """From a config and a data set to everything that a run calls."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +44,7 @@ class Built(NamedTuple):
     learning_rate: Any
     steps_per_epoch: int
     total_steps: int
+    cuts_at: Callable[[int], bool]
     state: TrainState
 
 
@@ -111,6 +114,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0) -> Built:
         learning_rate=optim.learning_rate(chain),
         steps_per_epoch=steps_per_epoch,
         total_steps=chain.total_steps,
+        cuts_at=functools.partial(optim.cuts_at, chain),
         state=state,
     )
 

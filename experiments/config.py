@@ -173,7 +173,7 @@ class Config:
     feedback_form: str = setting("auto", "Direct paths: full or per channel.", choices=FORMS)
     feedback_limit_mib: int = setting(256, "Most MiB of full paths under auto.", low=0)
     feedback_lookahead: int = setting(
-        0, "Units that a direct signal of ssa is pulled back through exactly.", low=0
+        1, "Units that a direct signal of ssa is pulled back through exactly.", low=0
     )
     mean_gates: bool = setting(False, "Composed paths carry the mean slope of activations.")
     unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)

@@ -28,8 +28,11 @@ _MODELS = {
 }
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd_bp": ("svd_bp", {"method": "svd_bp"}),
-    "direct": ("ssa direct", {"method": "ssa"}),
-    "gates": ("mean slopes in the path", {"method": "ssa", "mean_gates": True}),
+    "direct": ("ssa direct", {"method": "ssa", "feedback_lookahead": 0}),
+    "gates": (
+        "mean slopes in the path",
+        {"method": "ssa", "mean_gates": True, "feedback_lookahead": 0},
+    ),
     "ahead": ("one unit ahead", {"method": "ssa", "feedback_lookahead": 1}),
 }
 VARIANTS = (
@@ -41,12 +44,17 @@ VARIANTS = (
     Variant(
         "conv_direct",
         "residual, a convolution a unit, ssa direct",
-        {"model": "resnet32_conv", "method": "ssa"},
+        {"model": "resnet32_conv", "method": "ssa", "feedback_lookahead": 0},
     ),
     Variant(
         "conv_gates",
         "residual, a convolution a unit, mean slopes",
-        {"model": "resnet32_conv", "method": "ssa", "mean_gates": True},
+        {
+            "model": "resnet32_conv",
+            "method": "ssa",
+            "mean_gates": True,
+            "feedback_lookahead": 0,
+        },
     ),
 )
 

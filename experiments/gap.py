@@ -20,7 +20,7 @@ from experiments.study_table import Column, accuracy, hidden_angle, per_cent, tr
 
 
 def _direct(name: str, label: str, **changes: Any) -> Variant:
-    return Variant(name, label, {"method": "ssa", **changes})
+    return Variant(name, label, {"method": "ssa", "feedback_lookahead": 0, **changes})
 
 
 VARIANTS = (

@@ -45,12 +45,19 @@ def _ssa(name: str, label: str, **changes: Any) -> Variant:
 # The methods, for any network.
 FORMS = (
     *(Variant(name, name, {"method": name}) for name in METHODS if name != "ssa"),
-    _ssa("ssa_direct", "ssa direct", feedback="composed", feedback_update="tracked"),
+    _ssa(
+        "ssa_direct", "ssa direct",
+        feedback="composed", feedback_update="tracked", feedback_lookahead=0,
+    ),
+    _ssa("ssa_ahead", "ssa direct, 1 ahead", feedback="composed", feedback_update="tracked"),
     _ssa(
         "ssa_sequential", "ssa sequential",
         feedback="sequential", feedback_update="tracked", feedback_every=1,
     ),
-    _ssa("ssa_fixed", "ssa direct, fixed twins", feedback="composed", feedback_update="fixed"),
+    _ssa(
+        "ssa_fixed", "ssa direct, fixed twins",
+        feedback="composed", feedback_update="fixed", feedback_lookahead=0,
+    ),
 )  # fmt: skip
 
 

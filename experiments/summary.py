@@ -63,6 +63,7 @@ def settings(config: Config) -> Row:
         "factorized": config.factorized,
         "rank_schedule": config.rank_schedule,
         "feedback": config.feedback if config.method == "ssa" else None,
+        "feedback_lookahead": config.feedback_lookahead if config.method == "ssa" else None,
     }
 
 

@@ -21,9 +21,10 @@ def label(summary: Row) -> str:
     """Method, with what changes its network."""
     parts = [summary["method"]]
     if summary["method"] == "ssa":
-        # Runs stored before there was a choice to tell were direct.
+        # Runs stored before there was a choice to tell were direct, and looked at no unit ahead.
         sequential = summary.get("feedback") == "sequential"
-        parts.append("sequential" if sequential else "direct")
+        ahead = f"direct, {n} ahead" if (n := summary.get("feedback_lookahead")) else "direct"
+        parts.append("sequential" if sequential else ahead)
     if summary["factorized"] != (summary["method"] in ON_FACTORS):
         parts.append("on factors" if summary["factorized"] else "(dense)")
     if summary["rank_schedule"] != "none" and summary["factorized"]:

@@ -54,6 +54,7 @@ class Programs(NamedTuple):
     refresh: Callable[[TrainState], TrainState]
     evaluate: Callable[..., dict[str, Array]]
     probe: Callable[[TrainState, Batch], metrics.Probe]
+    truncation: Callable[[TrainState, Batch], dict[str, Array]]
 
 
 class Trainer:
@@ -96,6 +97,10 @@ class Trainer:
             ),
             returning(whole, train.make_eval(built.units)),
             returning(whole, metrics.make_probe(built.units, built.method, built.weights)),
+            self._for_replicas(
+                replicas.vectorized_measure,
+                returning(whole, train.make_truncation_losses(built.units, built.memory)),
+            ),
         )
 
     def _steps(self, method: Method) -> Steps:
@@ -176,7 +181,9 @@ class Trainer:
                 leave=False,
             ) as bar,
         ):
-            runs = dispatches(first + tally.steps, last, steps.length, steps.periods)
+            runs = dispatches(
+                first + tally.steps, last, steps.length, steps.periods, self.built.cuts_at
+            )
             for step, count in runs:
                 between(step)
                 # Whatever comes from the host or goes there in here is asked for explicitly.
@@ -205,6 +212,9 @@ class Trainer:
             self.state = self.programs.refresh(self.state)
         self.state, measured = steps.programs[count](self.state, feed.source)
         tally.add(measured | feed.counts, count)
+        if self.built.cuts_at(step):
+            losses = self.programs.truncation(self.state, self._probe_batch())
+            tally.add({name: loss[..., None] for name, loss in losses.items()}, 0)
 
     def measure(self) -> Row:
         """Evaluates and probes, and mends and shrinks the factors where that is due.
@@ -214,15 +224,18 @@ class Trainer:
         """
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
+        row |= summary.probe_row(self.programs.probe(self.state, self._probe_batch()))
+        row |= self._repair(row)
+        row |= self._compact(row)
+        return row
+
+    def _probe_batch(self) -> Batch:
         size = min(PROBE_SIZE, self.loader.train_size)
         if self.loader.steps_at_once:
             # Of large images a step has as many as the device holds.
             size = min(size, self.config.batch_size)
-        index = np.arange(size)
-        row |= summary.probe_row(self.programs.probe(self.state, self.loader.fixed_batch(index)))
-        row |= self._repair(row)
-        row |= self._compact(row)
-        return row
+        with jax.transfer_guard("allow"):
+            return self.loader.fixed_batch(np.arange(size))
 
     def check(self, tally: Tally) -> None:
         """Raises NotFiniteError where a metric or an entry of the state is not finite."""

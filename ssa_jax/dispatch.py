@@ -55,7 +55,11 @@ def make_dispatch(
 
 
 def dispatches(
-    first: int, last: int, length: int, periods: Sequence[int] = ()
+    first: int,
+    last: int,
+    length: int,
+    periods: Sequence[int] = (),
+    alone: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[tuple[int, int]]:
     """Cuts the steps first, ..., last - 1 into runs of `length` steps and of one.
 
@@ -68,6 +72,7 @@ def dispatches(
       last: one more than that of the last one.
       length: most steps of a run, at least one.
       periods: steps between what is due; 0 for never.
+      alone: says which steps are runs of their own, to be looked at when they are done.
 
     Yields:
       (start, steps) of every run in turn.
@@ -75,7 +80,8 @@ def dispatches(
     step = first
     while step < last:
         due = min((step - step % p + p for p in periods if p), default=last)
-        steps = length if step + length <= min(due, last) else 1
+        whole = step + length <= min(due, last) and not any(map(alone, range(step, step + length)))
+        steps = length if whole else 1
         yield step, steps
         step += steps
 

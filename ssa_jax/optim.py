@@ -120,6 +120,22 @@ def rank_period(config: OptimizerConfig) -> int:
     return max(1, config.total_steps // config.rank_cuts)
 
 
+def choice_period(config: OptimizerConfig) -> int:
+    """Steps between choices of `adaptive` ranks."""
+    return max(1, min(CHOOSE_EVERY, config.total_steps // 50))
+
+
+def cuts_at(config: OptimizerConfig, step: int) -> bool:
+    """Whether a truncation of this step is one to measure: one a period of the rule that has it."""
+    into_period = step % rank_period(config)
+    if config.rank_schedule == "none":
+        return False
+    if config.rank_schedule == "adaptive":
+        every = choice_period(config)
+        return (step + 1) % every == 0 and into_period < every
+    return into_period == 0
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The chain `transforms.ssa`, whose order is written there, with the settings of a config.
 
@@ -195,7 +211,7 @@ def _adaptive(
         chain,
         budget,
         cost=lambda path, f: config.rank_costs[path],
-        every=max(1, min(CHOOSE_EVERY, config.total_steps // 50)),
+        every=choice_period(config),
         until=int(ranks.REST_PHASE * config.total_steps),
         least=ranks.LEAST,
         mask=_rank_mask(config),

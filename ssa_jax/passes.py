@@ -83,31 +83,37 @@ def taped(
     """One forward pass that keeps every unit's pullback until the error is known."""
     logits, mstate, tape = forward(units, params, mstate, batch.images)
     loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
-    if method.direct is None:
+    if method.direct is None or method.ahead:
         signals = method.signals(feedback, params, tape, error, batch)
         gradients = local_gradients(params, method.twins(feedback), tape, signals, weights)
         return Pass(logits, loss, mstate, gradients, tape)
-    gradient = functools.partial(_direct_gradient, len(units), method, weights, feedback, batch)
+    twins = method.twins(feedback)
+    last = len(units) - 1
     found: list[Tree] = []
     here = error
     # Each signal is made when its unit's turn comes: all at once would weigh as much as the tape.
     for i in reversed(range(len(units))):
-        found.insert(0, gradient(params[i], here, i, tape.outputs[i], tape.pullbacks[i]))
+        signal = here if i == last else method.direct(feedback, here, batch, i)
+        unit = Visited(i, params[i], tape.outputs[i], tape.pullbacks[i])
+        found.insert(0, _gradient_of(unit, twins, signal, weights, last=i == last))
         here = after(error, found[0])
     return Pass(logits, loss, mstate, tuple(found), tape)
 
 
-def _direct_gradient(
-    units: int, method: Method, weights: LossWeights, feedback: Tree, batch: Any, params: Tree,
-    error: Array, i: int, h: Array, pullback: Pullback,
-) -> Tree:  # fmt: skip
-    """The gradient of unit i, with its parameters, of a method with `direct` signals."""
-    assert method.direct is not None
-    last = i == units - 1
-    signal = error if last else method.direct(feedback, error, batch, i)
-    twins = method.twins(feedback)
-    twin = None if twins is None else twins[i]
-    return _unit_gradient(params, twin, pullback, h, signal, weights, last=last)
+class Visited(NamedTuple):
+    """Unit i after its forward pass: what its gradient, and a signal on its way down, need."""
+
+    i: int
+    params: Tree
+    output: Array
+    pullback: Pullback
+
+
+def _gradient_of(
+    unit: Visited, twins: Tree | None, signal: Array, weights: LossWeights, *, last: bool
+) -> Tree:
+    twin = None if twins is None else twins[unit.i]
+    return _unit_gradient(unit.params, twin, unit.pullback, unit.output, signal, weights, last=last)
 
 
 def streamed(
@@ -116,8 +122,9 @@ def streamed(
 ) -> Pass:  # fmt: skip
     """Two forward passes: one for the error, one that takes each unit's gradient as it passes.
 
-    The second holds the activations of one unit at a time, for one forward pass more. It may
-    not begin before the error is known, nor a unit before all of the one below it is done:
+    The second holds the activations of one unit at a time, for one forward pass more, and of the
+    `method.ahead` units below it: a unit's signal is pulled back through as many. It may not begin
+    before the error is known, nor a unit before all is done that the one below it made possible:
     `forward.after` sees to both.
 
     Args:
@@ -138,19 +145,29 @@ def streamed(
         raise ValueError("a streamed step needs a method whose signals need the error alone")
     logits = predict_in_turn(units, params, mstate, batch.images)
     loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
-    gradient = functools.partial(_direct_gradient, len(units), method, weights, feedback, batch)
+    twins, last = method.twins(feedback), len(units) - 1
     x, here = after(batch.images, error), error
-    gradients, states = [], []
-    for i, unit in enumerate(units):
+    gradients: dict[int, Tree] = {}
+    states = []
+    waiting: list[Visited] = []
+    for j, unit in enumerate(units):
         # What the first pass made of the parameters alone is made again: kept, it would add up.
-        own = after(params[i], here)
-        x, pullback, state = visit(unit, own, mstate[i], x)
-        kept, done = take(i, own, gradient(own, here, i, x, pullback))
-        # The error waits for one unit at a time: in a chain of waits the sums would add up.
-        x, here = after((x, error), done)
-        gradients.append(kept)
+        own = after(params[j], here)
+        x, pullback, state = visit(unit, own, mstate[j], x)
         states.append(state)
-    return Pass(logits, loss, tuple(states), tuple(gradients), None)
+        waiting.append(Visited(j, own, x, pullback))
+        signal = here if j == last else method.direct(feedback, here, batch, j)
+        # Down through the units that wait: each but the lowest of a full row only hands it on.
+        for v in reversed(list(waiting)):
+            if j == last or v.i == j - method.ahead:
+                found = _gradient_of(v, twins, signal, weights, last=v.i == last)
+                gradients[v.i], done = take(v.i, v.params, found)
+                # The error waits for one unit at a time: in a chain of waits sums would add up.
+                x, here = after((x, error), done)
+            if v.i > max(0, j - method.ahead):
+                signal = v.pullback(signal)[1]
+        waiting = [v for v in waiting if v.i not in gradients]
+    return Pass(logits, loss, tuple(states), tuple(gradients[i] for i in range(len(units))), None)
 
 
 MEMORY_MODES: dict[str, Callable[..., Pass]] = {"taped": taped, "streamed": streamed}

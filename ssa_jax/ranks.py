@@ -37,6 +37,10 @@ LEAST = 8
 # tile of a GPU's tensor cores, the lanes of a TPU's matrix unit.
 BUCKETS = {"cpu": 8, "gpu": 16, "tpu": 128}
 
+# Share of the factors that a compaction during training leaves, at most: down to a floor of 0.3
+# there are three of them, and a last one at the end.
+PAYS = 0.7
+
 
 class Target(NamedTuple):
     """What a schedule asks for at one moment.
@@ -144,10 +148,7 @@ def energy_to_reach(
 
 
 def bucket(rank: int, stored: int, multiple: int | None = None) -> int:
-    """The rank rounded up to an eighth of what is stored, in multiples of the hardware's.
-
-    Every change of a stored rank costs a compilation of the step; eighths bound them to a few
-    for each halving.
+    """The rank rounded up to a multiple of the hardware's, at most what is stored.
 
     Args:
       rank: to store.
@@ -156,30 +157,32 @@ def bucket(rank: int, stored: int, multiple: int | None = None) -> int:
     """
     if multiple is None:
         multiple = BUCKETS.get(jax.default_backend(), max(BUCKETS.values()))
-    if multiple == 1:
-        return min(rank, stored)
-    width = multiple * -(-stored // (8 * multiple))
-    return min(-(-rank // width) * width, stored)
+    return min(-(-rank // multiple) * multiple, stored)
 
 
 def selection(params: Tree, multiple: int | None = None) -> dict[str, np.ndarray]:
-    """Indices to keep of every factorised layer, by its path; empty if none can shrink.
+    """Indices to keep of every factorised layer, by its path; empty where slicing does not pay.
 
     The non-zero singular values, largest first, filled up with zero ones to the bucket; all, in
-    their order, of a layer that cannot shrink.
+    their order, of a layer that cannot shrink. Every change of a stored rank costs a compilation
+    of the step, so while training goes on ranks are sliced only where that leaves at most `PAYS`
+    of the numbers that the factors hold: in geometric steps.
 
     Args:
       params: with `Factors`.
-      multiple: of `bucket`; 1 once training is over and nothing will be compiled any more.
+      multiple: of `bucket`; 1 once training is over and nothing will be compiled any more, and
+        whatever can be sliced is.
     """
-    chosen, shrinks = {}, False
+    chosen, stored, kept = {}, 0, 0
     for name, f in named_leaves(params).items():
         s = np.abs(np.asarray(f.s))
         keep = bucket(max(1, int(np.count_nonzero(s))), s.size, multiple)
         order = np.argsort(-s, kind="stable") if keep < s.size else np.arange(s.size)
         chosen[name] = order[:keep]
-        shrinks |= keep < s.size
-    return chosen if shrinks else {}
+        size = f.u.shape[0] + f.v.shape[0] + 1
+        stored, kept = stored + size * s.size, kept + size * keep
+    pays = kept < stored if multiple == 1 else kept <= PAYS * stored
+    return chosen if pays else {}
 
 
 def _take(index: np.ndarray, name: str, ndim: int, x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ssa_jax.data import Epoch
 from ssa_jax.dispatch import Dispatch
-from ssa_jax.train import TrainState
+from ssa_jax.train import Batch, TrainState
 
 Array = jax.Array
 
@@ -61,6 +61,13 @@ def vectorized(dispatch: Dispatch) -> Dispatch:
       (replicas, length).
     """
     return jax.jit(jax.vmap(dispatch, in_axes=(0, _EPOCH_AXES)), donate_argnums=0)
+
+
+def vectorized_measure(
+    measure: Callable[[TrainState, Batch], dict[str, Array]],
+) -> Callable[[TrainState, Batch], dict[str, Array]]:
+    """A measure of a state on a batch, of all replicas on the same batch."""
+    return jax.jit(jax.vmap(measure, in_axes=(0, None)))
 
 
 def vectorized_refresh(

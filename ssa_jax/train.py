@@ -55,12 +55,19 @@ def init_state(
     mstate: Tree,
     key: Array,
 ) -> TrainState:
-    """The state before the first step."""
-    key, key_feedback = jax.random.split(key)
-    # Copied, since a donated state must own every buffer once.
-    feedback = jax.tree.map(jnp.copy, method.init(key_feedback, params, mstate))
-    opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
-    return TrainState(jnp.int32(0), params, mstate, feedback, opt_state, key)
+    """The state before the first step, made by one program.
+
+    It owns every buffer once, as a state that will be donated must: parameters and model state
+    stay the caller's.
+    """
+
+    def init(params: Tree, mstate: Tree, key: Array) -> TrainState:
+        key, key_feedback = jax.random.split(key)
+        feedback = method.init(key_feedback, params, mstate)
+        state = TrainState(jnp.int32(0), params, mstate, feedback, optimizer.init(params), key)
+        return jax.tree.map(jnp.copy, state)
+
+    return jax.jit(init)(params, mstate, key)
 
 
 # Guesses of the second accuracy that is measured.
@@ -90,7 +97,7 @@ def make_step(
 
     Returns:
       (state, batch) -> (state, metrics), metrics being ``loss`` and ``accuracy`` at the
-      parameters before the step, and `truncation_losses`.
+      parameters before the step.
 
     Raises:
       ValueError: an unknown memory mode; when first called, a streamed step of a method whose
@@ -116,46 +123,46 @@ def make_step(
             params, opt_state = chain.join(moved, state.opt_state)
         feedback = method.update(state.feedback, state.params, params, tape, batch)
         metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels)}
-        logits_of = functools.partial(PREDICTIONS[memory], units)
-        metrics |= truncation_losses(logits_of, params, state.mstate, opt_state, batch)
         return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def truncation_losses(
-    logits_of: Callable[[Tree, Tree, Array], Array],
-    params: Tree,
-    mstate: Tree,
-    opt_state: optax.OptState,
-    batch: Batch,
-) -> dict[str, Array]:
-    """What the truncation of a step does to the loss, measured where it happens.
+def make_truncation_losses(
+    units: Sequence[Unit], memory: str = "taped"
+) -> Callable[[TrainState, Batch], dict[str, Array]]:
+    """The jitted measure of what the truncation of the last step does to the loss.
 
     Args:
-      logits_of: (params, mstate, images) -> logits in training mode.
-      params: after the step.
-      mstate: before it; the passes take the statistics of the batch.
-      opt_state: after the step; it keeps what was truncated.
-      batch: of the step.
+      units: the network.
+      memory: of the steps; a streamed pass holds one unit at a time here too.
 
     Returns:
-      ``loss_before_truncation`` and ``loss_after_truncation``, of the new parameters without
-      and with the truncation, both NaN in a step that truncates nothing; empty where the chain
-      never truncates.
+      (state, batch) -> ``loss_before_truncation`` and ``loss_after_truncation``: cross-entropy of
+      the batch in training mode at the state's parameters without and with the truncation of the
+      step that made them, both NaN where it truncated nothing; empty where the chain never
+      truncates.
     """
-    whole = transforms.restore_dropped(params, opt_state)
-    if whole is None:
-        return {}
+    logits_of = PREDICTIONS[memory]
 
-    def loss(p: Tree) -> Array:
-        return losses.cross_entropy(logits_of(p, mstate, batch.images), batch.labels)
+    def measure(state: TrainState, batch: Batch) -> dict[str, Array]:
+        whole = transforms.restore_dropped(state.params, state.opt_state)
+        if whole is None:
+            return {}
 
-    pairs = zip(factors.leaves(whole), factors.leaves(params), strict=True)
-    cut = jnp.any(jnp.stack([jnp.any(a.s != b.s) for a, b in pairs]))
-    nan = jnp.full((), jnp.nan, jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
-    before, after = jax.lax.cond(cut, lambda: (loss(whole), loss(params)), lambda: (nan, nan))
-    return {"loss_before_truncation": before, "loss_after_truncation": after}
+        def loss(p: Tree) -> Array:
+            logits = logits_of(units, p, state.mstate, batch.images)
+            return losses.cross_entropy(logits, batch.labels)
+
+        pairs = zip(factors.leaves(whole), factors.leaves(state.params), strict=True)
+        cut = jnp.any(jnp.stack([jnp.any(a.s != b.s) for a, b in pairs]))
+        nan = jnp.full((), jnp.nan, jnp.result_type(jnp.float32, *jax.tree.leaves(whole)))
+        before, after = jax.lax.cond(
+            cut, lambda: (loss(whole), loss(state.params)), lambda: (nan, nan)
+        )
+        return {"loss_before_truncation": before, "loss_after_truncation": after}
+
+    return jax.jit(measure)
 
 
 def all_finite(tree: Tree) -> bool:

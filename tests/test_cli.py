@@ -309,9 +309,6 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
         run(dataclasses.replace(SMALL, model="vgg13", workdir=str(folder)))
     with pytest.raises(ConfigError, match="svd_bp is backpropagation on factors, and this model"):
         run(dataclasses.replace(SMALL, method="svd_bp", factorize="off", workdir=str(folder)))
-    with pytest.raises(ConfigError, match="feedback_lookahead needs a direct path"):
-        run(dataclasses.replace(SMALL, feedback="sequential", feedback_lookahead=1,
-                                workdir=str(folder)))  # fmt: skip
     streamed = dataclasses.replace(SMALL, memory="streamed", workdir=str(folder))
     for change, named in {
         ("method", "bp"): "--method=bp",

@@ -109,3 +109,10 @@ def test_a_length_that_would_never_run_is_shortened():
 def test_a_dispatch_of_no_step_is_refused():
     with pytest.raises(ValueError, match="at least one step, got 0"):
         tiny_run(0)
+
+
+def test_a_step_to_be_looked_at_is_a_run_of_its_own():
+    runs = list(dispatches(0, 30, 5, (10,), alone=lambda step: step == 12))
+    assert (12, 1) in runs
+    assert [step for first, n in runs for step in range(first, first + n)] == list(range(30))
+    assert runs[:2] == [(0, 5), (5, 5)]

@@ -351,7 +351,6 @@ def test_angles_are_zero_for_bp_and_for_the_last_unit_of_dfa():
         ({"update": "never"}, "feedback_update must be one of fixed"),
         ({"every": 0}, "feedback_every must be at least 1"),
         ({"form": "sparse"}, "feedback_form must be one of auto"),
-        ({"path": "sequential", "lookahead": 1}, "feedback_lookahead needs a direct path"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -24,11 +24,11 @@ DIRECT = {
     "ssa, per channel": {"form": "channel"},
     "ssa, mutual": {"update": "mutual"},
     "ssa, random": {"path": "random", "update": "fixed"},
+    **{f"ssa, {n} ahead": {"lookahead": n} for n in (1, 2, 9)},
 }
 TAPED_ONLY = {
     **{name: {} for name in METHODS if name not in ("dfa", "drtp", "ssa")},
     "ssa, sequential": {"path": "sequential"},
-    "ssa, ahead": {"lookahead": 1},
 }
 
 
@@ -58,8 +58,13 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     ("name", "network"),
     [
         ("ssa", "conv"),
+        ("ssa, 1 ahead", "conv"),
         pytest.param("ssa", "residual", marks=pytest.mark.long),
-        *(pytest.param(n, "conv", marks=pytest.mark.long) for n in DIRECT if n != "ssa"),
+        *(
+            pytest.param(n, "conv", marks=pytest.mark.long)
+            for n in DIRECT
+            if n not in ("ssa", "ssa, 1 ahead")
+        ),
     ],
 )
 def test_streamed_equals_taped(name, network):

@@ -1,5 +1,7 @@
 """Rank schedules, selection and compaction."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,11 +81,27 @@ def test_linear_reaches_its_target_and_stays():
 
 
 @pytest.mark.parametrize("stored", [3, 8, 9, 50, 64, 96, 512])
-def test_buckets_hold_the_rank_and_are_few(stored):
+def test_buckets_hold_the_rank(stored):
     buckets = [ranks.bucket(k, stored) for k in range(1, stored + 1)]
     assert all(k <= b <= stored for k, b in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
-    assert len(set(buckets)) <= 8
+
+
+def test_a_rank_that_falls_to_the_floor_is_compacted_three_times_and_once_at_the_end():
+    params = {"a": factors.Factors(jnp.ones((300, 200)), jnp.ones(200), jnp.ones((400, 200))),
+              "b": factors.Factors(jnp.ones((50, 40)), jnp.ones(40), jnp.ones((60, 40)))}  # fmt: skip
+    sizes = []
+    for share in np.linspace(1, 0.3, 141):
+        for name, full in (("a", 200), ("b", 40)):
+            alive = np.arange(params[name].rank) < np.ceil(share * full)
+            params[name] = params[name]._replace(s=jnp.asarray(alive, jnp.float32))
+        # The last one is exact, whatever it saves.
+        if chosen := ranks.selection(params, 1 if share < 0.301 else None):
+            params = ranks.compact(params, chosen)
+            sizes.append(params["a"].rank)
+    assert len(sizes) == 4
+    assert sizes[-1] == 60
+    assert all(small <= 0.72 * large for large, small in itertools.pairwise([200, *sizes[:-1]]))
 
 
 def test_buckets_are_of_the_hardware_and_one_stores_the_rank_itself(monkeypatch):

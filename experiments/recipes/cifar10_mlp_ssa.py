@@ -18,6 +18,7 @@ FIELDS: dict[str, Any] = {
     "model": "mlp",
     "epochs": 50,
     "method": "ssa",
+    "feedback_lookahead": 0,
     "feedback": "composed",
     "feedback_update": "tracked",
     "mean_gates": True,

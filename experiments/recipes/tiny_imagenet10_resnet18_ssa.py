@@ -20,6 +20,7 @@ FIELDS: dict[str, Any] = {
     "model": "resnet18",
     "epochs": 20,
     "method": "ssa",
+    "feedback_lookahead": 0,
     "feedback": "composed",
     "feedback_form": "channel",
     "feedback_update": "tracked",

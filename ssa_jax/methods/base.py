@@ -36,6 +36,8 @@ class Method(NamedTuple):
       direct: (feedback, error, batch, i) -> δ_i of hidden unit i, for a method whose signals
         need the error alone and whose update leaves the tape unread: such a method can train
         without a tape (see `train.make_step`). None for the others.
+      ahead: units that a direct signal is pulled back through exactly before it is used; those
+        of `signals` are.
       note: what a run should report of the feedback, in a few words; may be empty.
     """
 
@@ -46,6 +48,7 @@ class Method(NamedTuple):
     refresh_every: int = 0
     twins: Callable[[Tree], Tree | None] = _no_twins
     direct: Direct | None = None
+    ahead: int = 0
     note: str = ""
 
 

@@ -39,23 +39,21 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     (classes, *shape of h_i), refreshed every `options.every` steps; ``sequential`` the error
     walks down through twins and true local derivatives; ``random`` δ_i = e · R_i, R_i fixed, of
     at most the twin's rank. Direct paths (the first and the last) may be kept per channel (see
-    `feedback.plan`) and looked ahead from (see `feedback.look_ahead`).
+    `feedback.plan`) and looked ahead from (see `feedback.look_ahead`); a sequential
+    signal has gone through all units anyway.
 
     Twins: ``fixed`` after their independent initialisation; ``mutual`` descend the alignment
     term at `options.rate`; ``tracked`` take the weights' values every `options.every` steps.
     What truncation zeroes in the weights is zeroed in the twins.
 
     Raises:
-      ValueError: an unknown path, update or form, `every` below one, or `lookahead` with a
-        sequential path.
+      ValueError: an unknown path, update or form, or `every` below one.
     """
     require_choice("feedback", options.path, PATHS)
     require_choice("feedback_update", options.update, UPDATES)
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
     has_paths = options.path != "sequential"
-    if options.lookahead and not has_paths:
-        raise ValueError("feedback_lookahead needs a direct path: composed or random feedback")
     units, shapes = network
     plan = fb.plan(shapes, options.form, options.limit)
 
@@ -111,6 +109,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         refresh=refresh,
         refresh_every=options.every if moves else 0,
         twins=lambda feedback: feedback.twins,
-        direct=direct if has_paths and not options.lookahead else None,
+        direct=direct if has_paths else None,
+        ahead=options.lookahead if has_paths else 0,
         note=str(plan) if has_paths else "",
     )
