@@ -89,7 +89,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0) -> Built:
         rank_target=config.rank_target,
         rank_floor=config.rank_floor,
         rank_cuts=config.rank_cuts,
-        rank_exclude=_patterns(config),
+        rank_exclude=_patterns(config, params),
         energy=config.energy,
         projection=config.projection,
         retraction=config.retraction,
@@ -213,7 +213,16 @@ def _costs_of(config: Config, data: Images, *, factorized: bool) -> Costs:
     return network_costs(built[0], params, mstate, data)
 
 
-def _patterns(config: Config) -> tuple[str, ...]:
+def _patterns(config: Config, params: Tree) -> tuple[str, ...]:
+    """Of the layers that keep their rank; by itself a first layer that widens.
+
+    What it drops is lost to all that follows, and it holds few of the parameters. A budget is of
+    the whole network, which it may cut anywhere.
+    """
+    if config.rank_exclude == "auto":
+        first = factors.named_leaves(params[:1])
+        widens = any(f.v.shape[0] < f.u.shape[0] for f in first.values())
+        return ("0/*",) if widens and not config.rank_budget else ()
     return tuple(p.strip() for p in config.rank_exclude.split(",") if p.strip())
 
 

@@ -161,7 +161,11 @@ class Config:
         high=1.0,
     )
     budget_kind: str = setting("params", "Unit of --rank_budget.", choices=KINDS)
-    rank_exclude: str = setting("", "Layers that keep their rank: patterns, by commas; '0/*'.")
+    rank_exclude: str = setting(
+        "auto",
+        "Layers that keep their rank: patterns, by commas, such as '0/*'; '' for none; auto: a "
+        "first layer of fewer inputs than outputs, unless there is a budget.",
+    )
     rank_cuts: int = setting(0, "Cuts of the energy rule in all; 0: one an epoch.", low=0)
     energy: float = setting(0.95, "Energy share that the energy rule keeps.", above=0.0, high=1.0)
     feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments import processes
+from experiments import help, processes
 from experiments.config import Config, ConfigError
 from experiments.interrupt import Terminated
 from experiments.recipes import RECIPES
@@ -63,6 +63,9 @@ def use_recipe() -> None:
 
 
 def _parse(argv: list[str], arguments: bool) -> list[str]:
+    if any(argument in help.ASKED for argument in argv[1:]):
+        print(help.text(sys.modules["__main__"].__doc__ or ""))
+        raise SystemExit(0)
     try:
         rest = flags.FLAGS(argv)
         use_recipe()

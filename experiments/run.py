@@ -16,7 +16,7 @@ from experiments.progress import Progress
 from experiments.tally import Tally
 from experiments.trainer import Trainer
 from experiments.workdir import Workdir
-from ssa_jax import train
+from ssa_jax import train, unitwise
 from ssa_jax.checkpoint import Checkpoints
 from ssa_jax.record import Position
 from ssa_jax.train import TrainState
@@ -108,7 +108,7 @@ class Run:
     def go(self) -> Row:
         """Trains to the end and writes the summary, whatever the end is."""
         self.begin()
-        self.tell_feedback()
+        self.tell()
         try:
             while self.position.epoch < self.config.epochs and self._epoch_or_rollback():
                 pass
@@ -127,9 +127,19 @@ class Run:
             ) from None
         return self.finish()
 
-    def tell_feedback(self) -> None:
-        """Prints what the method says of its feedback, if anything."""
-        if note := self.trainer.built.method.note:
+    def tell(self) -> None:
+        """Prints what cannot be had of what was asked for, and what the feedback is."""
+        built = self.trainer.built
+        if (
+            built.memory == "streamed"
+            and unitwise.split(built.optimizer, built.state.params) is None
+        ):
+            print(
+                "memory: streamed, but the optimiser looks at all units together, so the gradients "
+                "of all are held at once; activations are not",
+                flush=True,
+            )
+        if note := built.method.note:
             print(f"feedback: {note}", flush=True)
 
     def begin(self) -> None:

@@ -70,9 +70,10 @@ def markdown(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 def main(folders: Sequence[str]) -> int:
     """Prints the table of the given workdirs, of seeds each; 2 if one has no summary."""
-    if not folders:
+    asked = any(name in ("-h", "--help") for name in folders)
+    if asked or not folders:
         print(__doc__)
-        return 2
+        return 0 if asked else 2
     summaries = []
     for folder in (path for name in folders for path in runs_in(Path(name))):
         try:

@@ -85,7 +85,7 @@ class _Together:
             run.begin()
         self._check_in_step()
         lead, epochs = self.runs[0], self.runs[0].config.epochs
-        lead.tell_feedback()
+        lead.tell()
         self.trainer = lead.trainer.beside(self._stacked())
         try:
             while lead.position.epoch < epochs and self._epoch():

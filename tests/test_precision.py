@@ -74,7 +74,7 @@ def test_a_state_in_double_precision_stays_in_it_to_its_rounding():
             state = init_state(method, optimizer, params, mstate, jax.random.key(0))
             before = types(state)
             for _ in range(3):
-                state, measured = step(refresh(state), make_batch(32))
+                state, _ = step(refresh(state), make_batch(32))
             assert types(state) == before
             assert jnp.float32 not in jax.tree.leaves(types((state.params, state.feedback)))
             cut = make_truncation_losses(units)(state, make_batch(32))

@@ -39,11 +39,18 @@ def mlp(
     rngs: nnx.Rngs,
     hidden: tuple[int, ...] = (512, 512),
 ) -> Feedforward:
-    """Three-layer perceptron: two hidden ReLU layers of 512 and a linear classifier."""
+    """Three-layer perceptron: two hidden ReLU layers of 512 and a linear classifier.
+
+    A first layer of fewer inputs than outputs starts at full rank: below it, inputs are lost to
+    all that follows, and few parameters saved.
+    """
     sizes = (math.prod(input_shape), *hidden)
+    ranks = [rank] * len(hidden)
+    if rank is not None and sizes[0] < sizes[1]:
+        ranks[0] = 1.0
     units = [
-        Plain(dense(a, b, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True)
-        for a, b in itertools.pairwise(sizes)
+        Plain(dense(a, b, rank=r, rngs=rngs), activation=nnx.relu, flatten=True)
+        for (a, b), r in zip(itertools.pairwise(sizes), ranks, strict=True)
     ]
     return Feedforward([*units, _classifier(sizes[-1], classes, rngs)])
 
