@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow long lint types check clean
+.PHONY: demo test test-newest slow long lint types check clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +17,11 @@ demo: $(INSTALLED)
 	$(BIN)/python -m experiments.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The same on the newest interpreter that is found, with what pip resolves there today.
+test-newest:
+	python=$$(.ci/newest_python) && $(MAKE) VENV=.venv-newest PYTHON=$$python test
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -n 2
@@ -35,4 +39,4 @@ types: $(INSTALLED)
 check: lint types test
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest build *.egg-info .mypy_cache .pytest_cache .ruff_cache tests/.compiled

@@ -283,7 +283,34 @@ def loader(record: dict[str, Any]) -> str:
     )
 
 
+def compiling(record: dict[str, Any]) -> str:
+    """The section of `benchmarks.compiling`, beside the record of the commit before."""
+    before = json.loads((STORED / "compiling_before.json").read_text())
+    fields = ("build_s", "step_s", "loops", "conditionals")
+    rows = []
+    for now in record["rows"]:
+        case = {name: now[name] for name in ("model", "data", "method", "schedule")}
+        then = find(before["rows"], **case)
+        assert then is not None
+        rows.append([*case.values(), *(f"{then[name]:g} -> {now[name]:g}" for name in fields)])
+    header = ("model", "data", "method", "ranks", "state, s", "step, s", "loops", "conditionals")
+    command = "python -m benchmarks.compiling --json benchmarks/records/compiling.json"
+    return "\n\n".join(
+        [
+            "## Compiling a training step",
+            "Seconds in a fresh process without a cache, median of three: to make the state, and "
+            "to trace, lower and compile the step at batch 128, one unit ahead; loops and "
+            f"conditionals of the compiled step. Each before (commit `{before['commit']}`) and "
+            "after the truncation was measured outside of the step, retractions became one "
+            "polynomial, Gram matrices one batched product, and the state one program.",
+            setting(record, command),
+            markdown(header, rows),
+        ]
+    )
+
+
 SECTIONS = {
+    "compiling": compiling,
     "step": step,
     "depth": depth,
     "scaling": scaling,

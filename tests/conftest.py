@@ -1,6 +1,7 @@
 """Settings of the whole test run, made before NumPy and JAX are imported."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,8 +9,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile much and compute little: with LLVM's optimisation off they take less time.
 # What XLA itself does to a program, fusion and buffers among it, is as in use.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# A test that asks for a cache of compiled programs turns it on again.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Most of their time is compiling, and many tests and both workers compile the same programs: they
+# share a cache, which lasts from run to run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 

@@ -49,7 +49,7 @@ def test_stored_results_say_where_they_come_from(file):
     assert not record["commit"].endswith("+")
 
 
-def test_the_readme_states_the_stored_ratios():
+def test_the_results_state_the_stored_ratios():
     record = json.loads((records.STORED / "step.json").read_text())
     assert {r["batch"] for r in record["rows"]} == {128}
 
@@ -66,7 +66,7 @@ def test_the_readme_states_the_stored_ratios():
         f"takes {ms[0]} of the time of backpropagation in Flax on `vgg13`, {ms[1]} on `resnet32`, "
         f"{ms[2]} on `smallconv` and {ms[3]} on the `mlp`; streamed, it takes "
         f"{temp[0]}, {temp[1]}, {temp[2]} and {temp[3]} of its temporary memory"
-    ) in (ROOT / "README.md").read_text()
+    ) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_forms_that_layers_run_are_the_faster_ones_of_the_record():
