@@ -220,9 +220,9 @@ def _patterns(config: Config, params: Tree) -> tuple[str, ...]:
     the whole network, which it may cut anywhere.
     """
     if config.rank_exclude == "auto":
-        first = factors.named_leaves(params[:1])
-        widens = any(f.v.shape[0] < f.u.shape[0] for f in first.values())
-        return ("0/*",) if widens and not config.rank_budget else ()
+        path, first = next(iter(factors.named_leaves(params).items()), ("", None))
+        widens = first is not None and first.v.shape[0] < first.u.shape[0]
+        return (path,) if widens and not config.rank_budget else ()
     return tuple(p.strip() for p in config.rank_exclude.split(",") if p.strip())
 
 

@@ -194,6 +194,7 @@ def test_forms_quick_writes_every_form_of_every_part(name, tmp_path):
     assert f"{ratio:.2f}" in page.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_stacked_update_is_the_update_of_each_unit():
     built = contestants.build(Case("mlp", 2, depth=3), stacked.ENTRY)
     params = list(built.state.params[1:-1])

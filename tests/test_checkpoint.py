@@ -64,7 +64,7 @@ def save_each(folder, accuracies, **options):
 def test_a_restored_run_goes_on_bit_for_bit_across_a_rank_change(tmp_path):
     state, step, refresh = fresh()
     state = advance(state, step, refresh, 0, 10)
-    chosen = ranks.selection(state.params)
+    chosen = ranks.selection(state.params, 1)
     assert chosen
     state = ranks.compact(state, chosen)
     position = Position(5, 2, {"loss": 0.1 + 0.2}, [{"step": 3, "to_step": 2}], 1.5)
@@ -88,6 +88,7 @@ def test_saving_in_the_background_keeps_what_was_saved(tmp_path):
     assert identical(Checkpoints(tmp_path).restore(fresh()[0])[1], kept)
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save_each(tmp_path, [0.1, 0.7, 0.3, 0.7, 0.2, None, 0.4])
     checkpoints = Checkpoints(tmp_path)
@@ -98,6 +99,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert (position.epoch, position.test_accuracy, int(state.step)) == (3, 0.7, 3)
 
 
+@pytest.mark.slow
 def test_the_best_is_remembered_by_the_next_process(tmp_path):
     save_each(tmp_path, [0.1, 0.9, 0.2, 0.3], keep=1)
     assert Checkpoints(tmp_path).steps() == [1, 3]
@@ -107,6 +109,7 @@ def test_the_best_is_remembered_by_the_next_process(tmp_path):
     assert Checkpoints(tmp_path).best() == 1
 
 
+@pytest.mark.slow
 def test_reading_changes_nothing(tmp_path):
     """Another process may be writing: its temporary folder must stay."""
     save_each(tmp_path, [0.1, 0.2])
@@ -228,6 +231,7 @@ def test_all_damaged_is_an_error(tmp_path):
         Checkpoints(tmp_path).restore(fresh()[0])
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_the_background_is_told_and_harms_nothing(tmp_path, monkeypatch):
     save_each(tmp_path, [0.1])
     state = fresh()[0]._replace(step=jnp.int32(1))

@@ -93,7 +93,9 @@ def test_it_learns_and_stays_on_the_manifold(finished):
 def test_ranks_shrink_tensors_and_compaction_leaves_the_accuracy(finished):
     _, folder, summary = finished
     first, last = rows(folder)[0]["ranks"], summary["ranks"]
-    assert all(last[k] < first[k] for k in first)
+    # The first layer widens, and keeps its rank.
+    assert first["0/map/kernel"] == last["0/map/kernel"] == 64
+    assert last["1/map/kernel"] < first["1/map/kernel"]
     assert summary["params_ratio"] < 1
     assert summary["macs_ratio"] < 1
     compacted = [r for r in rows(folder) if "test_accuracy_before_compaction" in r]
@@ -121,7 +123,7 @@ def test_table_has_the_summary_numbers(finished, capsys):
     assert table.main([str(folder)]) == 0
     text = capsys.readouterr().out
     assert f"{100 * summary['test_accuracy']:.2f} %" in text
-    assert "ssa direct (hybrid ranks)" in text
+    assert "ssa direct, 1 ahead (hybrid ranks)" in text
     assert table.main([str(folder.parent)]) == 2
 
 
@@ -151,6 +153,7 @@ def test_a_page_shows_the_stored_studies(folder):
     assert any(shown in page for page in PAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -218,6 +221,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
     assert (folder / "checkpoints" / "0").is_dir()
 
 
+@pytest.mark.slow
 def test_nan_is_exit_code_3(tmp_path):
     done = command(
         "--dataset=digits", "--model=mlp", "--method=bp", "--optimizer=momentum",

@@ -174,6 +174,7 @@ def copy_of(name, folder):
     return folder / name
 
 
+@pytest.mark.slow
 @needs_prepared
 def test_a_damaged_record_is_named(tmp_path):
     files = list(copy_of("mnist", tmp_path).rglob("*train*.array_record*"))

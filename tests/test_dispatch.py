@@ -40,6 +40,7 @@ def after(length, steps=6):
     return state._replace(key=None), losses
 
 
+@pytest.mark.slow
 def test_several_steps_are_single_steps_to_rounding():
     """XLA:CPU lowers a convolution in a loop in another way, so the last bits may differ."""
     (single, losses), (scanned, same_losses) = (after(n) for n in LENGTHS)

@@ -48,6 +48,7 @@ def finished(tmp_path_factory):
     return folder, summary
 
 
+@pytest.mark.slow
 def test_every_form_has_the_accuracy_of_training(finished, untimed, tmp_path):
     folder, summary = finished
     rows = {row["form"]: row for row in evaluate.evaluate_run(folder, tmp_path / "out")}

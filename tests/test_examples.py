@@ -26,6 +26,7 @@ def test_orthogonal_rnn_remembers():
     assert result["largest_stretch"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_nnx_network_learns_on_falling_rank():
     result = run("flax_nnx_mlp")
     assert result["accuracy"] > 0.9

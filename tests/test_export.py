@@ -63,6 +63,7 @@ def test_inference_forms_give_the_logits_of_the_trained_model(name, rank, form):
 QUICK = ("mlp", "smallconv", "resnet32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in sorted(MODELS)],

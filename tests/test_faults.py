@@ -208,6 +208,7 @@ def test_a_checkpoint_of_another_run_is_refused_wherever_it_lies(whole, tmp_path
         run.run(at(SMALL, whole, model="smallconv", resume=True))
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_named_and_kept(whole):
     found, logged = summary(whole), rows(whole)
     best = max(logged, key=lambda r: (r["test_accuracy"], r["epoch"]))

@@ -31,6 +31,7 @@ def timeless(row):
             if k not in ("wall_s", "images_per_second", "compile_s", "compiles")}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stopped_within_an_epoch_and_resumed_it_is_the_uninterrupted_run(tmp_path):
     data = stream(corrupt=(2, 9))
     options = {"on_corrupt": "skip"}
@@ -55,6 +56,7 @@ def test_bfloat16_learns_what_float32_does_to_its_rounding(tmp_path):
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_corrupt_record_stops_a_run_that_goes_on_with_the_other_policy(tmp_path):
     data = stream(n=20, corrupt=(3,))
     with pytest.raises(DataError, match="record 3 is corrupt"):

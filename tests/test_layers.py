@@ -77,6 +77,7 @@ def moved(conv, pays, monkeypatch, *args):
     return 3 * sum(sizes) - sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "shape", "strides", "rank"),
     [

@@ -31,9 +31,22 @@ SETTINGS = [
     ("ssa", {"lookahead": 1}),
 ]  # fmt: skip
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in SETTINGS]
+# Of the protocol's cases, one for each kind of signal: backward, direct, twins, readouts.
+QUICK = (
+    ("bp", None),
+    ("dfa", 0.5),
+    ("ssa-composed-tracked-2", 0.5),
+    ("local-predsim-learned", 0.5),
+)
 # Dense and factorised alike, but for the method that is about factors.
 PROTOCOL = [
-    pytest.param(name, options, rank, id=f"{text}-{rank}")
+    pytest.param(
+        name,
+        options,
+        rank,
+        id=f"{text}-{rank}",
+        marks=[] if (text, rank) in QUICK else pytest.mark.slow,
+    )
     for (name, options), text in zip(SETTINGS, IDS, strict=True)
     for rank in (None, 0.5)
     if (name, rank) != ("svd_bp", None)

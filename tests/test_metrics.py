@@ -57,6 +57,7 @@ def test_hidden_units_of_fixed_twins_are_not_exact_and_the_last_one_is():
         assert float(angles[-1]) < ZERO_DEGREES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bp", "dfa"])
 def test_longer_signals_change_the_ratios_and_not_the_angles(name):
     one, three = probe_of(name), probe_of(name, change=scaled(3.0))

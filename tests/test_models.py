@@ -100,6 +100,7 @@ def test_the_plain_network_has_the_published_size():
 # Residual networks whole, split, and without skips.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 0.5])
 def test_whole_and_split_blocks_are_one_function_of_one_seed(rank):
     whole, halves = small("resnet32", rank), small("resnet32_conv", rank)
@@ -200,6 +201,7 @@ def test_only_the_stem_starts_at_full_rank():
     assert params[2]["shortcut"]["map"]["kernel"].rank == 16 // 2
 
 
+@pytest.mark.slow
 def test_averaging_classifier_is_its_linear_path():
     model = small("resnet32")
     last = model.units[-1]
@@ -381,6 +383,7 @@ def test_mean_slopes_stay_when_ranks_are_sliced():
     assert max_difference(whole, small) < 1e-5
 
 
+@pytest.mark.slow
 def test_training_moves_the_slopes_and_compiles_once():
     units, params, mstate = split_units(with_slopes(NETWORKS["split_residual"](0.5)))
     method = make_method("ssa", units, params, mstate, path="composed", every=1)

@@ -96,6 +96,7 @@ def test_a_smaller_first_rate_moves_the_first_unit_less_and_the_last_as_before()
     assert uneven[-1] == even[-1]
 
 
+@pytest.mark.slow
 def test_hoyer_makes_the_spectrum_sparser():
     def sparsity(hoyer):
         config = OptimizerConfig(0.02, 40, 40, hoyer=hoyer, rank_schedule="hybrid")

@@ -42,6 +42,7 @@ def types(tree):
     return jax.tree.map(lambda x: x.dtype, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), METHODS)
 def test_the_state_keeps_its_types(name, options):
     _, units, params, mstate, batch = both()
@@ -85,6 +86,7 @@ def test_a_state_in_double_precision_stays_in_it_to_its_rounding():
     assert max_difference(backward, direct) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.long), 0.5])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_leaves_a_unit_is_float32(name, rank):

@@ -44,6 +44,7 @@ def test_every_file_is_a_recipe_of_its_name():
         assert module.FIELDS is RECIPES[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_builds_and_says_how_to_run_it(name):
     one = resolved(name)

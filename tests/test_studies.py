@@ -85,6 +85,7 @@ def shared(tmp_path_factory):
     return folder, study.run_study(pair(), settings(folder, 2, only=["bp"]))
 
 
+@pytest.mark.slow
 def test_results_have_every_cell_of_the_folder(shared):
     folder, rows = shared
     assert results(folder) == rows
@@ -222,6 +223,7 @@ def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path, capsys):
     assert "1 not finite, 1 finished" in line
 
 
+@pytest.mark.slow
 def test_costs_count_the_share_of_a_refresh():
     variants = {v.name: v for v in methods.FORMS}
     configs = {

@@ -71,6 +71,7 @@ def test_every_factory_documents_itself(name):
 QUICK = ["retract", "scale_by_riemannian_adam_column", "truncate_rank", "stiefel_muon", "ssa"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [QUICK, pytest.param([], marks=pytest.mark.long)])
 def test_one_step_on_eight_devices_equals_one_device(names):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}

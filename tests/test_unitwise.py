@@ -62,7 +62,7 @@ def after_steps(step, optimizer, steps=4):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("momentum", "hybrid") else pytest.param(n, marks=pytest.mark.long)
+    "name", [n if n == "hybrid" else pytest.param(n, marks=pytest.mark.long)
              for n in ALONE]
 )  # fmt: skip
 def test_a_unit_at_a_time_is_the_whole(name):

@@ -18,6 +18,7 @@ FIELDS: dict[str, Any] = {
     "model": "smallconv",
     "epochs": 10,
     "method": "ssa",
+    "feedback_lookahead": 0,
     "feedback": "composed",
     "feedback_update": "tracked",
     "rank_init": 0.5,

@@ -21,6 +21,7 @@ FIELDS: dict[str, Any] = {
     "epochs": 20,
     "method": "ssa",
     "feedback_lookahead": 0,
+    "rank_exclude": "",
     "feedback": "composed",
     "feedback_form": "channel",
     "feedback_update": "tracked",
