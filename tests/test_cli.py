@@ -128,7 +128,9 @@ def test_table_has_the_summary_numbers(finished, capsys):
 
 
 RUNS = sorted({f.parent.parent for f in (ROOT / "results").glob("*/*/summary.json")})
-PAGES = [(ROOT / name).read_text() for name in ("docs/results.md", "docs/research.md")]
+PAGES = [
+    (ROOT / name).read_text() for name in ("docs/results.md", "docs/running.md", "docs/research.md")
+]
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=[f.name for f in RUNS])
