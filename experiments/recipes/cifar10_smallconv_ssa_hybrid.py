@@ -1,4 +1,4 @@
-"""Direct SSA on smallconv, CIFAR-10, looking one unit ahead, its ranks falling by the paper's heuristic.
+"""SSA on smallconv, CIFAR-10, one unit ahead, its ranks falling by the paper's heuristic.
 
     python -m experiments.cifar --recipe=cifar10_smallconv_ssa_hybrid
 
