@@ -166,7 +166,9 @@ class Config:
         "Layers that keep their rank: patterns, by commas, such as '0/*'; '' for none; auto: a "
         "first layer of fewer inputs than outputs, unless there is a budget.",
     )
-    rank_cuts: int = setting(0, "Cuts of the energy rule in all; 0: one an epoch.", low=0)
+    rank_cuts: int = setting(
+        0, "Cuts of the energy rule in all; 0: one an epoch, ten at most.", low=0
+    )
     energy: float = setting(0.95, "Energy share that the energy rule keeps.", above=0.0, high=1.0)
     feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)
     feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)

@@ -1,6 +1,7 @@
 """The optimiser of a configuration: schedules and names made into one chain."""
 
 import fnmatch
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+# Periods of the energy rule in a run, half of which lie where the schedules cut: a rule that is
+# applied often enough empties any spectrum.
+MOST_CUTS = 10
 # Steps between choices of adaptive ranks, as in AdaLoRA; fewer in a short run.
 CHOOSE_EVERY = 10
 
@@ -31,7 +35,7 @@ class OptimizerConfig(NamedTuple):
     Attributes:
       learning_rate: peak of the schedule.
       total_steps: length of training.
-      steps_per_epoch: the energy rule cuts in the first step of every epoch.
+      steps_per_epoch: the energy rule cuts in the first step of an epoch.
       optimizer: a name in `OPTIMIZERS`.
       first_rate: rate of the first unit over that of the last; see `scale_by_depth`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
@@ -43,7 +47,8 @@ class OptimizerConfig(NamedTuple):
       rank_floor: lowest rank of any rule but `adaptive`, as a fraction of the initial one.
       rank_target: what the linear phase leaves, as a fraction of the initial rank; never less
         than the floor.
-      rank_cuts: how often the energy rule cuts, spread over training; 0 for once an epoch.
+      rank_cuts: how often the energy rule cuts, spread over training; 0 for once an epoch, in
+        long runs once in several, `MOST_CUTS` in all.
       rank_exclude: patterns of the paths of layers that keep their rank.
       rank_costs: of one singular direction of each layer, by path; for `adaptive`.
       rank_budget: for the sum of those costs, at the start and at the end; for `adaptive`.
@@ -116,7 +121,10 @@ def excluded(patterns: Sequence[str], path: str) -> bool:
 def rank_period(config: OptimizerConfig) -> int:
     """Steps between cuts of the energy rule and looks at the stable rank."""
     if not config.rank_cuts:
-        return config.steps_per_epoch
+        # Whole epochs: a cut has one to recover in before it is measured.
+        return config.steps_per_epoch * max(
+            1, math.ceil(config.total_steps / config.steps_per_epoch / MOST_CUTS)
+        )
     return max(1, config.total_steps // config.rank_cuts)
 
 
