@@ -456,3 +456,18 @@ def test_seeds_quick_writes_a_row_for_every_method(tmp_path):
     record = json.loads(file.read_text())
     assert [r["method"] for r in record["rows"]] == ["bp", "dfa", "ssa"]
     assert "| mlp, ssa at 0.5 | 2 |" in records.seeds(record)
+
+
+@pytest.mark.long
+def test_compiling_quick_writes_a_row_of_a_fresh_process(tmp_path):
+    file = tmp_path / "compiling.json"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiling", "--quick", "--json", str(file)],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    record = json.loads(file.read_text())
+    (row,) = record["rows"]
+    assert row["step_s"] > 0
+    # Backpropagation through a perceptron decides nothing on the way.
+    assert (row["loops"], row["conditionals"]) == (0, 0)
+    assert "| mlp | digits | bp | none |" in records.compiling(record)
