@@ -76,7 +76,7 @@ def test_stacked_states_are_trained_as_each_alone_by_one_program(method, change)
     config = dataclasses.replace(SMALL, method=method, **change)
     data = data_lib.load("digits")
     # Seed 3 comes to a tie at which rounding alone, 3e-7 in the parameters, turns the loss by 4e-5.
-    built = [build.build(dataclasses.replace(config, seed=s), data) for s in (4, 5)]
+    built = [build.build(dataclasses.replace(config, seed=s), data) for s in (4, 6)]
     alone = Trainer(config, data, built[0], Compiling())
     stacked = alone.beside(replicas.stack([b.state for b in built]))
     stacked.compiling = Compiling()
