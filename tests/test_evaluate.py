@@ -85,6 +85,7 @@ def test_a_dense_convolutional_run_and_its_normalisation(untimed, tmp_path):
     assert (logits.argmax(-1) == data.test_labels).mean() == summary["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_from_its_run_is_told(finished, untimed, tmp_path):
     folder, _ = finished
     run_now = trained.restore(folder)
@@ -106,6 +107,7 @@ def test_an_export_that_differs_from_its_run_is_told(finished, untimed, tmp_path
         evaluate.evaluate_export(tmp_path / "nameless")
 
 
+@pytest.mark.slow
 def test_folders_that_hold_no_trained_run(finished, tmp_path):
     folder, _ = finished
     with pytest.raises(WorkdirError, match=r"holds no run: config\.json is missing"):

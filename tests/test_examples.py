@@ -58,6 +58,7 @@ def test_linen_autoencoder_finds_the_principal_components():
     assert result["drift"] < 1e-6
 
 
+@pytest.mark.slow
 def test_the_guide_to_exports_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (EXAMPLES.parent / "docs" / "export.md").read_text()

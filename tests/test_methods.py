@@ -221,6 +221,7 @@ def test_kp_feedback_meets_the_weights_at_its_rate():
     assert max_difference(gap(twins_after, weights_after), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_fa_feedback_never_moves_and_brsf_draws_anew():
     (twins, _), (twins_after, _) = train("fa", 3)
     assert max_difference(twins, twins_after) == 0

@@ -137,6 +137,7 @@ def test_composed_paths_agree_where_a_block_ends():
         assert jnp.array_equal(entry[..., -end.shape[-1] :], end)
 
 
+@pytest.mark.slow
 def test_the_plain_network_differs_by_the_skips_alone():
     residual, plain = small("resnet32"), small("plain32")
     residual.eval()

@@ -111,6 +111,7 @@ def test_products_of_hidden_units_are_bfloat16_and_of_the_last_float32():
     assert len(products) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_are_near_those_of_float32(name, train):
@@ -145,6 +146,7 @@ def test_running_statistics_are_taken_in_float32():
     assert any(bool(jnp.any(x != x.astype(jnp.bfloat16).astype(jnp.float32))) for x in means)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_walk_with_the_weights_is_the_unit(name):
     _, units, params, mstate, batch = both(name)

@@ -103,6 +103,7 @@ def test_results_have_every_cell_of_the_folder(shared):
     assert record["versions"]["jax"]
 
 
+@pytest.mark.slow
 def test_table_has_mean_and_deviation_of_the_summaries(shared):
     folder, rows = shared
     header, *lines = table_lines(folder)
