@@ -36,13 +36,15 @@ def seen(summaries: Sequence[Row]) -> list[str]:
         return f"{100 * summary['test_accuracy']:.1f} %"
 
     gap = 100 * (ssa["test_accuracy"] - bp["test_accuracy"])
-    side = "above" if gap > 0 else "below"
+    side = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+    if abs(gap) < 0.05:
+        side = "level with"
     return [
         f"Backpropagation, the reference, reaches {percent(bp)} in {bp['wall_s']:.0f} s, and every "
         "layer waits for the one above it.",
         f"DFA sends the output error straight to each layer through fixed random matrices and "
         f"reaches {percent(dfa)}.",
-        f"SSA learns from local losses too and ends {abs(gap):.1f} points {side} backpropagation, "
+        f"SSA learns from local losses too and ends {side} backpropagation, "
         f"at {percent(ssa)}, on {100 * ssa['params_ratio']:.0f} % of its parameters, in "
         f"{ssa['wall_s']:.0f} s.",
     ]
