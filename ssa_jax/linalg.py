@@ -20,8 +20,10 @@ _PRECISION = jax.lax.Precision.HIGHEST
 # Rows that are added up in one running sum, at most, and partial sums, at least.
 _SUMMED_AT_ONCE = 128
 _PARTIAL_SUMS = 8
-# Each iteration multiplies a small singular value by 2.19, so this many span 1e-9 to one.
-NEWTON_SCHULZ_STEPS = 30
+# Each iteration of `orthonormalize` multiplies a small singular value by 2.19, so these span 1e-4
+# to one; twice as many as a rounding error of float64 needs may follow.
+_COMPLETED_AFTER = 12
+_MOST_STEPS = 100
 
 
 def _mm(a: Array, b: Array) -> Array:
@@ -46,6 +48,11 @@ def gram(x: Array) -> Array:
 
 def _eye_like(a: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
+def _inverse(x: Array) -> Array:
+    """1 / x, and 0 of 0."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
 def sym(a: Array) -> Array:
@@ -103,67 +110,57 @@ def _largest_row(a: Array) -> Array:
     return jnp.max(jnp.sum(jnp.square(a), axis=-1), axis=-1)
 
 
-def _stacks(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """A function of (..., n, r) that `jax.vmap` gives a stack, not its branches each to all.
-
-    Under plain `vmap` a conditional on values becomes a choice between two results, so that
-    every retraction would pay for the fallback that hardly any takes.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def over(y: Array) -> Array:
-        return function(y)
-
-    @over.def_vmap
-    def batched(size: int, is_batched: list[bool], stack: Array) -> tuple[Array, bool]:
-        del size, is_batched
-        return over(stack), True
-
-    return over
-
-
-@functools.partial(jax.jit, static_argnames="steps")
-def orthonormalize(y: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
-    """Polar factor Y (YᵀY)^(-1/2) of (..., n, r) by a higher-order Newton-Schulz iteration.
+@jax.custom_jvp
+@jax.jit
+def orthonormalize(y: Array) -> Array:
+    """Polar factor Y (YᵀY)^(-1/2) of (..., n, r), n >= r, by a higher-order Newton-Schulz iteration.
 
     Y <- Y (I + E/2 + 3E²/8 + 5E³/16) with E = I - YᵀY, the fourth-order member of the family
     of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
-    their products with the tall matrix. Y is first scaled by an eigenvalue bound where that is
-    needed for the iteration to converge. One step is enough for singular
-    values within about 1 % of one; further ones run only while the bound on what is left
-    exceeds rounding. What has not converged after `steps` (Y without full
-    rank, or so large that YᵀY overflows) is replaced by the Q factor of Y.
+    their products with the tall matrix. Y is first brought to entries of one, and scaled by an
+    eigenvalue bound where that is needed for the iteration to converge. One step is enough for
+    singular values within about 1 % of one; further ones run only while the bound on what is left
+    exceeds rounding. A Y without full rank is completed: its polar factor is that of Y + εI for an
+    ε of one rounding error, which those that converge in `_COMPLETED_AFTER` steps never see.
 
-    Args:
-      y: (..., n, r), n >= r.
-      steps: most iterations before the fallback.
+    Differentiable in both modes where Y has full rank (Higham 2008, section 8.2).
     """
-    return _stacks(functools.partial(_newton_schulz, steps))(y)
-
-
-def _newton_schulz(steps: int, y: Array) -> Array:
-    """The iteration of `orthonormalize`, and its fallback for the matrices that need it."""
     tolerance = jnp.finfo(y.dtype).eps
+    completion = tolerance * jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
+    peak = jnp.max(jnp.abs(y), axis=(-2, -1))
+    far = (peak > 1e3) | (peak < 1e-3)
+    y = y * _inverse(jnp.where(far, peak, jnp.ones_like(peak)))[..., None, None]
 
     def more(carry: tuple[Array, Array, Array]) -> Array:
         count, _, bound = carry
-        return (count < steps) & jnp.any(bound > tolerance)
+        return (count < _MOST_STEPS) & jnp.any(bound > tolerance)
 
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        count, z, _ = carry
+        count, z, bound = carry
+        stuck = (count == _COMPLETED_AFTER) & (bound > tolerance)
         g = gram(z)
         largest = jnp.max(jnp.sum(jnp.abs(g), axis=-1), axis=-1)[..., None, None]
         outside = (largest > 2) | (largest < 0.5)
-        scale = jnp.where(outside, jax.lax.rsqrt(largest), jnp.ones_like(largest))
+        scale = jnp.where(outside, jax.lax.rsqrt(jnp.maximum(largest, 1e-12)), 1.0)
         z, bound = _bjorck_bowie(z, g * jnp.square(scale))
-        return count + 1, z * scale, bound
+        return count + 1, z * scale + stuck[..., None, None] * completion, bound
 
-    start = (jnp.int32(0), y, jnp.full(y.shape[:-2], jnp.inf, y.dtype))
-    _, z, bound = jax.lax.while_loop(more, step, start)
-    done = bound <= tolerance
-    return jax.lax.cond(
-        jnp.all(done), lambda: z, lambda: jnp.where(done[..., None, None], z, _q_factor(y))
-    )
+    # Made of the data, for a loop's values must vary over devices as those it starts from.
+    start = (jnp.int32(0), y, peak + jnp.inf)
+    return jax.lax.while_loop(more, step, start)[1]
+
+
+@orthonormalize.defjvp
+def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """dQ = QΩ + (I - QQᵀ) dY P⁻¹ with P = QᵀY and PΩ + ΩP = QᵀdY - dYᵀQ."""
+    (y,), (dy,) = primals, tangents
+    q = orthonormalize(y)
+    values, vectors = _eigh(sym(_mm(q.mT, y)))
+    inside = _mm(q.mT, dy)
+    turned = _mm(vectors.mT, _mm(inside - inside.mT, vectors))
+    turn = turned / (values[..., :, None] + values[..., None, :])
+    normal = _mm(_mm(dy - _mm(q, inside), vectors) / values[..., None, :], vectors.mT)
+    return q, _mm(q, _mm(vectors, _mm(turn, vectors.mT))) + normal
 
 
 def _one_by_one(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -186,8 +183,17 @@ def _one_by_one(factorise: Callable[[Array], Any]) -> Callable[[Array], Any]:
         )
         return out, jax.tree.map(lambda _: True, out)
 
+    # A rule of batching has no reverse mode, so a derivative is that of the factorisation itself.
+    @jax.custom_jvp
+    def differentiable(matrix: Array) -> Any:
+        return single(matrix)
+
+    @differentiable.defjvp
+    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+        return jax.jvp(factorise, primals, tangents)
+
     def over_leading_axes(matrices: Array) -> Any:
-        function: Callable[[Array], Any] = single
+        function: Callable[[Array], Any] = differentiable
         for _ in range(matrices.ndim - 2):
             function = jax.vmap(function)
         return function(matrices)
@@ -220,7 +226,7 @@ def _q_factor(y: Array) -> Array:
     return q * jnp.where(diagonal < 0, -1, 1).astype(y.dtype)[..., None, :]
 
 
-def retract_newton_schulz(x: Array, xi: Array, steps: int = NEWTON_SCHULZ_STEPS) -> Array:
+def retract_newton_schulz(x: Array, xi: Array) -> Array:
     """Polar retraction by matrix products alone: `orthonormalize` of X + ξ.
 
     For a tangent ξ, (X + ξ)ᵀ(X + ξ) = I + ξᵀξ, so one iteration serves while the singular
@@ -229,9 +235,8 @@ def retract_newton_schulz(x: Array, xi: Array, steps: int = NEWTON_SCHULZ_STEPS)
     Args:
       x: (..., n, r), orthonormal columns.
       xi: (..., n, r), a step of any size.
-      steps: most iterations before the fallback to QR.
     """
-    return orthonormalize(x + xi, steps)
+    return orthonormalize(x + xi)
 
 
 def retract_polar(x: Array, xi: Array) -> Array:

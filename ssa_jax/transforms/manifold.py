@@ -1,6 +1,5 @@
 """Optax transformations that keep orthonormal matrices on the Stiefel manifold."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,7 +98,6 @@ def project_to_tangent(
 def retract(
     method: str = "newton_schulz",
     every: int = 1,
-    steps: int | None = None,
     *,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -108,7 +106,7 @@ def retract(
     u <- R_x(u) - x, the last link of a chain: `optax.apply_updates` adds x back. R_x(u) is
 
     ``newton_schulz``: the polar factor of x + u by matrix products alone, in as many steps as
-    the distance asks for (one or two in training), with QR where that fails;
+    the distance asks for (one or two in training);
     ``polar``: the same by an eigendecomposition of the Gram matrix;
     ``qr``, ``cholesky_qr2``: the Q factor of x + u, by Householder or by Cholesky;
     ``cayley``: (I - A/2)⁻¹(I + A/2) x with the skew A that u defines;
@@ -119,13 +117,12 @@ def retract(
     Args:
       method: a name in `linalg.RETRACTIONS`.
       every: retract in every k-th step only.
-      steps: most iterations of ``newton_schulz`` before its fallback to QR.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
     Raises:
-      ValueError: an unknown method, `every` or `steps` below one, `steps` with a method that
-        has none; no params at update; a leaf that does not fit its label.
+      ValueError: an unknown method, `every` below one; no params at update; a leaf that does not
+        fit its label.
 
     References:
       Absil & Malick, Projection-like retractions on matrix manifolds, 2012.
@@ -144,12 +141,6 @@ def retract(
     """
     retraction = choose(linalg.RETRACTIONS, method, "retraction method")
     check_every(every, "retract")
-    if steps is not None:
-        if method != "newton_schulz":
-            raise ValueError(f"retraction method {method!r} takes no steps")
-        if steps < 1:
-            raise ValueError(f"retract steps must be at least 1, got {steps}")
-        retraction = functools.partial(retraction, steps=steps)
 
     def init(params: optax.Params) -> RetractState:
         kinds_of(params, mask)
