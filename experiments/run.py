@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments import build, inputs, plots, processes, summary, tensorboard, workdir
-from experiments.compiling import Compiling, use_cache
+from experiments.compiling import Compiling, leave_products_to_cublas, use_cache
 from experiments.config import Config, identity
 from experiments.environment import commit
 from experiments.flags import NotFiniteError
@@ -56,6 +56,7 @@ def prepare(config: Config, data: Data | None) -> Data:
     config.validate()
     if config.tensorboard:
         tensorboard.require()
+    leave_products_to_cublas()
     use_cache(config.compile_cache)
     return inputs.of_run(config, data)
 

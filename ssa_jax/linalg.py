@@ -113,7 +113,7 @@ def _largest_row(a: Array) -> Array:
 @jax.custom_jvp
 @jax.jit
 def orthonormalize(y: Array) -> Array:
-    """Polar factor Y (YᵀY)^(-1/2) of (..., n, r), n >= r, by a higher-order Newton-Schulz iteration.
+    """Polar factor Y (YᵀY)^(-1/2) of (..., n, r), n >= r, by a Newton-Schulz iteration.
 
     Y <- Y (I + E/2 + 3E²/8 + 5E³/16) with E = I - YᵀY, the fourth-order member of the family
     of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
@@ -152,7 +152,7 @@ def orthonormalize(y: Array) -> Array:
 
 @orthonormalize.defjvp
 def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """dQ = QΩ + (I - QQᵀ) dY P⁻¹ with P = QᵀY and PΩ + ΩP = QᵀdY - dYᵀQ."""
+    """The differential QΩ + (I - QQᵀ) dY P⁻¹ of Q with P = QᵀY and PΩ + ΩP = QᵀdY - dYᵀQ."""
     (y,), (dy,) = primals, tangents
     q = orthonormalize(y)
     values, vectors = _eigh(sym(_mm(q.mT, y)))

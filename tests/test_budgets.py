@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -189,3 +190,18 @@ def test_a_hundred_epochs_compile_the_step_once_a_change_of_buckets(data, tmp_pa
     changes = sum(a != b for a, b in itertools.pairwise(stored))
     assert changes > 3
     assert summary["compiles"] <= 1 + changes
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "--xla_gpu_enable_triton_gemm=false"),
+        ("--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_enable_triton_gemm=false"),
+        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+    ],
+)
+def test_products_of_a_gpu_are_not_tuned_unless_asked_for(monkeypatch, before, after):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    compiling.leave_products_to_cublas()
+    compiling.leave_products_to_cublas()
+    assert os.environ["XLA_FLAGS"] == after
