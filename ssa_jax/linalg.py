@@ -50,9 +50,20 @@ def _eye_like(a: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
-def _inverse(x: Array) -> Array:
-    """1 / x, and 0 of 0."""
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+def unit_peak(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, Array]:
+    """x over its largest entry by modulus, and that entry with axes kept; zeros stay zeros.
+
+    What does not depend on the scale of x is computed from the first: squares of float32 below
+    1e-19 are zero, and above 1e19 infinite. To a derivative the second is a constant.
+    """
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    return x / jnp.where(peak > 0, peak, 1), peak
+
+
+def norm(x: Array) -> Array:
+    """Euclidean norm of all entries, a scalar, wherever it can be represented."""
+    scaled, peak = unit_peak(x)
+    return jnp.linalg.norm(scaled.ravel()) * jnp.squeeze(peak)
 
 
 def sym(a: Array) -> Array:
@@ -117,19 +128,19 @@ def orthonormalize(y: Array) -> Array:
 
     Y <- Y (I + E/2 + 3E²/8 + 5E³/16) with E = I - YᵀY, the fourth-order member of the family
     of Björck & Bowie (1971): as accurate as two classical steps Y (3I - YᵀY)/2 at half of
-    their products with the tall matrix. Y is first brought to entries of one, and scaled by an
-    eigenvalue bound where that is needed for the iteration to converge. One step is enough for
-    singular values within about 1 % of one; further ones run only while the bound on what is left
-    exceeds rounding. A Y without full rank is completed: its polar factor is that of Y + εI for an
+    their products with the tall matrix. Y is scaled by its entries where they are far from one, and
+    by an eigenvalue bound where that is needed for the iteration to converge. One step is enough
+    for singular values within about 1 % of one; further ones run only while the bound on what is
+    left exceeds rounding. A Y without full rank is completed: its polar factor is that of Y + εI for an
     ε of one rounding error, which those that converge in `_COMPLETED_AFTER` steps never see.
 
     Differentiable in both modes where Y has full rank (Higham 2008, section 8.2).
     """
     tolerance = jnp.finfo(y.dtype).eps
-    completion = tolerance * jnp.broadcast_to(jnp.eye(*y.shape[-2:], dtype=y.dtype), y.shape)
-    peak = jnp.max(jnp.abs(y), axis=(-2, -1))
-    far = (peak > 1e3) | (peak < 1e-3)
-    y = y * _inverse(jnp.where(far, peak, jnp.ones_like(peak)))[..., None, None]
+    eye = jnp.eye(y.shape[-2], y.shape[-1], dtype=y.dtype)
+    completion = tolerance * jnp.broadcast_to(eye, y.shape)
+    scaled, peak = unit_peak(y, (-2, -1))
+    y = jnp.where((peak > 1e3) | (peak < 1e-3), scaled, y)
 
     def more(carry: tuple[Array, Array, Array]) -> Array:
         count, _, bound = carry
@@ -146,7 +157,7 @@ def orthonormalize(y: Array) -> Array:
         return count + 1, z * scale + stuck[..., None, None] * completion, bound
 
     # Made of the data, for a loop's values must vary over devices as those it starts from.
-    start = (jnp.int32(0), y, peak + jnp.inf)
+    start = (jnp.int32(0), y, peak[..., 0, 0] + jnp.inf)
     return jax.lax.while_loop(more, step, start)[1]
 
 
@@ -245,10 +256,8 @@ def retract_polar(x: Array, xi: Array) -> Array:
     The nearest orthonormal matrix to X + ξ (Absil & Malick 2012). An `orthonormalize` after
     it removes what a large condition number leaves.
     """
-    y = x + xi
+    y, _ = unit_peak(x + xi, (-2, -1))
     info = jnp.finfo(y.dtype)
-    # The polar factor ignores the scale, and a Gram matrix must not overflow.
-    y = y / jnp.maximum(jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True), info.tiny)
     values, vectors = _eigh(gram(y))
     least = jnp.maximum(values[..., -1:] * info.eps, info.tiny)
     root = jax.lax.rsqrt(jnp.maximum(values, least))[..., None, :]
@@ -302,10 +311,10 @@ def msign(m: Array, steps: int = 5) -> Array:
 
     Quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): five steps take every
     singular value above about 1e-3 of the Frobenius norm into [0.7, 1.2]; zero stays zero,
-    unlike in `orthonormalize`.
+    unlike in `orthonormalize`. The scale of m does not matter.
     """
-    norm = jnp.sqrt(jnp.sum(jnp.square(m), axis=(-2, -1), keepdims=True))
-    m = m / jnp.maximum(norm, jnp.finfo(m.dtype).tiny)
+    m, _ = unit_peak(m, (-2, -1))
+    m = m / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(m), axis=(-2, -1), keepdims=True)), 1)
     for _ in range(steps):
         g = gram(m)
         m = 3.4445 * m + _mm(m, -4.7750 * g + 2.0315 * _mm(g, g))
@@ -383,6 +392,7 @@ def hoyer(s: Array) -> Array:
 
     Its gradient is sign(s)/‖s‖₂ - ‖s‖₁ s/‖s‖₂³ (Yang et al. 2020, eq. 5).
     """
+    s, _ = unit_peak(s, -1)
     norm2 = jnp.sum(jnp.square(s), axis=-1)
     safe = jnp.where(norm2 > 0, norm2, 1.0)
     return jnp.where(norm2 > 0, jnp.sum(jnp.abs(s), axis=-1) * jax.lax.rsqrt(safe), 0.0)
@@ -408,7 +418,7 @@ def smaller_than(s: Array) -> Array:
 
 def energy_rank(s: Array, energy: Array | float) -> Array:
     """Smallest k >= 1 whose k largest entries of s (..., r) hold `energy` of Σ s²; int32 (...,)."""
-    power = jnp.square(s)
+    power = jnp.square(unit_peak(s, -1)[0])
     # What is lost when the entry of this row is the last one kept.
     lost = jnp.sum(jnp.where(smaller_than(s), power[..., None, :], 0), axis=-1)
     too_much = lost > (1 - energy) * jnp.sum(power, axis=-1, keepdims=True)
@@ -418,8 +428,7 @@ def energy_rank(s: Array, energy: Array | float) -> Array:
 
 def stable_rank(s: Array) -> Array:
     """Σ s² / max s² over the last axis of s (..., r), between 1 and r; 0 of zeros."""
-    power = jnp.square(s)
-    return jnp.sum(power, axis=-1) / jnp.maximum(jnp.max(power, axis=-1), jnp.finfo(s.dtype).tiny)
+    return jnp.sum(jnp.square(unit_peak(s, -1)[0]), axis=-1)
 
 
 def orthogonality_error(x: Array) -> Array:
@@ -436,7 +445,7 @@ def orthogonality_gradient(x: Array) -> Array:
 
 def angle(a: Array, b: Array) -> Array:
     """Angle in degrees between two arrays of one shape, as flat vectors; NaN if one is zero."""
-    a, b = a.ravel(), b.ravel()
+    (a, _), (b, _) = unit_peak(a.ravel()), unit_peak(b.ravel())
     cosine = a @ b / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
     return jnp.degrees(jnp.arccos(jnp.clip(cosine, -1, 1)))
 

@@ -67,7 +67,7 @@ def cosine_term(h: Array, signal: Array) -> Array:
 
     Its descent turns h against its signal, as the task term's does, whatever their lengths.
     """
-    h, signal = (x.reshape(len(x), -1) for x in (h, signal))
+    h, signal = (linalg.unit_peak(x.reshape(len(x), -1), 1)[0] for x in (h, signal))
     norms = jnp.sum(jnp.square(h), 1) * jnp.sum(jnp.square(signal), 1)
     # Selected before the root, whose derivative at zero is infinite.
     safe = jnp.where(norms > 0, norms, 1)

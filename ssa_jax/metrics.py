@@ -85,7 +85,7 @@ def make_probe(
             subspace_angles=tuple(map(subspace_angle, state.params, twin_of)),
             terms={name: jnp.stack([t[name] for t in terms]) for name in terms[0]},
             drift=factors.orthogonality_error(state.params),
-            gradient_norm=jnp.linalg.norm(flatten(tangent(state.params, true))),
+            gradient_norm=linalg.norm(flatten(tangent(state.params, true))),
         )
 
     return jax.jit(probe)
@@ -152,14 +152,13 @@ def subspace_angle(params: Tree, twins: Tree | None) -> Array | None:
 def angle(a: Tree, b: Tree) -> Array:
     """Angle in degrees between two trees as flat vectors; 90 if one is zero."""
     x, y = flatten(a), flatten(b)
-    # `linalg.angle` divides by this product.
-    zero = jnp.linalg.norm(x) * jnp.linalg.norm(y) == 0
+    zero = ~(jnp.any(x != 0) & jnp.any(y != 0))
     return jnp.where(zero, 90.0, linalg.angle(x, y))
 
 
 def ratio(a: Tree, b: Tree) -> Array:
     """‖a‖/‖b‖ of two trees as flat vectors; 0 if b is zero."""
-    over, under = jnp.linalg.norm(flatten(a)), jnp.linalg.norm(flatten(b))
+    over, under = linalg.norm(flatten(a)), linalg.norm(flatten(b))
     return jnp.where(under == 0, 0.0, over / jnp.where(under == 0, 1.0, under))
 
 

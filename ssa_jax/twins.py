@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssa_jax import factors
+from ssa_jax import factors, linalg
 from ssa_jax.factors import Factors
 
 Array = jax.Array
@@ -41,8 +41,8 @@ def _twin(key: Array, weight: Factors | Array) -> Factors | Array:
 
 
 def _scale_to(x: Array, reference: Array) -> Array:
-    norm = jnp.linalg.norm(x)
-    return x * (jnp.linalg.norm(reference) / jnp.where(norm > 0, norm, 1))
+    x, _ = linalg.unit_peak(x)
+    return x * (linalg.norm(reference) / jnp.maximum(jnp.linalg.norm(x), 1))
 
 
 def meet(twins: Tree, params: Tree, rate: float) -> Tree:

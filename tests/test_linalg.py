@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stiefel_cases import drift, normal, orthonormal
 
-from ssa_jax import linalg
+from ssa_jax import linalg, losses, metrics
 
 
 def test_truncated_svd_is_the_best_approximation():
@@ -106,3 +106,46 @@ def test_msign_keeps_the_singular_vectors_and_nears_one():
     assert np.all((values[:3] > 0.65) & (values[:3] < 1.25))
     assert abs(values[3]) < 1e-5
     np.testing.assert_array_equal(linalg.msign(jnp.zeros((3, 2))), 0)
+
+
+SCALES = [1e-37, 1e-30, 1e-20, 1e-15, 1e15, 1e20, 1e30, 1e37]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda x, y: linalg.hoyer(x),
+        lambda x, y: linalg.stable_rank(x),
+        lambda x, y: linalg.energy_rank(x, 0.9),
+        lambda x, y: linalg.msign(jnp.stack([x, y], -1)),
+        lambda x, y: linalg.angle(x, y),
+        lambda x, y: linalg.angle(x, jnp.array([3.0, 1.0, 0.1])),
+        lambda x, y: metrics.angle([x], [y]),
+        lambda x, y: metrics.ratio([x], [y]),
+        lambda x, y: losses.cosine_term(x[None], y[None]),
+        lambda x, y: linalg.norm(x) / jnp.max(x),
+    ],
+)
+def test_what_has_no_scale_does_not_see_one(measure, scale):
+    x, y = jnp.array([2.0, 1.0, 0.5]), jnp.array([0.5, -1.0, 2.0])
+    np.testing.assert_allclose(measure(x * scale, y * scale), measure(x, y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES[:-1])
+@pytest.mark.parametrize(
+    "measure", [linalg.hoyer, lambda x: losses.cosine_term(x[None], jnp.array([[1.0, 2.0, 0.0]]))]
+)
+def test_the_gradient_of_what_has_no_scale_falls_with_it(measure, scale):
+    """∇f(cx) = ∇f(x)/c for an f without scale, as long as that can be represented."""
+    x = jnp.array([2.0, 1.0, 0.5])
+    found = np.asarray(jax.grad(measure)(x * scale), np.float64) * scale
+    np.testing.assert_allclose(found, jax.grad(measure)(x), rtol=1e-4, atol=1e-6)
+
+
+def test_of_zeros_nothing_is_infinite():
+    zero = jnp.zeros(3)
+    assert linalg.norm(zero) == linalg.hoyer(zero) == linalg.stable_rank(zero) == 0
+    assert (linalg.msign(jnp.zeros((4, 2))) == 0).all()
+    assert np.isfinite(jax.grad(lambda x: losses.cosine_term(x[None], x[None]))(zero)).all()
+    assert metrics.angle([zero], [zero + 1]) == 90

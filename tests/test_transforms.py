@@ -285,3 +285,34 @@ def test_the_configured_optimiser_is_ssa():
     assert max(drift(x) for f in leaves(moved) for x in (f.u, f.v)) < 1e-6
     assert isinstance(state[-2], transforms.TruncateState)
     assert isinstance(state[-1], transforms.RetractState)
+
+
+@pytest.mark.parametrize(
+    ("scale", "atol"),
+    # Entries a hundred times below the first are zero in float32 themselves.
+    [(1e-37, 0.1), (1e-36, 0.01), (1e-30, 1e-5), (1e-20, 1e-5), (1e20, 1e-5), (1e37, 1e-5)],
+)
+def test_muon_has_the_direction_of_a_gradient_of_any_scale(scale, atol):
+    rng = np.random.default_rng(0)
+    x, g = orthonormal(rng, (8, 3)), normal(rng, (8, 3))
+    muon = transforms.scale_by_stiefel_muon(mask=True)
+    (u, _), (scaled, _) = (muon.update(y, muon.init(x), x) for y in (g, g * scale))
+    np.testing.assert_allclose(scaled, u, atol=atol)
+
+
+def test_muon_rests_when_gradients_die_away():
+    """Momentum decays below what its squares can represent, and no step grows from that."""
+    rng = np.random.default_rng(0)
+    x, g = orthonormal(rng, (8, 3)), 1e-3 * normal(rng, (8, 3))
+    chain = transforms.stiefel_muon(0.01, mask=True)
+
+    def step(carry, i):
+        x, state = carry
+        u, state = chain.update(jnp.where(i < 100, 1.0, 0.0) * g, state, x)
+        return (optax.apply_updates(x, u), state), jnp.max(jnp.abs(u))
+
+    (x, _), sizes = jax.jit(lambda x: jax.lax.scan(step, (x, chain.init(x)), jnp.arange(3000)))(x)
+    assert drift(x) < 1e-6
+    assert np.max(sizes) < 0.1
+    # Of the landing of a step of zero only rounding is left.
+    assert sizes[-1] < 1e-6

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ssa_jax import linalg
 from ssa_jax.factors import Factors, is_factors
 from ssa_jax.transforms.entries import (
     at_factors,
@@ -184,8 +185,8 @@ def _choose(sizes: Any, costs: Any, budget: Any, least: int) -> Any:
     def log_worth(size: Factors | None, price: Any) -> Array | None:
         if size is None:
             return None
-        worth = jnp.square(size.s)
-        share = worth / jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
+        worth = jnp.square(linalg.unit_peak(size.s)[0])
+        share = worth / jnp.maximum(jnp.sum(worth), 1)
         kept = keep_largest(share, jnp.ones(share.shape, bool), jnp.int32(least))
         log = jnp.maximum(jnp.log(share / price), LOWEST_LOG)
         return jnp.where(kept, jnp.inf, log)

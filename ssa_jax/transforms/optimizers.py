@@ -277,12 +277,17 @@ def scale_by_stiefel_muon(
         del extra_args
         need_params(params, updates)
         kinds = kinds_of(params, mask)
-        mu = map_matrices(project, kinds, _accumulate(state.mu, decay, updates, 1), params)
+
+        def tangent(x: Array, m: Array) -> Array:
+            # Products of the smallest and sums of the largest entries of float32 are lost.
+            unit, peak = linalg.unit_peak(m)
+            return project(x, unit) * peak
+
+        mu = map_matrices(tangent, kinds, _accumulate(state.mu, decay, updates, 1), params)
         ahead = _accumulate(mu, decay, updates, 1) if nesterov else mu
 
         def orthogonalised(x: Array, m: Array) -> Array:
-            tangent = project(x, m) if nesterov else m
-            return project(x, linalg.msign(tangent, steps))
+            return project(x, linalg.msign(tangent(x, m) if nesterov else m, steps))
 
         out = map_matrices(orthogonalised, kinds, ahead, params)
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
