@@ -161,3 +161,64 @@ def test_a_target_of_another_shape_is_refused_by_name():
 def test_a_wrong_argument_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class Labels(tuple):
+    """A tree that can be called, as modules of some libraries are."""
+
+    def __call__(self):
+        raise AssertionError("a mask that is a tree was called")
+
+
+jax.tree_util.register_pytree_node(Labels, lambda x: (tuple(x), None), lambda _, x: Labels(x))
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"),
+    [
+        (True, False),
+        (np.True_, np.False_),
+        (1, 0),
+        (np.int32(1), np.int32(0)),
+        (jnp.array(True), jnp.array(False)),
+        (np.array(True), np.array(0)),
+        ("columns", None),
+    ],
+)
+def test_a_label_counts_by_its_value(yes, no):
+    params = {"a": factors(), "b": factors(), "x": orthonormal(np.random.default_rng(1), (5, 2))}
+    no_factors = False if no is None else no
+    moved, unconstrained = land({"a": no_factors, "b": yes, "x": yes}, params)
+    np.testing.assert_array_equal(moved["a"].u, unconstrained["a"].u)
+    assert max(drift(x) for x in (moved["b"].u, moved["b"].v, moved["x"])) < 1e-6
+    moved, unconstrained = land({"x": no}, params)
+    np.testing.assert_array_equal(moved["x"], unconstrained["x"])
+
+    cut = transforms.truncate_rank(lambda _: 0.5, mask={"a": no_factors})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = cut.update(zeros, cut.init(params), params)
+    assert not np.any(updates["a"].s)
+    assert np.count_nonzero(updates["b"].s) == 1
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.0, "column", object(), np.zeros(2, bool)])
+def test_other_labels_are_refused(label):
+    with pytest.raises(ValueError, match="x: unknown label"):
+        transforms.retract(mask={"x": label}).init({"x": jnp.eye(3)})
+
+
+def test_a_label_that_is_traced_is_refused():
+    def init(label):
+        return transforms.retract(mask={"x": label}).init({"x": jnp.eye(3)})
+
+    with pytest.raises(ValueError, match="x: a label must be known while tracing"):
+        jax.jit(init)(True)
+
+
+def test_a_mask_that_is_a_tree_is_not_called():
+    params = Labels([jnp.eye(3, 2), jnp.ones((3, 2))])
+    moved, unconstrained = land(Labels([True, False]), params)
+    assert drift(moved[0]) < 1e-6
+    np.testing.assert_array_equal(moved[1], unconstrained[1])
+    bound = jax.tree_util.Partial(lambda p: Labels([True, False]))
+    np.testing.assert_array_equal(land(bound, params)[0][0], moved[0])

@@ -7,6 +7,9 @@ the parameters or a prefix of them, or a function from the parameters to such a 
 - ``"rows"``: orthonormal rows, shape (..., r, n); handled as the transposed matrix;
 - ``False`` or ``None``: neither, left to the rest of the chain. On a whole `Factors` node,
   ``False`` takes it out too.
+
+NumPy's and JAX's booleans, 0 and 1 are the booleans that they equal. As in `optax.masked`, a mask is
+a function unless it is a tree, called or not, with leaves that cannot be called.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ssa_jax.factors import Factors, is_factors
@@ -26,7 +30,7 @@ COLUMNS = "columns"
 ROWS = "rows"
 SPECTRUM = "spectrum"
 OTHER = "other"
-_LABELS = {True: COLUMNS, COLUMNS: COLUMNS, ROWS: ROWS, False: OTHER, None: OTHER}
+_LABELS = {True: COLUMNS, COLUMNS: COLUMNS, ROWS: ROWS, False: OTHER}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -80,16 +84,16 @@ def _check_matrix(name: str, kind: str, x: Any) -> None:
         )
 
 
-def _factors_kinds(name: str, f: Factors, label: Any) -> Factors:
-    """Kinds of the three arrays of a factors node, itself labelled or not."""
-    if label is not None and (label not in _LABELS or _LABELS[label] == ROWS):
+def _factors_kinds(name: str, f: Factors, label: str | None) -> Factors:
+    """Kinds of the three arrays of a factors node, from the kind of its label or None."""
+    if label == ROWS:
         raise ValueError(f"{name}: the label of factors must be True or False, got {label!r}")
     masked = [_is_masked(x) for x in f]
     if any(masked) and not all(masked):
         raise ValueError(f"{name}: a mask reaches inside Factors; mask the node as a whole")
     if all(masked):
         return f
-    if label is False:
+    if label == OTHER:
         return Factors(OTHER, OTHER, OTHER)  # type: ignore[arg-type]
     for field, x in (("u", f.u), ("v", f.v)):
         _check_matrix(f"{name}/{field}", COLUMNS, x)
@@ -103,13 +107,28 @@ def _names(path: tuple[Any, ...]) -> Path:
     return tuple(path_name((key,)) for key in path)
 
 
-def _labels(params: optax.Params, mask: Mask | None) -> dict[Path, Any]:
-    """Labels of a mask by path; a path may be that of a whole subtree."""
+def _kind_of(name: str, label: Any) -> str:
+    """The kind that a label at a path asks for."""
+    if isinstance(label, jax.core.Tracer):
+        raise ValueError(f"{name}: a label must be known while tracing, got {label}")
+    if isinstance(label, int | np.generic | np.ndarray | Array):
+        number = np.asarray(label)
+        if number.ndim == 0 and number in (0, 1):
+            return _LABELS[bool(number)]
+    elif isinstance(label, str) and label in _LABELS:
+        return _LABELS[label]
+    raise ValueError(f"{name}: unknown label {label!r}, expected {list(_LABELS)}")
+
+
+def _labels(params: optax.Params, mask: Mask | None) -> dict[Path, str]:
+    """Kinds that the labels of a mask ask for, by path; one may be that of a whole subtree."""
     if mask is None:
         return {}
-    tree = mask(params) if callable(mask) else mask
+    is_function = callable(mask) and all(map(callable, jax.tree.leaves(mask)))
+    tree = mask(params) if is_function else mask
     # `None` is an empty node to JAX, and says nothing here either.
-    return {_names(path): label for path, label in jax.tree_util.tree_leaves_with_path(tree)}
+    labels = jax.tree_util.tree_leaves_with_path(tree)
+    return {_names(path): _kind_of(path_name(path), label) for path, label in labels}
 
 
 def _longest(table: dict[Path, Any], path: Path) -> Path | None:
@@ -118,13 +137,11 @@ def _longest(table: dict[Path, Any], path: Path) -> Path | None:
     return next((part for part in parts if part in table), None)
 
 
-def _check_labels(labels: dict[Path, Any], nodes: dict[Path, Any]) -> None:
-    """Raises for a label that is unknown, lies inside a `Factors` or belongs to no parameter."""
+def _check_labels(labels: dict[Path, str], nodes: dict[Path, Any]) -> None:
+    """Raises for a label that lies inside a `Factors` or belongs to no parameter."""
     subtrees = {path[:length] for path in nodes for length in range(len(path) + 1)}
-    for path, label in labels.items():
+    for path in labels:
         name = "/".join(path) or "the root"
-        if label not in _LABELS:
-            raise ValueError(f"{name}: unknown label {label!r}, expected {list(_LABELS)}")
         if path in subtrees or not nodes:
             continue
         node = _longest(nodes, path)
@@ -172,7 +189,7 @@ def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
             return _factors_kinds(path_name(path), x, label)
         if _is_masked(x):
             return x
-        found = _LABELS[label]
+        found = label or OTHER
         if found != OTHER:
             _check_matrix(path_name(path), found, x)
         return found
