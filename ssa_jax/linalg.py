@@ -51,7 +51,7 @@ def _eye_like(a: Array) -> Array:
 
 
 def unit_peak(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, Array]:
-    """x over its largest entry by modulus, and that entry with axes kept; zeros stay zeros.
+    """X over its largest entry by modulus, and that entry with axes kept; zeros stay zeros.
 
     What does not depend on the scale of x is computed from the first: squares of float32 below
     1e-19 are zero, and above 1e19 infinite. To a derivative the second is a constant.
@@ -131,8 +131,8 @@ def orthonormalize(y: Array) -> Array:
     their products with the tall matrix. Y is scaled by its entries where they are far from one, and
     by an eigenvalue bound where that is needed for the iteration to converge. One step is enough
     for singular values within about 1 % of one; further ones run only while the bound on what is
-    left exceeds rounding. A Y without full rank is completed: its polar factor is that of Y + εI for an
-    ε of one rounding error, which those that converge in `_COMPLETED_AFTER` steps never see.
+    left exceeds rounding. A Y without full rank is completed: its polar factor is that of Y + εI
+    with an ε of one rounding error, which what converges in `_COMPLETED_AFTER` steps never sees.
 
     Differentiable in both modes where Y has full rank (Higham 2008, section 8.2).
     """

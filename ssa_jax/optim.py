@@ -3,6 +3,7 @@
 import fnmatch
 import math
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -174,7 +175,18 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         rank_mask=_rank_mask(config),
     )
     rule = RULES.get(config.rank_schedule)
-    return chain if rule is None else rule(config, chain)
+    return _quietly(chain if rule is None else rule(config, chain))
+
+
+def _quietly(chain: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The chain, of which a network without factors is no mistake: it is that of all methods."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", transforms.NothingToActOn)
+            return chain.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(chain).update)
 
 
 def _fraction(config: OptimizerConfig, count: Array) -> Array:

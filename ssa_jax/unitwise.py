@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from jax.extend import core
 
 from ssa_jax.forward import after
+from ssa_jax.transforms import NothingToActOn
 
 Array = jax.Array
 Tree = Any
@@ -85,9 +87,12 @@ def split(optimizer: optax.GradientTransformation, params: Tree) -> Unitwise | N
     shapes = jax.eval_shape(lambda p: p, params)
     units = range(len(shapes))
     try:
-        whole = jax.eval_shape(optimizer.init, shapes)
-        states = [jax.eval_shape(optimizer.init, _only(shapes, i)) for i in units]
-        shared = jax.eval_shape(optimizer.init, tuple(() for _ in units))
+        with warnings.catch_warnings():
+            # Of a unit alone, a transformation may find nothing to act on.
+            warnings.simplefilter("ignore", NothingToActOn)
+            whole = jax.eval_shape(optimizer.init, shapes)
+            states = [jax.eval_shape(optimizer.init, _only(shapes, i)) for i in units]
+            shared = jax.eval_shape(optimizer.init, tuple(() for _ in units))
     except ValueError:
         # A mask that labels leaves of several units fits none alone.
         return None

@@ -17,7 +17,15 @@ from ssa_jax import transforms
 
 TESTS = pathlib.Path(__file__).parent
 MODULES = [m.name for m in pkgutil.iter_modules(transforms.__path__, f"{transforms.__name__}.")]
-ALLOWED = {"jax", "optax", "chex", "ssa_jax.factors", "ssa_jax.linalg", "ssa_jax.transforms"}
+ALLOWED = {
+    "numpy",
+    "jax",
+    "optax",
+    "chex",
+    "ssa_jax.factors",
+    "ssa_jax.linalg",
+    "ssa_jax.transforms",
+}
 # Functions of arrays and of masks, not transformations.
 OTHERS = ("keep_largest", "label_paths", "restore_dropped")
 FACTORIES = [

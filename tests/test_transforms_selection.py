@@ -222,3 +222,31 @@ def test_a_mask_that_is_a_tree_is_not_called():
     np.testing.assert_array_equal(moved[1], unconstrained[1])
     bound = jax.tree_util.Partial(lambda p: Labels([True, False]))
     np.testing.assert_array_equal(land(bound, params)[0][0], moved[0])
+
+
+ACTS_ON = {
+    name: "`Factors`" if name.startswith(("add_hoyer", "truncate", "adapt")) else "matrix"
+    for name in TAKES_MASK
+}
+
+
+@pytest.mark.parametrize("name", TAKES_MASK)
+def test_a_transformation_that_finds_nothing_says_what_to_write(name):
+    factory, arguments, _ = TRANSFORMS[name]
+    dense = {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}
+    with pytest.warns(transforms.NothingToActOn, match=ACTS_ON[name]):
+        factory(**arguments).init(dense)
+    with pytest.warns(transforms.NothingToActOn, match="that its mask admits"):
+        factory(**arguments, mask={"f": False}).init(dense | {"f": factors()})
+    factory(**arguments).init({"f": factors()})
+    factory(**arguments).init({})
+
+
+def test_a_chain_on_a_matrix_without_a_label_is_told_of():
+    x = jnp.eye(8, 3)
+    chain = [transforms.project_to_tangent, lambda **k: optax.adam(0.1), transforms.retract]
+    with pytest.warns(transforms.NothingToActOn) as told:
+        optax.chain(*(link() for link in chain)).init(x)
+    assert [str(w.message).split()[0] for w in told] == ["project_to_tangent", "retract"]
+    assert all("mask=True" in str(w.message) for w in told)
+    optax.chain(chain[0](mask=True), chain[1](), chain[2](mask=True)).init(x)

@@ -21,7 +21,7 @@ from ssa_jax.transforms.penalties import (
     add_hoyer,
     add_orthogonality_penalty,
 )
-from ssa_jax.transforms.selection import label_paths
+from ssa_jax.transforms.selection import NothingToActOn, label_paths
 from ssa_jax.transforms.spectrum import TruncateState, truncate_rank
 from ssa_jax.transforms.stable_rank import StableRankState, truncate_stable_rank
 
@@ -30,6 +30,7 @@ __all__ = [
     "AlignmentState",
     "DriftState",
     "HoyerState",
+    "NothingToActOn",
     "OrthogonalityPenaltyState",
     "RetractState",
     "RiemannianAdamState",

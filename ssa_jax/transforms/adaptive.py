@@ -1,6 +1,5 @@
 """An optax transformation that shares one budget of rank out among all `Factors`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -120,7 +119,7 @@ def adapt_rank(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> AdaptState:
-        at = functools.partial(at_factors, params, mask)
+        at = at_factors("adapt_rank", params, mask)
         return AdaptState(
             count=jnp.zeros([], jnp.int32),
             masks=at(lambda f: spectrum(jnp.ones(f.s.shape, bool))),

@@ -9,7 +9,7 @@ import optax
 
 from ssa_jax import linalg
 from ssa_jax.factors import Factors, is_factors, named_leaves
-from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_of, path_name
+from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_at_init, path_name
 
 Array = jax.Array
 
@@ -38,14 +38,24 @@ def spectrum(s: Any) -> Factors:
     return Factors(None, s, None)  # type: ignore[arg-type]
 
 
-def at_factors(params: optax.Params, mask: Mask | None, make: Callable[[Factors], Any]) -> Any:
-    """The parameter tree with make(f) at every `Factors` of the mask, and None elsewhere."""
-    return jax.tree.map(
-        lambda kind, p: make(p) if is_factors(kind) and kind.s == SPECTRUM else None,
-        kinds_of(params, mask),
-        params,
-        is_leaf=is_factors,
-    )
+def at_factors(
+    name: str, params: optax.Params, mask: Mask | None
+) -> Callable[[Callable[[Factors], Any]], Any]:
+    """Make -> the parameter tree with make(f) at every `Factors` of the mask, and None elsewhere.
+
+    Warns in the name of a transformation where there is none.
+    """
+    kinds = kinds_at_init(name, params, mask, (SPECTRUM,))
+
+    def at(make: Callable[[Factors], Any]) -> Any:
+        return jax.tree.map(
+            lambda kind, p: make(p) if is_factors(kind) and kind.s == SPECTRUM else None,
+            kinds,
+            params,
+            is_leaf=is_factors,
+        )
+
+    return at
 
 
 def map_entries(fn: Callable[..., Any], *trees: Any) -> Any:

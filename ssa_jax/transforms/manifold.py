@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax import linalg
-from ssa_jax.transforms.selection import Mask, kinds_of, map_matrices, need_params
+from ssa_jax.transforms.selection import (
+    Mask,
+    kinds_at_init,
+    kinds_of,
+    map_matrices,
+    need_params,
+)
 
 Array = jax.Array
 
@@ -79,7 +85,7 @@ def project_to_tangent(
     project = choose(linalg.PROJECTIONS, metric, "metric")
 
     def init(params: optax.Params) -> optax.EmptyState:
-        kinds_of(params, mask)
+        kinds_at_init("project_to_tangent", params, mask)
         return optax.EmptyState()
 
     def update(
@@ -143,7 +149,7 @@ def retract(
     check_every(every, "retract")
 
     def init(params: optax.Params) -> RetractState:
-        kinds_of(params, mask)
+        kinds_at_init("retract", params, mask)
         return RetractState(jnp.zeros([], jnp.int32))
 
     def update(

@@ -9,7 +9,15 @@ import optax
 
 from ssa_jax import linalg
 from ssa_jax.transforms.manifold import check_every, when_due
-from ssa_jax.transforms.selection import ROWS, Mask, compute_dtype, is_matrix, kinds_of, need_params
+from ssa_jax.transforms.selection import (
+    ROWS,
+    Mask,
+    compute_dtype,
+    is_matrix,
+    kinds_at_init,
+    kinds_of,
+    need_params,
+)
 
 Array = jax.Array
 
@@ -52,7 +60,7 @@ def orthogonality_drift(
     check_every(every, "measure")
 
     def init(params: optax.Params) -> DriftState:
-        kinds_of(params, mask)
+        kinds_at_init("orthogonality_drift", params, mask)
         return DriftState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
     def update(

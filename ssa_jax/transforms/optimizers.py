@@ -13,7 +13,15 @@ import optax
 
 from ssa_jax import linalg
 from ssa_jax.transforms.manifold import choose
-from ssa_jax.transforms.selection import ROWS, Mask, is_matrix, kinds_of, map_matrices, need_params
+from ssa_jax.transforms.selection import (
+    ROWS,
+    Mask,
+    is_matrix,
+    kinds_at_init,
+    kinds_of,
+    map_matrices,
+    need_params,
+)
 
 Array = jax.Array
 
@@ -91,7 +99,7 @@ def trace(
     project = choose(linalg.PROJECTIONS, metric, "metric")
 
     def init(params: optax.Params) -> TraceState:
-        kinds_of(params, mask)
+        kinds_at_init("trace", params, mask)
         return TraceState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update(
@@ -184,7 +192,8 @@ def scale_by_riemannian_adam(
                 jnp.zeros_like(x), axis=_shared_axes(kind, second_moment), keepdims=True
             )
 
-        nu = jax.tree.map(second, kinds_of(params, mask), params)
+        kinds = kinds_at_init("scale_by_riemannian_adam", params, mask)
+        nu = jax.tree.map(second, kinds, params)
         return RiemannianAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), nu)
 
     def update(
@@ -265,7 +274,7 @@ def scale_by_stiefel_muon(
         raise ValueError(f"muon steps must be at least 1, got {steps}")
 
     def init(params: optax.Params) -> StiefelMuonState:
-        kinds_of(params, mask)
+        kinds_at_init("scale_by_stiefel_muon", params, mask)
         return StiefelMuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update(

@@ -11,7 +11,9 @@ import optax
 from ssa_jax import linalg
 from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.selection import (
+    SPECTRUM,
     Mask,
+    kinds_at_init,
     kinds_of,
     map_matrices,
     map_spectra,
@@ -84,7 +86,7 @@ def add_hoyer(
     gradient = jax.grad(choose(HOYER_KINDS, kind, "kind of Hoyer term"))
 
     def init(params: optax.Params) -> HoyerState:
-        kinds_of(params, mask)
+        kinds_at_init("add_hoyer", params, mask, (SPECTRUM,))
         return HoyerState(jnp.zeros([], jnp.int32))
 
     def update(
@@ -134,7 +136,7 @@ def add_orthogonality_penalty(
     """
 
     def init(params: optax.Params) -> OrthogonalityPenaltyState:
-        kinds_of(params, mask)
+        kinds_at_init("add_orthogonality_penalty", params, mask)
         return OrthogonalityPenaltyState(jnp.zeros([], jnp.int32))
 
     def update(

@@ -8,10 +8,11 @@ the parameters or a prefix of them, or a function from the parameters to such a 
 - ``False`` or ``None``: neither, left to the rest of the chain. On a whole `Factors` node,
   ``False`` takes it out too.
 
-NumPy's and JAX's booleans, 0 and 1 are the booleans that they equal. As in `optax.masked`, a mask is
-a function unless it is a tree, called or not, with leaves that cannot be called.
+NumPy's and JAX's booleans, 0 and 1 are the booleans that they equal. As in `optax.masked`, a mask
+that can be called is a function, unless it is a tree with leaves that cannot.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -195,6 +196,36 @@ def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
         return found
 
     return jax.tree_util.tree_map_with_path(kind, params, is_leaf=is_node)
+
+
+class NothingToActOn(UserWarning):
+    """A transformation found no leaf of the kind that it is for, and will change nothing."""
+
+
+def kinds_at_init(
+    name: str, params: optax.Params, mask: Mask | None, wanted: tuple[str, ...] = (COLUMNS, ROWS)
+) -> Any:
+    """`kinds_of`, with a warning where there are parameters and none of the wanted kinds.
+
+    Args:
+      name: of the transformation.
+      params: the parameters, or their shapes.
+      mask: its mask.
+      wanted: kinds that it acts on.
+    """
+    kinds = kinds_of(params, mask)
+    found = jax.tree.leaves(kinds)
+    if found and not any(kind in wanted for kind in found):
+        if SPECTRUM in wanted:
+            what, how = "no `Factors`", "make weights `ssa_jax.factors.Factors`"
+        else:
+            what = "no orthonormal matrix"
+            how = "make weights `Factors`, or label matrices: mask=True, or mask=label_paths(...)"
+        less = "" if mask is None else " that its mask admits"
+        warnings.warn(
+            f"{name} finds {what}{less} and constrains nothing; {how}", NothingToActOn, stacklevel=3
+        )
+    return kinds
 
 
 def is_matrix(kind: str) -> bool:

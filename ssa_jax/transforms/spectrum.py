@@ -1,6 +1,5 @@
 """An optax transformation that truncates the spectra s of `Factors`, with static shapes."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,7 +113,7 @@ def truncate_rank(
         raise ValueError(f"least rank must be at least 1, got {least}")
 
     def init(params: optax.Params) -> TruncateState:
-        at = functools.partial(at_factors, params, mask)
+        at = at_factors("truncate_rank", params, mask)
         masks = at(lambda f: spectrum(jnp.ones(f.s.shape, bool)))
         initial = at(lambda f: jnp.int32(f.s.shape[-1]))
         dropped = at(lambda f: spectrum(jnp.zeros(f.s.shape, f.s.dtype)))

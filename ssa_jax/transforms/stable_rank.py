@@ -1,6 +1,5 @@
 """An optax transformation that truncates spectra once, when their stable ranks have settled."""
 
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -93,7 +92,7 @@ def truncate_stable_rank(
         raise ValueError(f"least rank must be at least 1, got {least}")
 
     def init(params: optax.Params) -> StableRankState:
-        at = functools.partial(at_factors, params, mask)
+        at = at_factors("truncate_stable_rank", params, mask)
 
         def unknown(f: Factors) -> Array:
             return jnp.zeros(f.s.shape[:-1], jnp.float32)
