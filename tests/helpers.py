@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from ssa_jax.forward import output_shapes
@@ -114,3 +115,10 @@ def max_difference(a, b):
         float(jnp.max(jnp.abs(x.astype(float) - y.astype(float)), initial=0))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+def first(cases, n):
+    """The cases of a parametrisation, all but the first n of them slow."""
+    cases = list(cases)
+    rest = [case if isinstance(case, tuple) else (case,) for case in cases[n:]]
+    return [*cases[:n], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import NETWORKS, make_batch, make_method, split
+from helpers import NETWORKS, first, make_batch, make_method, split
 
 from ssa_jax import factors, metrics
 from ssa_jax.factors import Factors
@@ -39,7 +39,7 @@ def assert_exact(probe):
         np.testing.assert_allclose(ratios, 1, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [None, 0.5])
+@pytest.mark.parametrize("rank", first([0.5, None], 1))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_bp_has_no_angle_and_the_right_length(network, rank):
     assert_exact(probe_of("bp", network, rank))

@@ -33,7 +33,10 @@ def train(config, steps=10, rank=0.5, network="conv"):
     ("retraction", "optimizer"),
     [
         *[("newton_schulz", optimizer) for optimizer in OPTIMIZERS],
-        *[(retraction, "adam") for retraction in ("cholesky_qr2", "qr", "cayley")],
+        *[
+            pytest.param(retraction, "adam", marks=pytest.mark.slow)
+            for retraction in ("cholesky_qr2", "qr", "cayley")
+        ],
     ],
 )
 def test_factors_stay_on_the_manifold(retraction, optimizer):

@@ -57,7 +57,7 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
 @pytest.mark.parametrize(
     ("name", "network"),
     [
-        ("ssa", "conv"),
+        pytest.param("ssa", "conv", marks=pytest.mark.slow),
         ("ssa, 1 ahead", "conv"),
         pytest.param("ssa", "residual", marks=pytest.mark.long),
         *(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import make_batch, make_method, max_difference, split
+from helpers import first, make_batch, make_method, max_difference, split
 
 from ssa_jax import factors, ranks, transforms
 from ssa_jax.forward import predict
@@ -228,7 +228,7 @@ def wide_tree(seed=0):
     )
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", first(WRAPPERS, 5))
 def test_after_compaction_the_next_update_is_the_slice_of_the_wide_one(wrapper):
     """For chains that treat every entry alone; the weight itself does not change either."""
     params, grads = wide_tree()

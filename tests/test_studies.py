@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import first
 
 from experiments import (
     ablation,
@@ -384,17 +385,20 @@ def command(program, *args):
 
 @pytest.mark.parametrize(
     ("program", "flag", "message"),
-    [
-        ("methods", "--only=bp,magic", "--only must be among bp, "),
-        ("methods", "--method=bp", "--method is what this study varies"),
-        ("methods", "--model=mlp", "--model is what this study varies"),
-        ("methods", "--models=mlp,magic", "--models must be among mlp, "),
-        ("methods", "--workdir=here", "a study takes --folder"),
-        ("depth", "--epochs=1", "--model is what this study varies"),
-        ("gap", "--seeds=0", "--seeds must be at least 1, got 0"),
-        ("ablation", "--energy=2", "--energy must be at most 1"),
-        ("ablation", "--folder=/dev/null/x", "cannot write to /dev/null/x"),
-    ],
+    first(
+        [
+            ("methods", "--only=bp,magic", "--only must be among bp, "),
+            ("methods", "--method=bp", "--method is what this study varies"),
+            ("methods", "--model=mlp", "--model is what this study varies"),
+            ("methods", "--models=mlp,magic", "--models must be among mlp, "),
+            ("methods", "--workdir=here", "a study takes --folder"),
+            ("depth", "--epochs=1", "--model is what this study varies"),
+            ("gap", "--seeds=0", "--seeds must be at least 1, got 0"),
+            ("ablation", "--energy=2", "--energy must be at most 1"),
+            ("ablation", "--folder=/dev/null/x", "cannot write to /dev/null/x"),
+        ],
+        1,
+    ),
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(program, flag, message):
     done = command(program, flag)

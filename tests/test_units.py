@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import IMAGE, NETWORKS, make_batch, max_difference, split
+from helpers import IMAGE, NETWORKS, first, make_batch, max_difference, split
 
 from ssa_jax import units as units_lib
 from ssa_jax.forward import forward, output_shapes, predict
@@ -61,7 +61,7 @@ def test_linear_path_of_a_linear_network_is_the_network():
         x = y
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", first(NETWORKS, 1))
 def test_walk_keeps_the_value_and_swaps_the_derivative(name):
     units, params, mstate = split(name, 0.5)
     _, twins, _ = split(name, 0.5, seed=7)
