@@ -1,14 +1,20 @@
 """Settings of the whole test run, made before NumPy and JAX are imported."""
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tests compile much and compute little: with LLVM's optimisation off they take less time.
+# Tests compile much and compute little: with LLVM's optimisation off, and with the plainer of the
+# code generators of fusions where jaxlib still has both, they take less time.
 # What XLA itself does to a program, fusion and buffers among it, is as in use.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
+)
 # Most of their time is compiling, and many tests and both workers compile the same programs: they
 # share a cache, which lasts from run to run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".compiled"))

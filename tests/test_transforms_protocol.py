@@ -137,7 +137,9 @@ def test_works_under_masked_and_partition(name):
     for updates in step(states):
         chex.assert_trees_all_equal(updates["bias"], grads["bias"])
         for key in ("layer", "rows"):
-            chex.assert_trees_all_close(updates[key], expected[key], atol=1e-6)
+            # Muon's polynomial multiplies a rounding error by more than ten.
+            atol = 5e-6 if "muon" in name else 1e-6
+            chex.assert_trees_all_close(updates[key], expected[key], atol=atol)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
