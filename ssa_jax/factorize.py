@@ -1,5 +1,7 @@
 """Pretrained dense models on factors: stock linear layers and convolutions by their SVD."""
 
+import collections
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,18 @@ from flax import nnx
 
 from ssa_jax.factors import Factors, rank_of
 from ssa_jax.layers import SVDConv, SVDDense, kernel_to_matrix
+from ssa_jax.lowering import conv_general_dilated
+
+# What a layer on factors takes over from the stock one, has no use for, or is told of by
+# `unsupported` itself; all else must be as a new layer has it.
+_UNDERSTOOD = {"kernel", "bias", "use_bias", "in_features", "out_features", "kernel_init",
+               "bias_init", "kernel_size", "kernel_shape", "strides", "padding", "dtype",
+               "kernel_dilation", "input_dilation", "feature_group_count", "mask",
+               "param_dtype"}  # fmt: skip
+
+
+class LeftDense(UserWarning):
+    """Some layers were not put on factors."""
 
 
 def from_dense(
@@ -33,9 +47,12 @@ def from_dense(
         rank that keeps it.
 
     Returns:
-      a copy of the model. `rank` and `energy` leave dense what `unsupported` names: a
-      convolution that is grouped, dilated, masked or not two-dimensional, or pads otherwise
-      than by SAME, VALID or numbers; a layer that is not float32; a subclass.
+      a copy of the model. `rank` and `energy` leave dense, and name in a `LeftDense` warning,
+      every other layer with a kernel, and what `unsupported` or several uses speak against: a
+      convolution that is grouped, dilated, masked or not two-dimensional, or pads otherwise than
+      by SAME, VALID or numbers; a layer that is not float32; a subclass; a stack of layers; an
+      argument of its own, such as ``dot_general`` or ``precision``; a kernel or bias that layers
+      share.
 
     Raises:
       ValueError: none or several of the three, a value out of range, or in `ranks` a path
@@ -48,11 +65,17 @@ def from_dense(
     layers = {
         _name(path): layer
         for path, layer in nnx.iter_modules(model)
-        if isinstance(layer, nnx.Linear | nnx.Conv)
+        if isinstance(getattr(layer, "kernel", None), nnx.Variable)
+        and not isinstance(layer, SVDDense | SVDConv)
     }
+    uses = _uses(model)
+    reasons = {path: _against(layer, uses) for path, layer in layers.items()}
     if ranks is not None:
-        _check_named(ranks, layers)
+        _check_named(ranks, layers, reasons)
     chosen = set(layers if ranks is None else ranks)
+    dense = [f"{path} ({reasons[path]})" for path in layers if path in chosen and reasons[path]]
+    if dense:
+        warnings.warn(f"left dense: {'; '.join(dense)}", LeftDense, stacklevel=2)
 
     def rank_for(path: str, s: np.ndarray) -> int:
         if ranks is not None:
@@ -62,7 +85,7 @@ def from_dense(
 
     def convert(path: Any, node: Any) -> Any:
         name = _name(path)
-        if not isinstance(node, nnx.Module) or name not in chosen or unsupported(node):
+        if not isinstance(node, nnx.Module) or name not in chosen or reasons[name]:
             return node
         u, s, vt = np.linalg.svd(np.asarray(_matrix(node), np.float64), full_matrices=False)
         r = rank_for(name, s)
@@ -83,6 +106,8 @@ def unsupported(layer: Any) -> str | None:
     """Why a layer cannot be factorised, or None where it can."""
     if type(layer) not in (nnx.Linear, nnx.Conv):
         return f"{type(layer).__name__} is neither nnx.Linear nor nnx.Conv"
+    if reason := _unlike_new(layer):
+        return reason
     if layer.param_dtype != jnp.float32 or layer.dtype not in (None, jnp.float32):
         return "factors are float32, this layer is not"
     if type(layer) is nnx.Linear:
@@ -101,16 +126,60 @@ def unsupported(layer: Any) -> str | None:
     return None
 
 
+def _unlike_new(layer: Any) -> str | None:
+    """What a stock layer has that a new one of its size has not, or None."""
+    sizes = [layer.in_features, layer.out_features]
+    if isinstance(layer, nnx.Conv):
+        sizes.append(layer.kernel_size)
+    groups = {"feature_group_count": layer.feature_group_count} if len(sizes) > 2 else {}
+    new = nnx.eval_shape(lambda: type(layer)(*sizes, **groups, rngs=nnx.Rngs(0)))
+    for name, value in vars(layer).items():
+        known = name in _UNDERSTOOD or name.startswith("_")
+        known |= value is conv_general_dilated
+        if not known and (not hasattr(new, name) or getattr(new, name) != value):
+            return f"its {name} is not that of a new layer"
+    for name in ("kernel", "bias"):
+        variable, fresh = getattr(layer, name), getattr(new, name)
+        if variable is None:
+            continue
+        if type(variable) is not nnx.Param:
+            return f"its {name} is a {type(variable).__name__}"
+        if variable.shape != fresh.shape:
+            return f"its {name} has shape {variable.shape}, not {fresh.shape}: a stack of layers"
+        if variable.get_metadata() != fresh.get_metadata():
+            return f"its {name} has metadata"
+    return None
+
+
+def _uses(model: nnx.Module) -> collections.Counter[int]:
+    """How many nodes of a model hold each of its variables, by identity."""
+    held: list[Any] = []
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, dict | list | tuple):
+            held += node.values() if isinstance(node, dict) else node
+        elif isinstance(node, nnx.Pytree):
+            held += vars(node).values()
+    return collections.Counter(id(x) for x in held if isinstance(x, nnx.Variable))
+
+
+def _against(layer: Any, uses: Mapping[int, int]) -> str | None:
+    """Why a layer of a model is not put on factors, or None."""
+    shared = [name for name in ("kernel", "bias") if uses[id(getattr(layer, name, None))] > 1]
+    return f"its {shared[0]} is another layer's too" if shared else unsupported(layer)
+
+
 def _name(path: Any) -> str:
     return "/".join(map(str, path))
 
 
-def _check_named(ranks: Mapping[str, int], layers: Mapping[str, Any]) -> None:
+def _check_named(
+    ranks: Mapping[str, int], layers: Mapping[str, Any], reasons: Mapping[str, str | None]
+) -> None:
     for path, r in ranks.items():
         if path not in layers:
             raise ValueError(f"no nnx.Linear or nnx.Conv at {path!r}, there are {list(layers)}")
-        if reason := unsupported(layers[path]):
-            raise ValueError(f"{path} cannot be factorised: {reason}")
+        if reasons[path]:
+            raise ValueError(f"{path} cannot be factorised: {reasons[path]}")
         full = min(_matrix(layers[path]).shape)
         if not isinstance(r, int) or not 1 <= r <= full:
             raise ValueError(f"the rank of {path} must be a whole number in [1, {full}], got {r}")

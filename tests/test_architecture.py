@@ -16,7 +16,7 @@ ALLOWED = {
     "lowering": set(),
     "layers": {"factors", "linalg", "lowering"},
     "models": {"layers", "lowering", "models"},
-    "factorize": {"factors", "layers"},
+    "factorize": {"factors", "layers", "lowering"},
     "export": {"costs", "layers", "lowering", "models", "export"},
     "units": set(),
     "forward": {"units"},

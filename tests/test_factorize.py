@@ -9,7 +9,7 @@ from flax import nnx
 from helpers import IMAGE, NETWORKS, make_batch, make_method
 
 from ssa_jax import factorize, factors, train
-from ssa_jax.factorize import from_dense
+from ssa_jax.factorize import LeftDense, from_dense
 from ssa_jax.layers import SVDConv, SVDDense
 from ssa_jax.losses import LossWeights
 from ssa_jax.optim import OptimizerConfig, make_optimizer
@@ -101,7 +101,8 @@ class Mixed(nnx.Module):
 
 def test_layers_that_factors_cannot_hold_stay_dense_or_are_named():
     model, x = Mixed(), jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
-    converted = from_dense(model, rank=1.0)
+    with pytest.warns(LeftDense, match="grouped .*; half"):
+        converted = from_dense(model, rank=1.0)
     assert set(kernels(converted)) == {"plain"}
     assert jnp.allclose(converted(x), model(x), atol=1e-2)
     assert jnp.allclose(converted.plain(x), model.plain(x), atol=1e-5)
@@ -162,3 +163,79 @@ def test_the_optimizer_of_nnx_takes_a_converted_model():
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 5)))))(model))
     assert jnp.allclose(model.bias.get_value(), -0.2)
+
+
+class Two(nnx.Module):
+    """Layers a and b, b of another make."""
+
+    def __init__(self, b):
+        self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.b = b
+
+    def __call__(self, x):
+        return self.b(self.a(x))
+
+
+def tied():
+    model = Two(nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+    model.b.kernel = model.a.kernel
+    return model
+
+
+@nnx.split_rngs(splits=3)
+@nnx.vmap(in_axes=0, out_axes=0)
+def stack(rngs):
+    return nnx.Linear(4, 4, rngs=rngs)
+
+
+class Stacked(nnx.Module):
+    def __init__(self):
+        self.layers = stack(nnx.Rngs(0))
+
+    def __call__(self, x):
+        layers, rest = nnx.split(self.layers)
+        for i in range(3):
+            x = nnx.merge(layers, jax.tree.map(lambda v, i=i: v[i], rest))(x)
+        return x
+
+
+def negative(*args, **options):
+    return -jax.lax.dot_general(*args, **options)
+
+
+def doubled(*args, **options):
+    return 2 * jax.lax.conv_general_dilated(*args, **options)
+
+
+RNGS = nnx.Rngs(2)
+STRANGE = {
+    "dot_general": lambda: Two(nnx.Linear(4, 4, dot_general=negative, rngs=RNGS)),
+    "precision": lambda: Two(nnx.Linear(4, 4, precision="highest", rngs=RNGS)),
+    "kernel is another": tied,
+    "a stack of layers": Stacked,
+    "LinearGeneral": lambda: Two(nnx.LinearGeneral(4, 4, rngs=RNGS)),
+    "Einsum": lambda: Two(nnx.Einsum("...i,ij->...j", (4, 4), rngs=RNGS)),
+    "conv_general_dilated": lambda: nnx.Conv(
+        4, 4, (3,) * 2, conv_general_dilated=doubled, rngs=RNGS
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", STRANGE)
+def test_what_is_not_understood_stays_dense_and_is_named(reason):
+    """At full rank the outputs are those of the dense model, whatever a layer is."""
+    model = STRANGE[reason]()
+    x = jax.random.normal(jax.random.key(3), (2, 5, 5, 4))
+    with pytest.warns(LeftDense, match=reason):
+        converted = from_dense(model, rank=1.0)
+    np.testing.assert_allclose(converted(x), model(x), atol=1e-5)
+    if reason == "kernel is another":
+        assert converted.a.kernel is converted.b.kernel
+
+
+@pytest.mark.parametrize("reason", STRANGE)
+def test_a_layer_that_is_not_understood_is_refused_by_name(reason):
+    model = STRANGE[reason]()
+    path = {"a stack of layers": "layers", "conv_general_dilated": ""}.get(reason, "b")
+    with pytest.raises(ValueError, match=f"^{path} cannot be factorised: .*{reason}"):
+        from_dense(model, ranks={path: 1})
