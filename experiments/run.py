@@ -74,10 +74,18 @@ def opened(
       at_once: runs that share programs and time with it, itself included.
     """
     open_folder = workdir.reopen if config.resume else workdir.create
-    folder = workdir.of_all(lambda: open_folder(config))
-    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
     name = f"seed {config.seed}: " if at_once > 1 else ""
-    with checkpoints, Progress(config, folder, name) as progress:
+    with contextlib.ExitStack() as stack:
+
+        def open_and_hold() -> Workdir:
+            folder = open_folder(config)
+            stack.enter_context(workdir.held(folder.path))
+            return folder
+
+        folder = workdir.of_all(open_and_hold)
+        checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
+        stack.enter_context(checkpoints)
+        progress = stack.enter_context(Progress(config, folder, name))
         yield Run(config, trainer, folder, checkpoints, interrupt, progress, at_once)
 
 
@@ -300,7 +308,8 @@ class Run:
         """
         if status is None:
             status = "stopped" if self.position.epoch < self.config.epochs else "finished"
-        rows, built, state = self.folder.rows(), self.trainer.built, self.trainer.state
+        rows = [row for row in self.folder.rows() if row["epoch"] <= self.position.epoch]
+        built, state = self.trainer.built, self.trainer.state
         result: Row = {
             "status": status,
             "epochs": self.position.epoch,
@@ -308,7 +317,7 @@ class Run:
             "feedback_note": built.method.note,
             "memory": built.memory,
             **summary.last_epoch(rows),
-            **summary.best_epoch(rows[: self.position.epoch]),
+            **summary.best_epoch(rows),
             "diagnosis": [f._asdict() for f in self.progress.diagnose()],
             "rollbacks": list(self.position.rollbacks),
             **summary.sizes(built.units, state, self.trainer.data, self.dense),

@@ -1,10 +1,12 @@
 """The folder of a run: config.json, metrics.jsonl, summary.json, checkpoints/, plots/."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from experiments.config import Config, differences
 from experiments.environment import commit, hardware
 from ssa_jax import mesh
 from ssa_jax.record import versions
+
+LOCK = ".lock"
 
 
 class WorkdirError(ValueError):
@@ -68,7 +72,10 @@ class Workdir:
             f.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects of metrics.jsonl; a last line cut short by a crash is left out."""
+        """The objects of metrics.jsonl in order of epochs, of several of one epoch the last.
+
+        A last line cut short by a crash is left out.
+        """
         file = self.path / "metrics.jsonl"
         rows = []
         for line in file.read_text().splitlines() if file.exists() else ():
@@ -76,12 +83,39 @@ class Workdir:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return rows
+        by_epoch = {row["epoch"]: row for row in rows}
+        return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
     def keep_rows(self, epochs: int) -> None:
         """Drops what was logged after `epochs` epochs, which a resumed run will log again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["epoch"] <= epochs]
         write_text(self.path / "metrics.jsonl", "".join(kept))
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Holds a run's folder against other processes that would write it.
+
+    The lock is the system's and this process's own: it ends with it, however it ends, and does not
+    pass to its children.
+
+    Raises:
+      WorkdirError: another process holds it.
+    """
+    with (path / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            file.seek(0)
+            other = file.read().strip() or "that has not said its number"
+            raise WorkdirError(
+                f"{path} is in use by process {other}; stop it or wait for its end, or give another "
+                "--workdir"
+            ) from e
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 class Elsewhere(Workdir):
@@ -139,8 +173,8 @@ def create(config: Config) -> Workdir:
     path = Path(config.workdir or default_path(config, f"seed{config.seed}"))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A process killed in this function leaves a temporary file at most.
-        if any(p.suffix != ".tmp" for p in path.iterdir()):
+        # A process killed in this function leaves a temporary file or a lock at most.
+        if any(p.suffix != ".tmp" and p.name != LOCK for p in path.iterdir()):
             raise WorkdirError(_occupied(path, config))
         workdir = Workdir(path)
         workdir.write_json("config.json", _record(config))

@@ -20,6 +20,7 @@ from experiments import study_table, table, workdir
 from experiments.config import Config, ConfigError
 from experiments.flags import NotFiniteError
 from experiments.run import run
+from experiments.summary import best_epoch
 from experiments.workdir import WorkdirError
 
 ROOT = Path(__file__).parent.parent
@@ -424,3 +425,42 @@ def test_a_few_steps_on_real_cifar10_learn(model, tmp_path):
     if model == "smallconv":
         assert rows(tmp_path / "run")[0]["train_accuracy"] > 0.2
     assert all(a < 90 for a in summary["angles"])
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from experiments import workdir
+with workdir.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_workdir_has_one_writer_until_that_one_is_dead(tmp_path):
+    config = dataclasses.replace(SMALL, epochs=1, workdir=str(tmp_path / "run"))
+    run(config)
+    more = dataclasses.replace(config, resume=True)
+    before = {p: p.read_bytes() for p in Path(config.workdir).glob("*.json*")}
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, config.workdir],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(WorkdirError, match=f"in use by process {other.pid}; stop it"):
+            run(more)
+        assert {p: p.read_bytes() for p in before} == before
+    finally:
+        other.kill()
+        other.communicate()
+    assert run(more)["status"] == "finished"
+
+
+def test_rows_count_by_their_epoch_and_not_by_their_place(tmp_path):
+    folder = workdir.Workdir(tmp_path)
+    for epoch, accuracy in ((1, 0.1), (2, 0.9), (1, 0.2), (3, 0.3), (2, 0.4)):
+        folder.log({"epoch": epoch, "test_accuracy": accuracy})
+    rows = folder.rows()
+    assert [(row["epoch"], row["test_accuracy"]) for row in rows] == [(1, 0.2), (2, 0.4), (3, 0.3)]
+    assert best_epoch(rows) == {"best_epoch": 2, "best_test_accuracy": 0.4}
