@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def main(doc: str, measure: Callable[[bool], Iterable[list[Row]]]) -> None:
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--json", help="write versions and rows to this file")
+    parser.add_argument(
+        "--json", type=os.path.expanduser, help="write versions and rows to this file"
+    )
     parser.add_argument("--notes", help="what else the record should say, such as other load")
     args = parser.parse_args()
     rows: list[Row] = []

@@ -11,7 +11,7 @@ from flax import nnx
 
 from experiments import budgets, memory
 from experiments.budgets import BudgetError
-from experiments.config import Config, ConfigError
+from experiments.config import MOST, Config, ConfigError
 from ssa_jax import costs, factors, optim, ranks
 from ssa_jax.data import Images
 from ssa_jax.forward import output_shapes, predict
@@ -69,6 +69,11 @@ def build(config: Config, data: Images, rate_scale: float = 1.0) -> Built:
         )
     config = config if config.rank_schedule != "none" else _at_budget(config, data)
     every_step = config.epochs * steps_per_epoch
+    if every_step > MOST:
+        raise ConfigError(
+            f"--epochs must be at most {MOST // steps_per_epoch} with {steps_per_epoch} steps in "
+            f"each, got {config.epochs}"
+        )
     total_steps = min(config.schedule_steps or every_step, every_step)
     if config.warmup_steps >= max(2, total_steps):
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The settings of a run: every flag, its default and its range, in one place."""
 
 import dataclasses
+import os
 from typing import Any
 
 from experiments.budgets import KINDS
@@ -23,8 +24,15 @@ class ConfigError(ValueError):
     """A setting that no run can have."""
 
 
+# The largest integer that a step counter, a seed or a size can be: those of JAX have 32 bits.
+MOST = 2**31 - 1
+
+
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help and limits: choices, low, high, or above (an open bound)."""
+    """A field with its help and limits: choices, low, high, or above (an open bound).
+
+    An integer without a high goes to `MOST`. A field that is a path says so by ``path=True``.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -40,7 +48,9 @@ class Config:
     method: str = setting("ssa", "Learning method.", choices=tuple(METHODS))
     model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
     dataset: str = setting("cifar10", "Data set.", choices=(*DATASETS, *STREAMS))
-    data_dir: str | None = setting(None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.")
+    data_dir: str | None = setting(
+        None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.", path=True
+    )
     validation: float = setting(
         0.0,
         "Share of the training images held out of training and measured in place of the test set.",
@@ -92,11 +102,14 @@ class Config:
         1.0, "Rate of the first unit over that of the last, geometric in between.", above=0.0
     )
     seed: int = setting(0, "Seed of all randomness.", low=0)
-    workdir: str | None = setting(None, "Where results go; default: a new folder under runs/.")
+    workdir: str | None = setting(
+        None, "Where results go; default: a new folder under runs/.", path=True
+    )
     compile_cache: str | None = setting(
         None,
         "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
         "ssa_jax/jax in the user's cache folder.",
+        path=True,
     )
     steps_per_dispatch: int = setting(
         0, "Steps in one program, where nothing is due between them; 0: 1 on a CPU, else 10.", low=0
@@ -197,6 +210,12 @@ class Config:
     retraction: str = setting("newton_schulz", "Retraction.", choices=tuple(RETRACTIONS))
     retract_every: int = setting(1, "Steps between retractions.", low=1)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("path") and value:
+                object.__setattr__(self, field.name, os.path.expanduser(value))
+
     @property
     def factorized(self) -> bool:
         """Whether the layers hold factors."""
@@ -211,14 +230,15 @@ class Config:
         for field in dataclasses.fields(self):
             value, m = getattr(self, field.name), field.metadata
             wanted = None
+            high = m.get("high", MOST if isinstance(value, int) else None)
             if "choices" in m and value not in m["choices"]:
                 wanted = "one of " + ", ".join(m["choices"])
             elif "low" in m and not value >= m["low"]:
                 wanted = f"at least {m['low']}"
             elif "above" in m and not value > m["above"]:
                 wanted = f"more than {m['above']}"
-            elif "high" in m and not value <= m["high"]:
-                wanted = f"at most {m['high']}"
+            elif high is not None and not value <= high:
+                wanted = f"at most {high}"
             elif isinstance(value, float) and value == float("inf"):
                 wanted = "finite"
             if wanted:
@@ -257,3 +277,17 @@ def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
 def differences(config: Config, stored: dict[str, Any]) -> str:
     """The identity settings in which a run differs from a stored one, as one phrase."""
     return record.differences(identity(config), identity(stored))
+
+
+def check_seeds(seed: int, seeds: int) -> None:
+    """Checks a number of runs at `seed`, `seed` + 1, ...
+
+    Raises:
+      ConfigError: none, or seeds beyond `MOST`.
+    """
+    if not 1 <= seeds <= MOST:
+        raise ConfigError(f"--seeds must be at least 1 and at most {MOST}, got {seeds}")
+    if seed + seeds - 1 > MOST:
+        raise ConfigError(
+            f"--seed must be at most {MOST - seeds + 1} with --seeds={seeds}, got {seed}"
+        )

@@ -23,7 +23,7 @@ from flax import nnx
 
 from experiments import build, inputs, trained
 from experiments.config import Config, ConfigError
-from experiments.flags import run_program
+from experiments.flags import define_path, run_program
 from experiments.inputs import Data
 from experiments.latency import latencies
 from experiments.table import markdown
@@ -250,8 +250,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "A run, to be exported where that is not done yet.")
-    flags.DEFINE_string("out", None, "Folder of its export; default: export/ in the workdir.")
-    flags.DEFINE_string("export", None, "An export, to be evaluated without its run.")
-    flags.DEFINE_string("data_dir", None, "TFDS directory; else the run's or TFDS's default.")
+    define_path("workdir", "A run, to be exported where that is not done yet.")
+    define_path("out", "Folder of its export; default: export/ in the workdir.")
+    define_path("export", "An export, to be evaluated without its run.")
+    define_path("data_dir", "TFDS directory; else the run's or TFDS's default.")
     run_program(main)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import signal
 import sys
 import traceback
@@ -27,6 +28,18 @@ EXIT_INTERRUPTED = 130
 
 class NotFiniteError(ArithmeticError):
     """The loss or a parameter is NaN or infinite."""
+
+
+class _Path(flags.ArgumentParser[str]):
+    """A path, whose ``~`` no shell expands behind an equals sign."""
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+
+def define_path(name: str, help: str) -> None:
+    """Defines a flag that takes a path, by default None."""
+    flags.DEFINE(_Path(), name, None, help)
 
 
 def define(fields: dict[str, Any]) -> None:

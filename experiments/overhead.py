@@ -28,8 +28,9 @@ from benchmarks import contestants, networks, parts, roofline, training
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case
 from experiments import compiling, flags, overhead_page
-from experiments.config import ConfigError
+from experiments.config import MOST, ConfigError
 from experiments.environment import environment
+from experiments.flags import define_path
 from experiments.timing import contestant, side_by_side
 from experiments.workdir import WorkdirError, read_json, write_json
 from ssa_jax import costs, factors
@@ -146,9 +147,13 @@ def define() -> None:
     """Defines the flags."""
     absl_flags.DEFINE_list("models", [], f"Networks; default: {','.join(MODELS_COMPARED)}.")
     absl_flags.DEFINE_integer(
-        "batch_size", None, f"Examples in a step; default: {BATCH}.", lower_bound=1
+        "batch_size",
+        None,
+        f"Examples in a step; default: {BATCH}.",
+        lower_bound=1,
+        upper_bound=MOST,
     )
-    absl_flags.DEFINE_string("folder", None, "Where results go; default: a new one under runs/.")
+    define_path("folder", "Where results go; default: a new one under runs/.")
     absl_flags.DEFINE_boolean("quick", False, "A short look: one network, one rank, few rounds.")
 
 

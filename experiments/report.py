@@ -15,6 +15,7 @@ from absl import flags as absl_flags
 
 from experiments import flags, plots, results, webpage, workdir
 from experiments.config import ConfigError
+from experiments.flags import define_path
 from experiments.table import markdown
 from experiments.workdir import Workdir, WorkdirError, read_json, write_text
 
@@ -163,5 +164,5 @@ def main(folders: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    absl_flags.DEFINE_string("out", None, "Where the report goes; default: a new folder in runs/.")
+    define_path("out", "Where the report goes; default: a new folder in runs/.")
     flags.run_program(main, arguments=True)

@@ -18,7 +18,7 @@ from absl import flags as absl_flags
 
 from experiments import inputs, study_table, summary, workdir
 from experiments.cells import Cell, locked, result, run_cell, still_to_run
-from experiments.config import Config, ConfigError
+from experiments.config import Config, ConfigError, check_seeds
 from experiments.inputs import Data
 from experiments.interrupt import Terminated
 from experiments.study_table import Column
@@ -79,8 +79,7 @@ def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | No
       KeyboardInterrupt: after Ctrl-C, and `Terminated` after SIGTERM, with how to go on.
     """
     config.validate()
-    if seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1, got {seeds}")
+    check_seeds(config.seed, seeds)
     together = trains_at_once(config, at_once)
     folder = _open(config, seeds)
     cells = [_cell(config, folder, config.seed + i) for i in range(seeds)]

@@ -20,8 +20,9 @@ from absl import flags as absl_flags
 
 from experiments import flags, study_page, workdir
 from experiments.cells import Cell, locked, result, run_cell
-from experiments.config import Config, ConfigError, differences
+from experiments.config import Config, ConfigError, check_seeds, differences
 from experiments.environment import environment
+from experiments.flags import define_path
 from experiments.study_table import Column, cells, table
 from experiments.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 from ssa_jax import data as data_lib
@@ -98,7 +99,7 @@ def define(defaults: dict[str, Any], seeds: int = 3) -> None:
     """Defines the flags of a study beside those of a run."""
     flags.define(defaults)
     absl_flags.DEFINE_integer("seeds", seeds, "Runs of each variant, at --seed, --seed + 1, ...")
-    absl_flags.DEFINE_string("folder", None, "Where cells go; default: a new folder under runs/.")
+    define_path("folder", "Where cells go; default: a new folder under runs/.")
     absl_flags.DEFINE_list("only", [], "Run these variants alone; the table has all in the folder.")
     absl_flags.DEFINE_boolean("quick", False, "A short look: few steps, perhaps few variants.")
 
@@ -122,8 +123,7 @@ def settings_from_flags(study: Study) -> Settings:
     for name in set.intersection(*(set(v.changes) for v in study.variants)):
         if not values[name].using_default_value:
             raise ConfigError(f"--{name} is what this study varies; choose variants with --only")
-    if values.seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1, got {values.seeds}")
+    check_seeds(values.seed, values.seeds)
     known = [v.name for v in study.variants]
     for name in values.only:
         if name not in known:

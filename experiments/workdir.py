@@ -109,8 +109,8 @@ def held(path: Path) -> Iterator[None]:
             file.seek(0)
             other = file.read().strip() or "that has not said its number"
             raise WorkdirError(
-                f"{path} is in use by process {other}; stop it or wait for its end, or give another "
-                "--workdir"
+                f"{path} is in use by process {other}; stop it or wait for its end, or give "
+                "another --workdir"
             ) from e
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
 from helpers import first
 from PIL import Image
 
 from experiments import config as config_lib
-from experiments import study_table, table, workdir
+from experiments import flags, study_table, table, workdir
 from experiments.config import Config, ConfigError
 from experiments.flags import NotFiniteError
 from experiments.run import run
+from experiments.seeds import run_seeds
 from experiments.summary import best_epoch
 from experiments.workdir import WorkdirError
 
@@ -464,3 +466,40 @@ def test_rows_count_by_their_epoch_and_not_by_their_place(tmp_path):
     rows = folder.rows()
     assert [(row["epoch"], row["test_accuracy"]) for row in rows] == [(1, 0.2), (2, 0.4), (3, 0.3)]
     assert best_epoch(rows) == {"best_epoch": 2, "best_test_accuracy": 0.4}
+
+
+WHOLE = [
+    f.name
+    for f in dataclasses.fields(Config)
+    if isinstance(f.default, int) and not isinstance(f.default, bool)
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("value", [2**31, 2**32, 2**64, -(2**31)])
+def test_every_integer_has_both_ends(name, value):
+    with pytest.raises(ConfigError, match=f"--{name} must be at (most|least) "):
+        dataclasses.replace(Config(), **{name: value}).validate()
+
+
+def test_steps_and_seeds_do_not_run_over():
+    long = dataclasses.replace(SMALL, epochs=100_000_000, batch_size=1)
+    with pytest.raises(ConfigError, match=r"--epochs must be at most 14\d\d\d\d\d with 14\d\d "):
+        run(long)
+    with pytest.raises(ConfigError, match="--seed must be at most 2147483646 with --seeds=2"):
+        run_seeds(dataclasses.replace(SMALL, seed=2**31 - 1), 2)
+    with pytest.raises(ConfigError, match="--seeds must be at least 1 and at most"):
+        run_seeds(SMALL, 2**31)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config(workdir="~/r1", data_dir="~/data", compile_cache="~/cache")
+    assert config.workdir == f"{tmp_path}/r1"
+    assert config.data_dir == f"{tmp_path}/data"
+    assert config.compile_cache == f"{tmp_path}/cache"
+    assert Config(compile_cache="off").compile_cache == "off"
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE(flags._Path(), "folder", None, "", flag_values=values)
+    values(["program", "--folder=~/study"])
+    assert values.folder == f"{tmp_path}/study"
