@@ -186,8 +186,10 @@ class Trainer:
             )
             for step, count in runs:
                 between(step)
-                # Whatever comes from the host or goes there in here is asked for explicitly.
-                with jax.transfer_guard("disallow"):
+                # Whatever comes from the host or goes there in here is asked for explicitly; an
+                # operation outside of a program takes its constants from there.
+                guard = "allow" if jax.config.jax_disable_jit else "disallow"
+                with jax.transfer_guard(guard):
                     self._dispatch(steps, next(feeds), step, count, tally)
                 _check_finite(tally.finite)
                 bar.update(count * size)

@@ -50,6 +50,16 @@ def _eye_like(a: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
+def varying_as(x: Array, *like: Array) -> Array:
+    """x, of a type that varies over the devices of a `shard_map` as the others do.
+
+    Loops and conditionals ask for values of one type from their start, or from either branch.
+    """
+    for other in like:
+        x = jnp.where(jnp.ravel(other)[0] == 0, x, x)
+    return x
+
+
 def unit_peak(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, Array]:
     """X over its largest entry by modulus, and that entry with axes kept; zeros stay zeros.
 

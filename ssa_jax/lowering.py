@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssa_jax.linalg import varying_as
+
 Array = jax.Array
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
@@ -184,12 +186,13 @@ def _kernel_gradient(
     parts = _parts(x.shape[0], example, limit)
     if parts == 1:
         return gradient(x, g).astype(x.dtype)
-    split = (a.reshape(parts, -1, *a.shape[1:]) for a in (x, g))
+    split = tuple(a.reshape(parts, -1, *a.shape[1:]) for a in (x, g))
 
     def add(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         return total + gradient(*part), None
 
-    return lax.scan(add, jnp.zeros(shape, _sum_dtype(x)), tuple(split))[0].astype(x.dtype)
+    start = varying_as(jnp.zeros(shape, _sum_dtype(x)), *split)
+    return lax.scan(add, start, split)[0].astype(x.dtype)
 
 
 def _parts(batch: int, example: int, limit: int) -> int:

@@ -13,7 +13,7 @@ ALLOWED = {
     "linalg": set(),
     "mesh": {"factors"},
     "factors": {"linalg"},
-    "lowering": set(),
+    "lowering": {"linalg"},
     "layers": {"factors", "linalg", "lowering"},
     "models": {"layers", "lowering", "models"},
     "factorize": {"factors", "layers", "lowering"},

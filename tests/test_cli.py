@@ -503,3 +503,20 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     absl_flags.DEFINE(flags._Path(), "folder", None, "", flag_values=values)
     values(["program", "--folder=~/study"])
     assert values.folder == f"{tmp_path}/study"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_ENABLE_X64"])
+def test_it_runs_as_one_debugs(name, tmp_path):
+    """Two epochs with probes, a cut of ranks and checkpoints, and the same losses as without."""
+    small = ("--dataset=digits", "--model=mlp", "--epochs=2", "--batch_size=64")
+    small += ("--train_size=128", "--method=ssa", "--rank_schedule=hybrid")
+    losses = []
+    for folder, changes in (("plain", {}), ("debug", {name: "1"})):
+        workdir = f"--workdir={tmp_path / folder}"
+        done = command(*small, workdir, env={**os.environ, **changes})
+        assert done.returncode == 0, done.stderr
+        losses.append([row["train_loss"] for row in rows(tmp_path / folder)])
+    # Random numbers are others in double precision.
+    bound = 1.0 if name == "JAX_ENABLE_X64" else 1e-3
+    assert losses[1] == pytest.approx(losses[0], abs=bound)

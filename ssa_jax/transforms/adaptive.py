@@ -151,7 +151,11 @@ def adapt_rank(
             )
             return _choose(sizes, costs, allowed, least)
 
-        chosen = when_due(count, every, choose, lambda: state.masks)
+        def keep() -> Any:
+            known = jax.tree.leaves(sizes)
+            return jax.tree.map(lambda mask: linalg.varying_as(mask, *known), state.masks)
+
+        chosen = when_due(count, every, choose, keep)
         if until is not None:
             chosen = jax.tree.map(lambda a, b: jnp.where(count <= until, a, b), chosen, state.masks)
         dropped = map_entries(dropped_by, chosen, state.masks, inner_updates, params)
@@ -216,6 +220,6 @@ def clearing_price(logs: list[Array], costs: list[float], budget: Any) -> Array:
         fits = spent(middle) <= budget
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
-    low, high = jnp.float32(LOWEST_LOG), jnp.float32(-LOWEST_LOG)
+    low, high = (linalg.varying_as(jnp.float32(x), *logs) for x in (LOWEST_LOG, -LOWEST_LOG))
     _, cleared = jax.lax.fori_loop(0, 40, halve, (low, high))
     return jnp.where(spent(low) <= budget, low, cleared)

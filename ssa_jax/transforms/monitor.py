@@ -86,6 +86,9 @@ def orthogonality_drift(
             errors = jax.tree.leaves(jax.tree.map(error, kinds, updates, params))
             return jnp.max(jnp.stack(errors)) if errors else jnp.zeros([], jnp.float32)
 
-        return updates, DriftState(count, when_due(count, every, measure, lambda: state.drift))
+        def keep() -> Array:
+            return linalg.varying_as(state.drift, *jax.tree.leaves((updates, params)))
+
+        return updates, DriftState(count, when_due(count, every, measure, keep))
 
     return optax.GradientTransformationExtraArgs(init, update)
