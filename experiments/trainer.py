@@ -188,7 +188,7 @@ class Trainer:
                 between(step)
                 # Whatever comes from the host or goes there in here is asked for explicitly; an
                 # operation outside of a program takes its constants from there.
-                guard = "allow" if jax.config.jax_disable_jit else "disallow"
+                guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
                 with jax.transfer_guard(guard):
                     self._dispatch(steps, next(feeds), step, count, tally)
                 _check_finite(tally.finite)

@@ -4,6 +4,7 @@ The rank is read from the arrays, so a layer whose factors were sliced needs no 
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,13 +64,27 @@ class SVDDense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Array) -> Array:
-        """Maps x (..., d_in) to (..., d_out)."""
+        """Maps x (..., d_in) to (..., d_out).
+
+        Raises:
+          ValueError: x has another last axis.
+        """
+        _check_input(self, x, self.in_features, "(..., {})")
         u, s, v = self.kernel.get_value()
         # s is folded into V: one pass over the weights instead of one over the batch.
         y = (x @ (v * s[None, :])) @ u.T
         if self.bias is not None:
             y = y + self.bias.get_value().reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+
+def _check_input(layer: nnx.Module, x: Array, features: int, form: str) -> None:
+    """Raises ValueError, naming its shape, for an input that is not of a form."""
+    form = form.format(features)
+    if jnp.ndim(x) < form.count(",") or jnp.shape(x)[-1] != features:
+        raise ValueError(
+            f"{type(layer).__name__} takes {form}, got an input of shape {jnp.shape(x)}"
+        )
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -147,6 +162,17 @@ class SVDConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Array) -> Array:
+        """Maps x (..., H, W, C) to (..., H', W', N), over any batch axes or none.
+
+        Raises:
+          ValueError: x has another last axis, or fewer than three.
+        """
+        _check_input(self, x, self.in_features, "(..., H, W, {})")
+        *batch, height, width, channels = x.shape
+        y = self._convolve(x.reshape(math.prod(batch), height, width, channels))
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _convolve(self, x: Array) -> Array:
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
         weights = self.kernel.get_value()
         (kh, kw), (sh, sw) = self.kernel_size, self.strides

@@ -7,6 +7,9 @@ on from without a state of the reader, with any number of workers.
 
 import contextlib
 import functools
+import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -291,12 +294,30 @@ def test_dataset(stream: Stream, reading: Reading, batch_size: int) -> grain.Map
     return grain.MapDataset.source(batches).map(decoded.batch)
 
 
+def _end_with_parent(index: int, count: int) -> None:
+    """Ends this worker when the process that started it is gone, however that ended.
+
+    A worker alone would wait for ever to hand its batches on. With the last worker the tracker of
+    shared memory ends too, and takes what they had of it away.
+    """
+    del index, count
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def read(dataset: grain.MapDataset, workers: int) -> Generator[HostBatch]:
     """The batches in their order, made ahead of their use; close it to end the workers."""
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     batches = dataset.to_iter_dataset(ahead)
     if workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        processes = grain.MultiprocessingOptions(num_workers=workers)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
     iterator = iter(batches)
     try:
         yield from iterator

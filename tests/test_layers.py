@@ -2,12 +2,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from helpers import first
 
 from ssa_jax import costs, factors, layers, lowering
-from ssa_jax.layers import Pool, SVDConv, SVDDense
+from ssa_jax.layers import Pool, SVDConv, SVDDense, matrix_to_kernel
 
 
 def images(seed=0, shape=(3, 9, 8, 4)):
@@ -203,3 +204,36 @@ def test_max_pool_gives_ties_one_gradient():
     )
     assert float(jnp.sum(gradient)) == 4
     assert float(jnp.max(gradient)) == 1
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_take_the_batch_axes_that_the_stock_ones_take(batch, training):
+    rngs = nnx.Rngs(0)
+    pairs = [
+        (SVDDense(4, 6, rngs=rngs), nnx.Linear(4, 6, rngs=rngs), ()),
+        (SVDConv(4, 6, (3, 2), rngs=rngs), nnx.Conv(4, 6, (3, 2), rngs=rngs), (5, 7)),
+    ]
+    for layer, stock, maps in pairs:
+        weight = factors.to_dense(layer.kernel.get_value())
+        dense = weight.T if not maps else matrix_to_kernel(weight, (3, 2))
+        stock.kernel.set_value(dense)
+        layer.train() if training else layer.eval()
+        x = jax.random.normal(jax.random.key(1), (*batch, *maps, 4))
+        assert layer(x).shape == stock(x).shape
+        np.testing.assert_allclose(layer(x), stock(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (SVDDense, (3, 5), r"SVDDense takes \(..., 4\), got an input of shape \(3, 5\)"),
+        (SVDDense, (), r"SVDDense takes \(..., 4\), got an input of shape \(\)"),
+        (SVDConv, (7, 4), r"SVDConv takes \(..., H, W, 4\), got an input of shape \(7, 4\)"),
+        (SVDConv, (2, 7, 7, 3), r"got an input of shape \(2, 7, 7, 3\)"),
+    ],
+)
+def test_an_input_of_another_shape_is_refused_by_its_shape(layer, shape, message):
+    sizes = (4, 6) if layer is SVDDense else (4, 6, 3)
+    with pytest.raises(ValueError, match=message):
+        layer(*sizes, rngs=nnx.Rngs(0))(jnp.zeros(shape))

@@ -2,6 +2,10 @@
 
 import functools
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -247,3 +251,31 @@ def test_prepared_samples_are_opened_and_decoded(name, sizes, classes):
     assert 40 < first["image"].mean() < 200
     assert len(set(first["label"].tolist())) > 5
     assert functools.reduce(max, first["label"].tolist()) < classes
+
+
+def shared_memory():
+    folder = Path("/dev/shm")
+    return {file.name for file in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.mark.slow
+def test_workers_and_their_memory_end_with_a_process_that_is_killed():
+    before = shared_memory()
+    reader = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "reading_in_workers.py"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    workers = [int(pid) for pid in reader.stdout.readline().split()]
+    assert len(workers) == 2
+    reader.kill()
+    reader.communicate()
+
+    def alive(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    deadline = time.monotonic() + 60
+    while any(map(alive, workers)) or shared_memory() - before:
+        assert time.monotonic() < deadline, (workers, shared_memory() - before)
+        time.sleep(0.1)
