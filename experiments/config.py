@@ -285,8 +285,10 @@ def check_seeds(seed: int, seeds: int) -> None:
     Raises:
       ConfigError: none, or seeds beyond `MOST`.
     """
-    if not 1 <= seeds <= MOST:
-        raise ConfigError(f"--seeds must be at least 1 and at most {MOST}, got {seeds}")
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {seeds}")
+    if seeds > MOST:
+        raise ConfigError(f"--seeds must be at most {MOST}, got {seeds}")
     if seed + seeds - 1 > MOST:
         raise ConfigError(
             f"--seed must be at most {MOST - seeds + 1} with --seeds={seeds}, got {seed}"

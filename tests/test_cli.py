@@ -488,7 +488,7 @@ def test_steps_and_seeds_do_not_run_over():
         run(long)
     with pytest.raises(ConfigError, match="--seed must be at most 2147483646 with --seeds=2"):
         run_seeds(dataclasses.replace(SMALL, seed=2**31 - 1), 2)
-    with pytest.raises(ConfigError, match="--seeds must be at least 1 and at most"):
+    with pytest.raises(ConfigError, match="--seeds must be at most"):
         run_seeds(SMALL, 2**31)
 
 
