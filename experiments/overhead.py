@@ -30,7 +30,6 @@ from benchmarks.networks import Case
 from experiments import compiling, flags, overhead_page
 from experiments.config import MOST, ConfigError
 from experiments.environment import environment
-from experiments.flags import define_path
 from experiments.timing import contestant, side_by_side
 from experiments.workdir import WorkdirError, read_json, write_json
 from ssa_jax import costs, factors
@@ -153,7 +152,7 @@ def define() -> None:
         lower_bound=1,
         upper_bound=MOST,
     )
-    define_path("folder", "Where results go; default: a new one under runs/.")
+    flags.define_path("folder", "Where results go; default: a new one under runs/.")
     absl_flags.DEFINE_boolean("quick", False, "A short look: one network, one rank, few rounds.")
 
 

@@ -15,7 +15,6 @@ from absl import flags as absl_flags
 
 from experiments import flags, plots, results, webpage, workdir
 from experiments.config import ConfigError
-from experiments.flags import define_path
 from experiments.table import markdown
 from experiments.workdir import Workdir, WorkdirError, read_json, write_text
 
@@ -164,5 +163,5 @@ def main(folders: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_path("out", "Where the report goes; default: a new folder in runs/.")
+    flags.define_path("out", "Where the report goes; default: a new folder in runs/.")
     flags.run_program(main, arguments=True)

@@ -22,7 +22,6 @@ from experiments import flags, study_page, workdir
 from experiments.cells import Cell, locked, result, run_cell
 from experiments.config import Config, ConfigError, check_seeds, differences
 from experiments.environment import environment
-from experiments.flags import define_path
 from experiments.study_table import Column, cells, table
 from experiments.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 from ssa_jax import data as data_lib
@@ -99,7 +98,7 @@ def define(defaults: dict[str, Any], seeds: int = 3) -> None:
     """Defines the flags of a study beside those of a run."""
     flags.define(defaults)
     absl_flags.DEFINE_integer("seeds", seeds, "Runs of each variant, at --seed, --seed + 1, ...")
-    define_path("folder", "Where cells go; default: a new folder under runs/.")
+    flags.define_path("folder", "Where cells go; default: a new folder under runs/.")
     absl_flags.DEFINE_list("only", [], "Run these variants alone; the table has all in the folder.")
     absl_flags.DEFINE_boolean("quick", False, "A short look: few steps, perhaps few variants.")
 

@@ -56,12 +56,14 @@ def varying_as(x: Array, *like: Array) -> Array:
     Loops and conditionals ask for values of one type from their start, or from either branch.
     """
     for other in like:
-        x = jnp.where(jnp.ravel(other)[0] == 0, x, x)
+        # The compiler takes the choice away. Of one entry, since a sharded array flat is gathered.
+        if other.size:
+            x = jnp.where(other[(0,) * other.ndim] == 0, x, x)
     return x
 
 
 def unit_peak(x: Array, axis: int | tuple[int, ...] | None = None) -> tuple[Array, Array]:
-    """X over its largest entry by modulus, and that entry with axes kept; zeros stay zeros.
+    """An array over its largest entry by modulus, and that with axes kept; zeros stay zeros.
 
     What does not depend on the scale of x is computed from the first: squares of float32 below
     1e-19 are zero, and above 1e19 infinite. To a derivative the second is a constant.

@@ -41,7 +41,7 @@ def spectrum(s: Any) -> Factors:
 def at_factors(
     name: str, params: optax.Params, mask: Mask | None
 ) -> Callable[[Callable[[Factors], Any]], Any]:
-    """Make -> the parameter tree with make(f) at every `Factors` of the mask, and None elsewhere.
+    """A function of make: the tree with make(f) at every `Factors` of the mask, and None elsewhere.
 
     Warns in the name of a transformation where there is none.
     """
