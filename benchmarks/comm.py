@@ -26,11 +26,12 @@ from benchmarks import contestants, training
 from benchmarks.collectives import Collective, collectives
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
-from experiments import compiling
 from experiments.timing import side_by_side
-from ssa_jax import mesh, train
 from ssa_jax.models import MODELS
-from ssa_jax.units import split_units
+from ssa_jax.networks.units import split_units
+from ssa_jax.parallel import mesh
+from ssa_jax.runs import compiling
+from ssa_jax.training import train
 
 Row = dict[str, Any]
 NAMES = ("mlp", "smallconv")

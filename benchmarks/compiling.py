@@ -35,9 +35,10 @@ def once(model: str, dataset: str, method: str, schedule: str) -> Row:
     import jax
     import jax.numpy as jnp
 
-    from experiments import build
-    from experiments.config import Config
-    from ssa_jax import train
+    from ssa_jax.runs import build
+    from ssa_jax.runs.config import Config
+    from ssa_jax.training import train
+    from ssa_jax.types import Batch
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = Config(
@@ -50,7 +51,7 @@ def once(model: str, dataset: str, method: str, schedule: str) -> Row:
     step = train.make_step(
         built.units, built.method, built.optimizer, built.weights, memory=built.memory
     )
-    batch = train.Batch(jnp.zeros((128, *data.image_shape)), jnp.zeros(128, jnp.int32))
+    batch = Batch(jnp.zeros((128, *data.image_shape)), jnp.zeros(128, jnp.int32))
     traced = time.perf_counter()
     lowered = step.lower(built.state, batch)
     lowering = time.perf_counter()

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from benchmarks import reference, torch_step
 from benchmarks.networks import Case, network, random_batch
-from experiments.config import Config
-from ssa_jax import costs, optim, train
-from ssa_jax.forward import output_shapes
-from ssa_jax.losses import LossWeights
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
-from ssa_jax.optim import OptimizerConfig
-from ssa_jax.train import TrainState
-from ssa_jax.units import Unit, split_units
+from ssa_jax.networks.forward import output_shapes
+from ssa_jax.networks.units import Unit, split_units
+from ssa_jax.runs.config import Config
+from ssa_jax.training import costs, optim, train
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import OptimizerConfig
+from ssa_jax.types import TrainState
 
 # Hand-written in Flax and optax; the second with this project's convolutions. Times are given
 # relative to the second: on a CPU it is the faster one, so the harder to beat.

@@ -3,9 +3,9 @@
     python -m benchmarks.convolution [--quick] [--json FILE] [--notes TEXT]
 
 For the 3x3 convolutions of the models at batch 128, and the factor pairs at three ranks: XLA's
-own, what `ssa_jax.lowering.conv` chooses, and the matrix products that it chooses from. Passes:
-forward; kernel gradient; both, which is the output and both gradients. All lowerings of a pass
-are timed side by side in one process, compilation excluded.
+own, what `ssa_jax.layers.lowering.conv` chooses, and the matrix products that it chooses from.
+Passes: forward; kernel gradient; both, which is the output and both gradients. All lowerings of
+a pass are timed side by side in one process, compilation excluded.
 """
 
 import functools
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.programs import Row, compare, main
-from ssa_jax import factors, lowering
+from ssa_jax import factors
+from ssa_jax.layers import lowering
 
 Array = jax.Array
 Lowering = Callable[[Array, Array, Array], Any]

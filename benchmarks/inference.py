@@ -16,12 +16,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.environment import environment
 from experiments.latency import latencies
 from experiments.table import markdown
-from ssa_jax import costs, export
+from ssa_jax import export
 from ssa_jax.export import InferenceModel
 from ssa_jax.models import MODELS
+from ssa_jax.runs.environment import environment
+from ssa_jax.training import costs
 
 Row = dict[str, Any]
 

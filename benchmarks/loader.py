@@ -21,10 +21,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments.environment import environment
 from experiments.table import markdown
-from ssa_jax import images, streams
-from ssa_jax.streams import HostBatch, Reading, Stream
+from ssa_jax.data import images, streams
+from ssa_jax.data.streams import HostBatch, Reading, Stream
+from ssa_jax.runs.environment import environment
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ from flax import nnx
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
 from ssa_jax.models.feedforward import Feedforward, mlp, smallconv
-from ssa_jax.train import Batch
+from ssa_jax.types import Batch
 
 CLASSES = 10
 # Of the hidden units of a chain.

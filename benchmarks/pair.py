@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.programs import Row, compare, main
-from ssa_jax import factors, lowering
+from ssa_jax import factors
 from ssa_jax.factors import Factors
-from ssa_jax.layers import matrix_to_kernel
+from ssa_jax.layers import lowering, matrix_to_kernel
 
 Array = jax.Array
 

@@ -8,9 +8,9 @@ import optax
 from benchmarks.contestants import Entry, build, chain_settings
 from benchmarks.networks import Case, random_batch
 from experiments.timing import side_by_side
-from ssa_jax import losses, optim, train
-from ssa_jax.forward import forward
-from ssa_jax.passes import local_gradients
+from ssa_jax.networks.forward import forward
+from ssa_jax.training import losses, optim, train
+from ssa_jax.training.passes import local_gradients
 
 Tree = Any
 Row = dict[str, Any]

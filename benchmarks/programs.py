@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from experiments.environment import environment
 from experiments.table import markdown
 from experiments.timing import contestant, side_by_side
+from ssa_jax.runs.environment import environment
 
 Row = dict[str, Any]
 

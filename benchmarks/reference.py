@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from ssa_jax.train import Batch
+from ssa_jax.types import Batch
 
 Array = jax.Array
 Tree = Any

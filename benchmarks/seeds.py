@@ -3,9 +3,10 @@
     python -m benchmarks.seeds [--quick] [--json FILE] [--notes TEXT] [--models mlp] [--seeds 2 5]
 
 One training step of every seed, fed from random images of CIFAR's shape on the device: one seed
-after another, and all in one program (`ssa_jax.replicas`), timed in turn in one process. Refreshes
-of the feedback and evaluation are left out. ``ratio`` is the time of the one program over that of
-one seed after another; ``compile_s`` is tracing and compiling, without a cache on disk.
+after another, and all in one program (`ssa_jax.training.replicas`), timed in turn in one
+process. Refreshes of the feedback and evaluation are left out. ``ratio`` is the time of the one
+program over that of one seed after another; ``compile_s`` is tracing and compiling, without a
+cache on disk.
 """
 
 import argparse
@@ -22,14 +23,15 @@ import numpy as np
 
 from benchmarks.contestants import Entry, build
 from benchmarks.networks import CLASSES, Case
-from experiments import compiling
-from experiments.environment import environment
 from experiments.table import markdown
 from experiments.timing import Contestant, side_by_side
-from ssa_jax import data, replicas, train
+from ssa_jax import data
 from ssa_jax.data import Dataset, Epoch, Loader
-from ssa_jax.dispatch import Dispatch, make_dispatch
-from ssa_jax.train import TrainState
+from ssa_jax.runs import compiling
+from ssa_jax.runs.environment import environment
+from ssa_jax.training import replicas, train
+from ssa_jax.training.dispatch import Dispatch, make_dispatch
+from ssa_jax.types import TrainState
 
 Row = dict[str, Any]
 

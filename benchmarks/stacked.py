@@ -19,8 +19,8 @@ from benchmarks.contestants import Entry, build
 from benchmarks.networks import Case
 from benchmarks.programs import Row, compare, main
 from ssa_jax import transforms
-from ssa_jax.forward import output_shapes, visit
-from ssa_jax.units import Unit
+from ssa_jax.networks.forward import output_shapes, visit
+from ssa_jax.networks.units import Unit
 
 Array = jax.Array
 Tree = Any

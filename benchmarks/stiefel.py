@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.environment import environment
 from experiments.timing import side_by_side
+from ssa_jax.runs.environment import environment
 
 Matrices = dict[str, np.ndarray]
 

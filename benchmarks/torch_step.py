@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from ssa_jax.models.blocks import Plain, Residual
-from ssa_jax.train import Batch
+from ssa_jax.types import Batch
 
 
 def available() -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 from benchmarks import contestants, peak, roofline
 from benchmarks.contestants import Contestant, Entry
 from benchmarks.networks import Case
-from experiments import compiling
-from experiments.environment import environment
 from experiments.table import markdown
 from experiments.timing import side_by_side
+from ssa_jax.runs import compiling
+from ssa_jax.runs.environment import environment
 
 Row = dict[str, Any]
 

@@ -15,7 +15,8 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-from ssa_jax import linalg, transforms
+from ssa_jax import transforms
+from ssa_jax.factors import linalg
 
 Array = jax.Array
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ssa_jax import factors, linalg, transforms
+from ssa_jax import factors, transforms
+from ssa_jax.factors import linalg
 from ssa_jax.layers import SVDDense
 
 Array = jax.Array

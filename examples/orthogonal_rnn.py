@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax import linalg, transforms
+from ssa_jax import transforms
+from ssa_jax.factors import linalg
 
 Array = jax.Array
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import plots
+from ssa_jax.reporting import plots
 
 
 class Bars(NamedTuple):

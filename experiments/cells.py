@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import workdir
-from experiments.config import Config
-from experiments.flags import NotFiniteError
-from experiments.inputs import Data
-from experiments.run import run
-from ssa_jax.checkpoint import Checkpoints
+from ssa_jax.errors import NotFiniteError
+from ssa_jax.runs import workdir
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.inputs import Data
+from ssa_jax.runs.run import run
+from ssa_jax.training.checkpoint import Checkpoints
 
 
 class Cell(NamedTuple):
@@ -46,7 +46,7 @@ def run_cell(cell: Cell, load: Callable[[], Data]) -> None:
     """Runs or resumes a cell that is not done and that no other process is running.
 
     A run that is not finite is told and leaves its summary; other errors are those of
-    `experiments.run.run`.
+    `ssa_jax.runs.run.run`.
     """
     cell.path.mkdir(exist_ok=True)
     with locked(cell.path, wait=False) as ours:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from experiments import flags, processes, seeds
-from experiments.config import Config, ConfigError
-from experiments.flags import NotFiniteError
-from experiments.run import run
+from experiments import flags, seeds
 from experiments.table import table
+from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.runs import processes
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
 
 
 def main() -> None:

@@ -6,10 +6,10 @@
 A perceptron, twenty seeds: backpropagation, backpropagation on factors, direct feedback alignment
 and direct SSA. Two lengths are followed by step: the training loss, the mean over an epoch, and
 the norm of the true gradient on a fixed training batch, tangent to the Stiefel manifolds where a
-layer holds factors (`ssa_jax.metrics.tangent`). The empirical rate of a run is the slope, by least
-squares over its epochs, of the logarithm of either against the logarithm of the step: a rate of
--1/2 says that it falls as 1/√t. Rates compare methods; norms compare on the same coordinates
-alone, those of dense weights or those of factors.
+layer holds factors (`ssa_jax.training.metrics.tangent`). The empirical rate of a run is the slope,
+by least squares over its epochs, of the logarithm of either against the logarithm of the step: a
+rate of -1/2 says that it falls as 1/√t. Rates compare methods; norms compare on the same
+coordinates alone, those of dense weights or those of factors.
 
 convergence.png shows the mean over seeds and one standard deviation around it. `experiments.study`
 says what the folder holds and how a study goes on.

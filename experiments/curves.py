@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import plots
+from ssa_jax.reporting import plots
 
 # A curve of more points has a band in place of bars, and a marker on some of them alone.
 _FEW = 6

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import flags, report
-from experiments.run import run
 from experiments.table import table
+from ssa_jax.runs.run import run
 
 Row = dict[str, Any]
 

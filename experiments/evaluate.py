@@ -21,17 +21,19 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from experiments import build, inputs, trained
-from experiments.config import Config, ConfigError
 from experiments.flags import define_path, run_program
-from experiments.inputs import Data
 from experiments.latency import latencies
 from experiments.table import markdown
-from experiments.trained import Trained
-from ssa_jax import costs, export
+from ssa_jax import export
 from ssa_jax.data import Images, Loader
+from ssa_jax.data.streams import STREAMS, StreamLoader
+from ssa_jax.errors import ConfigError
 from ssa_jax.export import ExportError, InferenceModel
-from ssa_jax.streams import STREAMS, StreamLoader
+from ssa_jax.runs import build, inputs, trained
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.inputs import Data
+from ssa_jax.runs.trained import Trained
+from ssa_jax.training import costs
 
 Array = jax.Array
 Row = dict[str, Any]

@@ -12,22 +12,20 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments import help, processes
-from experiments.config import Config, ConfigError
-from experiments.interrupt import Terminated
+from experiments import help
 from experiments.recipes import RECIPES
-from experiments.workdir import WorkdirError
-from ssa_jax.checkpoint import CheckpointError
 from ssa_jax.data import DataError
+from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.export import ExportError
+from ssa_jax.runs import processes
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.interrupt import Terminated
+from ssa_jax.runs.workdir import WorkdirError
+from ssa_jax.training.checkpoint import CheckpointError
 
 EXIT_USAGE = 2
 EXIT_NOT_FINITE = 3
 EXIT_INTERRUPTED = 130
-
-
-class NotFiniteError(ArithmeticError):
-    """The loss or a parameter is NaN or infinite."""
 
 
 class _Path(flags.ArgumentParser[str]):
@@ -63,8 +61,15 @@ def config_from_flags() -> Config:
     """The config of the parsed flags, validated."""
     values: dict[str, Any] = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Config)}
     config = Config(**values)
+    check_recipe(config.recipe)
     config.validate()
     return config
+
+
+def check_recipe(name: str) -> None:
+    """Raises ConfigError unless there is a recipe of that name."""
+    if name not in (known := ("none", *RECIPES)):
+        raise ConfigError(f"--recipe must be one of {', '.join(known)}, got {name}")
 
 
 def use_recipe() -> None:

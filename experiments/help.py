@@ -7,7 +7,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.config import Config
+from experiments.recipes import RECIPES
+from ssa_jax.runs.config import Config
 
 # Every setting is in one of them, by test; the first holds what people turn first.
 GROUPS = {
@@ -74,6 +75,8 @@ def _flag(flag: Any) -> str:
     choices = (field.metadata.get("choices") if field else None) or getattr(
         flag.parser, "enum_values", ()
     )
+    if flag.name == "recipe":
+        choices = ("none", *RECIPES)
     boolean = isinstance(flag.default, bool)
     head = f"  --[no]{flag.name}" if boolean else f"  --{flag.name}={_shown(flag.default)}"
     body = [words] + ([f"One of {', '.join(choices)}."] if choices else [])

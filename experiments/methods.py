@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 
 from experiments import bars, flags, step_costs, study
-from experiments.config import ConfigError
 from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column, accuracy, hidden_angle, per_cent
 from ssa_jax.data import DATASETS
+from ssa_jax.errors import ConfigError
 from ssa_jax.methods import METHODS
 from ssa_jax.models import MODELS
 

@@ -27,14 +27,17 @@ from absl import flags as absl_flags
 from benchmarks import contestants, networks, parts, roofline, training
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case
-from experiments import compiling, flags, overhead_page
-from experiments.config import MOST, ConfigError
-from experiments.environment import environment
+from experiments import flags, overhead_page
 from experiments.timing import contestant, side_by_side
-from experiments.workdir import WorkdirError, read_json, write_json
-from ssa_jax import costs, factors
+from ssa_jax import factors
+from ssa_jax.errors import ConfigError
 from ssa_jax.models import MODELS
-from ssa_jax.units import split_units
+from ssa_jax.networks.units import split_units
+from ssa_jax.runs import compiling
+from ssa_jax.runs.config import MOST
+from ssa_jax.runs.environment import environment
+from ssa_jax.runs.workdir import WorkdirError, read_json, write_json
+from ssa_jax.training import costs
 
 Row = dict[str, Any]
 

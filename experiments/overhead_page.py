@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from benchmarks import contestants
 from experiments import bars, webpage
 from experiments.table import markdown
-from experiments.workdir import read_json, write_text
 from ssa_jax.models import MODELS
+from ssa_jax.runs.workdir import read_json, write_text
 
 NAME = "overhead"
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from experiments import flags, plots, results, webpage, workdir
-from experiments.config import ConfigError
+from experiments import flags, results, webpage
 from experiments.table import markdown
-from experiments.workdir import Workdir, WorkdirError, read_json, write_text
+from ssa_jax.errors import ConfigError
+from ssa_jax.reporting import plots
+from ssa_jax.runs import workdir
+from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_text
 
 Row = dict[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]

@@ -16,14 +16,16 @@ from typing import Any
 import jax
 from absl import flags as absl_flags
 
-from experiments import inputs, study_table, summary, workdir
+from experiments import study_table
 from experiments.cells import Cell, locked, result, run_cell, still_to_run
-from experiments.config import Config, ConfigError, check_seeds
-from experiments.inputs import Data
-from experiments.interrupt import Terminated
 from experiments.study_table import Column
-from experiments.together import ApartError, run_together, why_apart
-from experiments.workdir import WorkdirError, write_json, write_text
+from ssa_jax.errors import ConfigError
+from ssa_jax.runs import inputs, summary, workdir
+from ssa_jax.runs.config import Config, check_seeds
+from ssa_jax.runs.inputs import Data
+from ssa_jax.runs.interrupt import Terminated
+from ssa_jax.runs.together import ApartError, run_together, why_apart
+from ssa_jax.runs.workdir import WorkdirError, write_json, write_text
 
 Row = dict[str, Any]
 

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import flags, plots, study
+from experiments import flags, study
 from experiments.study import Study, Variant
 from experiments.study_table import Column, accuracy, per_cent, train_loss
+from ssa_jax.reporting import plots
 
 DEFAULTS = {
     "rank_schedule": "hybrid",

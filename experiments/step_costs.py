@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build
-from experiments.config import Config
-from experiments.environment import environment
 from experiments.timing import Contestant, side_by_side
 from ssa_jax import data as data_lib
-from ssa_jax import train
 from ssa_jax.data import Dataset
-from ssa_jax.train import Batch, TrainState
+from ssa_jax.runs import build
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.environment import environment
+from ssa_jax.training import train
+from ssa_jax.types import Batch, TrainState
 
 
 def measure(configs: dict[str, Config], rounds: int, data: Dataset) -> dict[str, Any]:

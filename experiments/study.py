@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from experiments import flags, study_page, workdir
+from experiments import flags, study_page
 from experiments.cells import Cell, locked, result, run_cell
-from experiments.config import Config, ConfigError, check_seeds, differences
-from experiments.environment import environment
 from experiments.study_table import Column, cells, table
-from experiments.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
+from ssa_jax.errors import ConfigError
+from ssa_jax.runs import workdir
+from ssa_jax.runs.config import Config, check_seeds, differences
+from ssa_jax.runs.environment import environment
+from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 
 Row = dict[str, Any]
 
@@ -137,7 +139,7 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
     """Runs the cells that are not done yet; returns and writes the results of all that are.
 
     Raises:
-      ConfigError, DataError, WorkdirError, CheckpointError: as `experiments.run.run`; the
+      ConfigError, DataError, WorkdirError, CheckpointError: as `ssa_jax.runs.run.run`; the
         folder holds another study, or a cell of another configuration.
       KeyboardInterrupt: after Ctrl-C, with a message that says how to go on.
     """

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, results, webpage
-from experiments.workdir import Workdir, read_json, write_text
+from experiments import results, webpage
+from ssa_jax.reporting import plots
+from ssa_jax.runs.workdir import Workdir, read_json, write_text
 
 Row = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]

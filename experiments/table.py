@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.workdir import runs_in
 from ssa_jax.methods import ON_FACTORS
+from ssa_jax.runs.workdir import runs_in
 
 Row = dict[str, Any]
 

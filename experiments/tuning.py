@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import curves, flags, study
-from experiments.config import Config
 from experiments.study import Study, Variant
 from experiments.study_table import Column, accuracy, train_loss
+from ssa_jax.runs.config import Config
 
 DEFAULTS = {"validation": 0.1}
 METHODS = {"bp": "bp", "dfa": "dfa", "ssa": "ssa direct"}

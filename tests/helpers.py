@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from ssa_jax.forward import output_shapes
 from ssa_jax.layers import Pool
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
 from ssa_jax.models.blocks import (
@@ -18,8 +17,9 @@ from ssa_jax.models.blocks import (
     dense,
 )
 from ssa_jax.models.feedforward import Feedforward
-from ssa_jax.train import Batch
-from ssa_jax.units import split_units
+from ssa_jax.networks.forward import output_shapes
+from ssa_jax.networks.units import split_units
+from ssa_jax.types import Batch
 
 IMAGE = (6, 6, 2)
 CLASSES = 5

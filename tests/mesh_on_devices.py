@@ -18,13 +18,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from experiments import build
-from experiments.compiling import Compiling
-from experiments.config import Config
-from experiments.tally import Tally
-from experiments.trainer import Trainer
 from ssa_jax.data import Dataset
-from ssa_jax.mesh import ONE_DEVICE, make_layout
+from ssa_jax.parallel.mesh import ONE_DEVICE, make_layout
+from ssa_jax.runs import build
+from ssa_jax.runs.compiling import Compiling
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.tally import Tally
+from ssa_jax.runs.trainer import Trainer
 
 BATCH, STEPS = 8, 10
 

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ssa_jax import streams
+from ssa_jax.data import streams
 
 
 def make(i):

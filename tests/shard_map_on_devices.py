@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from stiefel_cases import normal, orthonormal
 
-from ssa_jax import linalg, lowering, transforms
-from ssa_jax.factors import Factors
+from ssa_jax import transforms
+from ssa_jax.factors import Factors, linalg
+from ssa_jax.layers import lowering
 
 CHAINS = {
     **{

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssa_jax import linalg, transforms
-from ssa_jax.factors import Factors
+from ssa_jax import transforms
+from ssa_jax.factors import Factors, linalg
 
 SHAPES = {"tall": (9, 4), "column": (5, 1), "square": (6, 6), "batched": (3, 7, 2)}
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from ssa_jax.streams import Stream
+from ssa_jax.data.streams import Stream
 
 SIZE = 8
 

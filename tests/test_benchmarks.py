@@ -28,8 +28,10 @@ from benchmarks import (
 )
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
-from experiments import environment, timing
-from ssa_jax import costs, factors, layers, train
+from experiments import timing
+from ssa_jax import factors, layers
+from ssa_jax.runs import environment
+from ssa_jax.training import costs, train
 
 ROOT = Path(__file__).parent.parent
 

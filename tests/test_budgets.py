@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import budget, budgets, build, compiling, study
-from experiments.config import Config, ConfigError
-from experiments.run import run
+from experiments import budget, study
 from ssa_jax import data as data_lib
-from ssa_jax import ranks
-from ssa_jax.costs import parameters
+from ssa_jax.errors import ConfigError
 from ssa_jax.factors import Factors, leaves
+from ssa_jax.runs import budgets, build, compiling
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+from ssa_jax.training import ranks
+from ssa_jax.training.costs import parameters
 
 SMALL = Config(dataset="digits", model="mlp", epochs=2, batch_size=128, rank_cuts=20)
 

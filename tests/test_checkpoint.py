@@ -12,12 +12,12 @@ import pytest
 from helpers import make_batch, make_method, split
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
-from ssa_jax import checkpoint, ranks
-from ssa_jax.checkpoint import CheckpointError, Checkpoints
-from ssa_jax.losses import LossWeights
-from ssa_jax.optim import OptimizerConfig, make_optimizer
-from ssa_jax.record import Position, versions
-from ssa_jax.train import init_state, make_refresh, make_step
+from ssa_jax.training import checkpoint, ranks
+from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import OptimizerConfig, make_optimizer
+from ssa_jax.training.record import Position, versions
+from ssa_jax.training.train import init_state, make_refresh, make_step
 
 
 def fresh(method_name="ssa", network="conv", rank=1.0):

@@ -16,14 +16,15 @@ from absl import flags as absl_flags
 from helpers import first
 from PIL import Image
 
-from experiments import config as config_lib
-from experiments import flags, study_table, table, workdir
-from experiments.config import Config, ConfigError
-from experiments.flags import NotFiniteError
-from experiments.run import run
+from experiments import flags, study_table, table
 from experiments.seeds import run_seeds
-from experiments.summary import best_epoch
-from experiments.workdir import WorkdirError
+from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.runs import config as config_lib
+from ssa_jax.runs import workdir
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+from ssa_jax.runs.summary import best_epoch
+from ssa_jax.runs.workdir import WorkdirError
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(dataset="digits", model="mlp", epochs=3, batch_size=128)
@@ -432,7 +433,7 @@ def test_a_few_steps_on_real_cifar10_learn(model, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from experiments import workdir
+from ssa_jax.runs import workdir
 with workdir.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

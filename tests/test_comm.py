@@ -12,7 +12,7 @@ from benchmarks import comm, records
 from benchmarks.collectives import Collective
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network
-from ssa_jax.units import split_units
+from ssa_jax.networks.units import split_units
 
 ROOT = Path(__file__).parent.parent
 HALF = {"model": "mlp", "method": "ssa", "rank": 0.5, "batch": 8, "devices": 2}

@@ -6,12 +6,12 @@ from flax import nnx
 from helpers import CLASSES, make_batch, make_method, split
 from jax import lax
 
-from ssa_jax import costs
-from ssa_jax.forward import predict
-from ssa_jax.losses import LossWeights
 from ssa_jax.models import MODELS
-from ssa_jax.train import init_state, make_step
-from ssa_jax.units import split_units
+from ssa_jax.networks.forward import predict
+from ssa_jax.networks.units import split_units
+from ssa_jax.training import costs
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.train import init_state, make_step
 
 
 def model_macs(name, rank):

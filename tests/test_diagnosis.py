@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import diagnosis
-from experiments.config import Config
-from experiments.diagnosis import diagnose
-from experiments.run import run
-from ssa_jax.ranks import SCHEDULES
+from ssa_jax.reporting import diagnosis
+from ssa_jax.reporting.diagnosis import diagnose
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+from ssa_jax.training.ranks import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 ACCURACIES = (0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)

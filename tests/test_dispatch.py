@@ -7,9 +7,10 @@ import optax
 import pytest
 from helpers import make_method, max_difference, split
 
-from ssa_jax.dispatch import dispatches, fitting_length, make_dispatch
-from ssa_jax.losses import LossWeights
-from ssa_jax.train import Batch, init_state, make_step
+from ssa_jax.training.dispatch import dispatches, fitting_length, make_dispatch
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.train import init_state, make_step
+from ssa_jax.types import Batch
 
 LENGTHS = (1, 3)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import evaluate, latency, trained
-from experiments.config import Config
-from experiments.run import run
-from experiments.workdir import WorkdirError
+from experiments import evaluate, latency
 from ssa_jax import export
-from ssa_jax.checkpoint import CheckpointError
 from ssa_jax.export import ExportError
+from ssa_jax.runs import trained
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+from ssa_jax.runs.workdir import WorkdirError
+from ssa_jax.training.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(dataset="digits", model="mlp", rank_schedule="hybrid", rank_init=1.0, epochs=5)

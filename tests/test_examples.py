@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from ssa_jax import linalg, transforms
+from ssa_jax import transforms
+from ssa_jax.factors import linalg
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from helpers import CLASSES, IMAGE, NARROW, NETWORKS, first, make_batch
 
-from ssa_jax import costs, export
+from ssa_jax import export
 from ssa_jax.export import Add, Affine, ExportError, InferenceModel, MaxPool, modules
 from ssa_jax.layers import Pool, SVDConv, SVDDense
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import BlockEntry, Plain, add_mean_slopes
+from ssa_jax.training import costs
 
 
 def logits(call, x):

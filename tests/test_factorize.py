@@ -8,12 +8,14 @@ import pytest
 from flax import nnx
 from helpers import IMAGE, NETWORKS, make_batch, make_method
 
-from ssa_jax import factorize, factors, train
-from ssa_jax.factorize import LeftDense, from_dense
+from ssa_jax import factors
 from ssa_jax.layers import SVDConv, SVDDense
-from ssa_jax.losses import LossWeights
-from ssa_jax.optim import OptimizerConfig, make_optimizer
-from ssa_jax.units import split_units
+from ssa_jax.networks import factorize
+from ssa_jax.networks.factorize import LeftDense, from_dense
+from ssa_jax.networks.units import split_units
+from ssa_jax.training import train
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import OptimizerConfig, make_optimizer
 
 
 def logits(model, x):

@@ -20,15 +20,15 @@ import pytest
 from helpers import max_difference
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import build, run
-from experiments.config import Config, ConfigError, identity
-from experiments.flags import NotFiniteError
-from experiments.interrupt import Interruptible, Terminated
-from experiments.workdir import WorkdirError
 from ssa_jax import data as data_lib
 from ssa_jax import factors
-from ssa_jax.checkpoint import CheckpointError, Checkpoints
+from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.factors import Factors
+from ssa_jax.runs import build, run
+from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.interrupt import Interruptible, Terminated
+from ssa_jax.runs.workdir import WorkdirError
+from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parent.parent
 STEPS = 11

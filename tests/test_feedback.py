@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import pytest
 from helpers import CLASSES, IMAGE, make_batch, max_difference, split
 
-from ssa_jax import factors, feedback, losses
-from ssa_jax.forward import forward, output_shapes, predict
+from ssa_jax import factors
+from ssa_jax.methods import feedback
+from ssa_jax.networks.forward import forward, output_shapes, predict
+from ssa_jax.training import losses
 
 FULL = feedback.Plan(per_channel=False, rows=CLASSES, size=0, full_size=0)
 

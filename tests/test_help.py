@@ -8,9 +8,9 @@ import pytest
 from helpers import first
 
 from experiments import help
-from experiments.config import Config
 from experiments.demo import seen
-from experiments.run import run
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
 
 PROGRAMS = ("cifar", "imagenet", "demo", "evaluate", "report", "gap", "table")
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from streamed import stream
 
-from experiments import evaluate, inputs, seeds
-from experiments.config import Config, ConfigError
-from experiments.run import run
-from ssa_jax import export, streams
-from ssa_jax.data import DataError
-from ssa_jax.optim import OptimizerConfig, learning_rate
+from experiments import evaluate, seeds
+from ssa_jax import export
+from ssa_jax.data import DataError, streams
+from ssa_jax.errors import ConfigError
+from ssa_jax.runs import inputs
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+from ssa_jax.training.optim import OptimizerConfig, learning_rate
 
 SMALL = Config(dataset="tiny_imagenet10", model="mlp", method="bp", epochs=2, batch_size=4)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from streamed import jpeg
 
-from ssa_jax import images
+from ssa_jax.data import images
 
 
 def png(pixels):

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from helpers import first
 
-from ssa_jax import costs, factors, layers, lowering
-from ssa_jax.layers import Pool, SVDConv, SVDDense, matrix_to_kernel
+from ssa_jax import factors, layers
+from ssa_jax.layers import Pool, SVDConv, SVDDense, lowering, matrix_to_kernel
+from ssa_jax.training import costs
 
 
 def images(seed=0, shape=(3, 9, 8, 4)):

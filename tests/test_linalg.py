@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stiefel_cases import drift, normal, orthonormal
 
-from ssa_jax import linalg, losses, metrics
+from ssa_jax.factors import linalg
+from ssa_jax.training import losses, metrics
 
 
 def test_truncated_svd_is_the_best_approximation():

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import pytest
 from helpers import make_batch, max_difference, split
 
-from ssa_jax import factors, losses
-from ssa_jax import twins as tw
-from ssa_jax.forward import forward
-from ssa_jax.losses import LossWeights
-from ssa_jax.passes import local_gradients
+from ssa_jax import factors
+from ssa_jax.methods import twins as tw
+from ssa_jax.networks.forward import forward
+from ssa_jax.training import losses
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.passes import local_gradients
 
 
 def setup():

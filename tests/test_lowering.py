@@ -8,7 +8,8 @@ from flax import nnx
 from helpers import first
 from jax import lax
 
-from ssa_jax import costs, lowering
+from ssa_jax.layers import lowering
+from ssa_jax.training import costs
 
 LATE = ((0, 2), (2, 0))
 

@@ -6,12 +6,12 @@ import json
 import jax
 import pytest
 
-from experiments import build, memory
-from experiments.config import Config
-from experiments.run import run
 from ssa_jax import data as data_lib
-from ssa_jax.costs import activation_bytes
-from ssa_jax.forward import forward
+from ssa_jax.networks.forward import forward
+from ssa_jax.runs import build, memory
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+from ssa_jax.training.costs import activation_bytes
 
 SMALL = Config(dataset="digits", model="mlp", epochs=2, batch_size=128)
 

@@ -13,16 +13,18 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from benchmarks.collectives import collectives
-from experiments import build, processes
-from experiments.compiling import Compiling
-from experiments.config import Config, ConfigError, identity
-from experiments.run import run
-from experiments.trainer import Trainer
 from ssa_jax import data as data_lib
-from ssa_jax import mesh, train
-from ssa_jax.dispatch import make_dispatch
+from ssa_jax.errors import ConfigError
 from ssa_jax.factors import Factors
-from ssa_jax.mesh import AXIS, ONE_DEVICE, Layout, from_first, make_layout, on_host
+from ssa_jax.parallel import mesh
+from ssa_jax.parallel.mesh import AXIS, ONE_DEVICE, Layout, from_first, make_layout, on_host
+from ssa_jax.runs import build, processes
+from ssa_jax.runs.compiling import Compiling
+from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.run import run
+from ssa_jax.runs.trainer import Trainer
+from ssa_jax.training import train
+from ssa_jax.training.dispatch import make_dispatch
 
 TESTS = Path(__file__).parent
 EIGHT = Layout(AbstractMesh((8,), (AXIS,)), shard_factors=True)

@@ -9,16 +9,17 @@ import pytest
 from flax import nnx
 from helpers import CLASSES, NARROW, NETWORKS, first, make_batch, make_method, max_difference, split
 
-from ssa_jax import factors, losses, metrics
-from ssa_jax.forward import forward
-from ssa_jax.losses import LossWeights
+from ssa_jax import factors
 from ssa_jax.methods import METHODS, blend, chain, relay
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
-from ssa_jax.passes import local_gradients
-from ssa_jax.train import init_state, make_refresh, make_step, true_gradients
-from ssa_jax.units import split_units
+from ssa_jax.networks.forward import forward
+from ssa_jax.networks.units import split_units
+from ssa_jax.training import losses, metrics
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.passes import local_gradients
+from ssa_jax.training.train import init_state, make_refresh, make_step, true_gradients
 
 SETTINGS = [
     *((name, {}) for name in METHODS if name not in ("ssa", "local")),

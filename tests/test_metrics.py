@@ -7,10 +7,11 @@ import optax
 import pytest
 from helpers import NETWORKS, first, make_batch, make_method, split
 
-from ssa_jax import factors, metrics
+from ssa_jax import factors
 from ssa_jax.factors import Factors
-from ssa_jax.losses import LossWeights
-from ssa_jax.train import init_state
+from ssa_jax.training import metrics
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.train import init_state
 
 # In float32 the arccos of a cosine next to one is right to some hundredths of a degree.
 ZERO_DEGREES = 0.1

@@ -9,10 +9,8 @@ import pytest
 from flax import nnx
 from helpers import IMAGE, NETWORKS, first, make_batch, make_method, max_difference, split
 
-from ssa_jax import costs, feedback, losses
-from ssa_jax.forward import forward, output_shapes, predict
 from ssa_jax.layers import Pool, max_pool
-from ssa_jax.losses import LossWeights
+from ssa_jax.methods import feedback
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import (
     BlockEntry,
@@ -26,8 +24,11 @@ from ssa_jax.models.blocks import (
     dense,
 )
 from ssa_jax.models.feedforward import Feedforward
-from ssa_jax.train import init_state, make_refresh, make_step
-from ssa_jax.units import split_units
+from ssa_jax.networks.forward import forward, output_shapes, predict
+from ssa_jax.networks.units import split_units
+from ssa_jax.training import costs, losses
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.train import init_state, make_refresh, make_step
 
 
 def full(shapes):

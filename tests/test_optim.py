@@ -7,15 +7,15 @@ import pytest
 from helpers import make_batch, make_method, max_difference, split
 
 from ssa_jax import factors
-from ssa_jax.losses import LossWeights
-from ssa_jax.optim import (
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import (
     OPTIMIZERS,
     OptimizerConfig,
     learning_rate,
     make_optimizer,
     scale_by_depth,
 )
-from ssa_jax.train import init_state, make_step
+from ssa_jax.training.train import init_state, make_step
 
 
 def train(config, steps=10, rank=0.5, network="conv"):

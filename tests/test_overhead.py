@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import overhead, overhead_page
-from experiments.workdir import WorkdirError
 from ssa_jax.factors import Factors
+from ssa_jax.runs.workdir import WorkdirError
 
 BASE = {"model": "mlp", "method": "flax bp", "rank": None, "memory": "taped", "ms": 2.0,
         "ratio_to_bp": 1.0, "macs": 100, "temp_bytes": 2**20, "peak_bytes": None,

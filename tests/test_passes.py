@@ -7,14 +7,16 @@ import pytest
 from flax import nnx
 from helpers import make_batch, make_method, max_difference, split
 
-from ssa_jax import optim, transforms
-from ssa_jax.losses import LossWeights
+from ssa_jax import transforms
 from ssa_jax.methods import METHODS, relay
 from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
 from ssa_jax.models.feedforward import Feedforward
-from ssa_jax.optim import OptimizerConfig
-from ssa_jax.train import Batch, init_state, make_refresh, make_step
-from ssa_jax.units import split_units
+from ssa_jax.networks.units import split_units
+from ssa_jax.training import optim
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import OptimizerConfig
+from ssa_jax.training.train import init_state, make_refresh, make_step
+from ssa_jax.types import Batch
 
 WEIGHTS = LossWeights(alpha=1.0, beta=1e-3, gamma=1e-3, kappa=0.1)
 DIRECT = {

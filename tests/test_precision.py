@@ -8,11 +8,13 @@ import optax
 import pytest
 from helpers import NETWORKS, make_batch, make_method, max_difference, split
 
-from ssa_jax import metrics, transforms
-from ssa_jax import units as units_lib
-from ssa_jax.forward import forward, predict
-from ssa_jax.losses import LossWeights
-from ssa_jax.train import (
+from ssa_jax import transforms
+from ssa_jax.networks import units as units_lib
+from ssa_jax.networks.forward import forward, predict
+from ssa_jax.networks.units import group_units, in_precision, merge_units
+from ssa_jax.training import metrics
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.train import (
     init_state,
     make_eval,
     make_refresh,
@@ -20,7 +22,6 @@ from ssa_jax.train import (
     make_truncation_losses,
     true_gradients,
 )
-from ssa_jax.units import group_units, in_precision, merge_units
 
 METHODS = [
     ("bp", {}),

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import processes, pulse, workdir
-from experiments.config import Config, ConfigError
-from experiments.workdir import Elsewhere, WorkdirError
-from ssa_jax import streams
-from ssa_jax.data import DataError
+from ssa_jax.data import DataError, streams
+from ssa_jax.errors import ConfigError
+from ssa_jax.parallel import pulse
+from ssa_jax.runs import processes, workdir
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.workdir import Elsewhere, WorkdirError
 
 ROOT = Path(__file__).parent.parent
 # Ranks fall in the first epoch, and are compacted at its end.

@@ -9,11 +9,12 @@ import optax
 import pytest
 from helpers import first, make_batch, make_method, max_difference, split
 
-from ssa_jax import factors, ranks, transforms
-from ssa_jax.forward import predict
-from ssa_jax.losses import LossWeights
-from ssa_jax.optim import OptimizerConfig, make_optimizer
-from ssa_jax.train import init_state, make_refresh, make_step
+from ssa_jax import factors, transforms
+from ssa_jax.networks.forward import predict
+from ssa_jax.training import ranks
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import OptimizerConfig, make_optimizer
+from ssa_jax.training.train import init_state, make_refresh, make_step
 
 FRACTIONS = np.linspace(0, 1, 101)
 

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, config, recipes
-from experiments.config import Config, ConfigError
+from experiments import recipes
 from experiments.recipes import RECIPES
 from ssa_jax.data import DATASETS, Dataset
-from ssa_jax.streams import STREAMS
+from ssa_jax.data.streams import STREAMS
+from ssa_jax.errors import ConfigError
+from ssa_jax.runs import build, config
+from ssa_jax.runs.config import Config
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,7 +103,7 @@ def test_flags_override_a_recipe_and_a_recipe_the_defaults():
 
 def test_an_unknown_recipe_is_told_with_those_there_are():
     with pytest.raises(ConfigError, match="--recipe must be one of none, cifar10_smallconv_bp,"):
-        Config(recipe="cifar10_vgg11_bp").validate()
+        flags.check_recipe("cifar10_vgg11_bp")
 
 
 def test_the_name_of_a_recipe_is_no_part_of_what_a_run_is():

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from experiments import report, results, webpage
-from experiments.config import ConfigError
-from experiments.workdir import WorkdirError
+from ssa_jax.errors import ConfigError
+from ssa_jax.runs.workdir import WorkdirError
 
 ROOT = Path(__file__).parent.parent
 EVIL = '<script>alert("x")</script>|$x_1'

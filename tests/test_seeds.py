@@ -12,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cifar, report, run, seeds, table, together, workdir
-from experiments.compiling import Compiling
-from experiments.config import Config, ConfigError, identity
-from experiments.flags import NotFiniteError
-from experiments.interrupt import Terminated
-from experiments.tally import Tallies, Tally
-from experiments.trainer import Trainer
-from experiments.workdir import WorkdirError
+from experiments import cifar, report, seeds, table
 from ssa_jax import data as data_lib
-from ssa_jax import linalg, replicas
-from ssa_jax.checkpoint import Checkpoints
-from ssa_jax.train import TrainState
+from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.factors import linalg
+from ssa_jax.runs import build, run, together, workdir
+from ssa_jax.runs.compiling import Compiling
+from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.interrupt import Terminated
+from ssa_jax.runs.tally import Tallies, Tally
+from ssa_jax.runs.trainer import Trainer
+from ssa_jax.runs.workdir import WorkdirError
+from ssa_jax.training import replicas
+from ssa_jax.training.checkpoint import Checkpoints
+from ssa_jax.types import TrainState
 
 ROOT = Path(__file__).parent.parent
 STEPS = 11

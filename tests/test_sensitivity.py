@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import plots, sensitivity
-from experiments.config import Config, ConfigError
+from experiments import sensitivity
 from ssa_jax import data
+from ssa_jax.errors import ConfigError
+from ssa_jax.reporting import plots
+from ssa_jax.runs.config import Config
 
 
 def row(accuracy, variant="gamma_1e-4_hoyer_1e-5", status="finished", findings=()):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from stiefel_cases import RETRACTIONS, SHAPES, drift, normal, orthonormal
 
-from ssa_jax import linalg, transforms
+from ssa_jax import transforms
+from ssa_jax.factors import linalg
 
 COMPILED = {name: jax.jit(linalg.RETRACTIONS[name]) for name in RETRACTIONS}
 
@@ -192,7 +193,7 @@ def test_stacked_factorisations_do_not_block_one_another(name):
 import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax
-from ssa_jax import linalg
+from ssa_jax.factors import linalg
 retract = linalg.RETRACTIONS[{name!r}]
 keys = jax.random.split(jax.random.key(0), 8)
 xs = [linalg.orthonormalize(jax.random.normal(k, (3, 200, 160))) for k in keys]

@@ -13,9 +13,8 @@ import pytest
 from absl import flags
 from streamed import SIZE, records, stream
 
-from ssa_jax import streams
-from ssa_jax.data import DataError
-from ssa_jax.streams import Reading, Subset
+from ssa_jax.data import DataError, streams
+from ssa_jax.data.streams import Reading, Subset
 
 SEED = (3, 5)
 BATCH = 4

@@ -27,11 +27,12 @@ from experiments import (
     study_table,
     tuning,
 )
-from experiments.config import Config, ConfigError
 from experiments.study import Settings, Study, Variant
 from experiments.study_table import Column
-from experiments.workdir import WorkdirError
+from ssa_jax.errors import ConfigError
 from ssa_jax.methods import METHODS
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.workdir import WorkdirError
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(dataset="digits", model="mlp", epochs=1, batch_size=128)

@@ -6,8 +6,10 @@ import struct
 import numpy as np
 import pytest
 
-from experiments import run, tensorboard
-from experiments.config import Config, ConfigError
+from ssa_jax.errors import ConfigError
+from ssa_jax.reporting import tensorboard
+from ssa_jax.runs import run
+from ssa_jax.runs.config import Config
 
 
 def row(epoch, **more):

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build
-from experiments.compiling import Compiling
-from experiments.config import Config
-from experiments.flags import NotFiniteError
-from experiments.tally import Tally
-from experiments.trainer import Trainer
 from ssa_jax import data as data_lib
+from ssa_jax.errors import NotFiniteError
+from ssa_jax.runs import build
+from ssa_jax.runs.compiling import Compiling
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.tally import Tally
+from ssa_jax.runs.trainer import Trainer
 
 STEPS = 11
 SMALL = Config(dataset="digits", model="mlp", batch_size=128, epochs=2, feedback_every=4)

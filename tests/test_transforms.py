@@ -19,8 +19,9 @@ from stiefel_cases import (
     tree,
 )
 
-from ssa_jax import linalg, optim, transforms
-from ssa_jax.factors import Factors, leaves
+from ssa_jax import transforms
+from ssa_jax.factors import Factors, leaves, linalg
+from ssa_jax.training import optim
 
 
 def skewness(x, xi):

@@ -23,7 +23,7 @@ ALLOWED = {
     "optax",
     "chex",
     "ssa_jax.factors",
-    "ssa_jax.linalg",
+    "ssa_jax.factors.linalg",
     "ssa_jax.transforms",
 }
 # Functions of arrays and of masks, not transformations.

@@ -8,8 +8,9 @@ import optax
 import pytest
 from stiefel_cases import normal, orthonormal, run
 
-from ssa_jax import ranks, transforms
+from ssa_jax import transforms
 from ssa_jax.factors import Factors, to_dense
+from ssa_jax.training import ranks
 
 
 def spectrum(s, n=8):

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from helpers import max_difference, split
 
-from ssa_jax import factors, losses, twins
+from ssa_jax import factors
+from ssa_jax.methods import twins
+from ssa_jax.training import losses
 
 
 def test_twins_are_independent_and_of_the_weights_shape_rank_and_norm():

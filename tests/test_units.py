@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 from helpers import IMAGE, NETWORKS, first, make_batch, max_difference, split
 
-from ssa_jax import units as units_lib
-from ssa_jax.forward import forward, output_shapes, predict
 from ssa_jax.models import MODELS
-from ssa_jax.units import group_units, merge_units, split_units
+from ssa_jax.networks import units as units_lib
+from ssa_jax.networks.forward import forward, output_shapes, predict
+from ssa_jax.networks.units import group_units, merge_units, split_units
 
 
 @pytest.mark.parametrize("rank", [None, 0.5])

@@ -8,8 +8,9 @@ import optax
 import pytest
 from helpers import max_difference, split
 
-from ssa_jax import optim, transforms, unitwise
-from ssa_jax.optim import OptimizerConfig
+from ssa_jax import transforms
+from ssa_jax.training import optim, unitwise
+from ssa_jax.training.optim import OptimizerConfig
 
 # Of a network of four units, the last one dense.
 _, PARAMS, _ = split("conv", rank=0.8)

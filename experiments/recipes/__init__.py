@@ -3,7 +3,7 @@
 Those of streamed data sets are for `python -m experiments.imagenet` in its place.
 
 The docstring of a recipe has its command, hardware, time and expected accuracy, and says so where
-these are not measured; its FIELDS are fields of `experiments.config.Config`. They become the
+these are not measured; its FIELDS are fields of `ssa_jax.runs.config.Config`. They become the
 defaults of the flags, so a flag that is given overrides them.
 """
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ssa_jax import costs
 from ssa_jax.export import modules
 from ssa_jax.export.modules import FUNCTIONS, Add, Affine, ExportError, InferenceModel, MaxPool
 from ssa_jax.layers import SVDConv, SVDDense, matrix_to_kernel, split_padding
 from ssa_jax.models.blocks import BlockEntry, BlockExit, Plain, Residual
+from ssa_jax.training import costs
 
 Array = jax.Array
 FORMS = ("auto", "factored", "merged")

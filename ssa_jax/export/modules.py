@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssa_jax.layers import Pool
-from ssa_jax.lowering import conv_general_dilated
+from ssa_jax.layers.lowering import conv_general_dilated
 
 Array = jax.Array
 Layer = Callable[[Array], Array]

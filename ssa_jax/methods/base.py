@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ssa_jax.forward import Tape
-from ssa_jax.units import Unit
+from ssa_jax.networks.forward import Tape
+from ssa_jax.networks.units import Unit
 
 Array = jax.Array
 Tree = Any

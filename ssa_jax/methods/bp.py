@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from ssa_jax import factors
-from ssa_jax.forward import Tape
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
+from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
 Tree = Any

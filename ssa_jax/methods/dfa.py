@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssa_jax import feedback as fb
+from ssa_jax.methods import feedback as fb
 from ssa_jax.methods.base import FeedbackOptions, Method, Network, all_direct
 
 Array = jax.Array

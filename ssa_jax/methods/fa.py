@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssa_jax import feedback as fb
-from ssa_jax import twins as tw
-from ssa_jax.forward import Tape
+from ssa_jax.methods import feedback as fb
+from ssa_jax.methods import twins as tw
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
+from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
 Tree = Any

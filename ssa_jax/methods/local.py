@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ssa_jax.forward import Tape
-from ssa_jax.lowering import conv
+from ssa_jax.layers.lowering import conv
 from ssa_jax.methods.base import FeedbackOptions, Method, Network, require_choice
+from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
 Tree = Any

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax import feedback as fb
-from ssa_jax import twins as tw
-from ssa_jax.forward import Tape
+from ssa_jax.methods import feedback as fb
+from ssa_jax.methods import twins as tw
 from ssa_jax.methods.base import (
     FeedbackOptions,
     Method,
@@ -17,6 +16,7 @@ from ssa_jax.methods.base import (
     all_direct,
     require_choice,
 )
+from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
 Tree = Any

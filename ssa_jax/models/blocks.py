@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from ssa_jax.layers import Pool, SVDConv, SVDDense, max_pool
-from ssa_jax.lowering import conv_general_dilated
+from ssa_jax.layers.lowering import conv_general_dilated
 
 Array = jax.Array
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax import linalg
-from ssa_jax.factors import Factors, is_factors
+from ssa_jax.factors import Factors, is_factors, linalg
 from ssa_jax.transforms.entries import (
     at_factors,
     cut,

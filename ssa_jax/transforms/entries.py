@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax import linalg
-from ssa_jax.factors import Factors, is_factors, named_leaves
+from ssa_jax.factors import Factors, is_factors, linalg, named_leaves
 from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_at_init, path_name
 
 Array = jax.Array

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax import linalg
+from ssa_jax.factors import linalg
 from ssa_jax.transforms.manifold import check_every, when_due
 from ssa_jax.transforms.selection import (
     ROWS,

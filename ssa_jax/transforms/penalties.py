@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax import linalg
+from ssa_jax.factors import linalg
 from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.selection import (
     SPECTRUM,

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax import linalg
-from ssa_jax.factors import Factors
+from ssa_jax.factors import Factors, linalg
 from ssa_jax.transforms.entries import (
     at_factors,
     cut,

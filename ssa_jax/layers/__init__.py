@@ -1,0 +1,282 @@
+"""Flax NNX layers on low-rank factors, drop-in beside ``nnx.Linear`` and ``nnx.Conv``.
+
+The rank is read from the arrays, so a layer whose factors were sliced needs no new module.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ssa_jax import factors
+from ssa_jax.factors import Factors
+from ssa_jax.layers.lowering import conv
+
+Array = jax.Array
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+# How many multiply-accumulates a CPU does while it reads or writes one float32.
+MACS_PER_FLOAT = 30
+
+he_normal = nnx.initializers.he_normal()
+
+
+def _init_factors(w: Array, rank: float, key: Array) -> Factors:
+    return factors.from_dense(w, factors.rank_of(rank, *w.shape), key)
+
+
+class SVDDense(nnx.Module):
+    """Dense layer y = ((x V) ⊙ s) Uᵀ + b.
+
+    Args:
+      in_features: d_in.
+      out_features: d_out.
+      rank: initial rank as a fraction of min(d_in, d_out), in (0, 1].
+      use_bias: adds b (d_out,).
+      rngs: the key ``params`` draws the He-initialised matrix that is factored once.
+
+    Attributes:
+      in_features, out_features: as given; both stay when the rank changes.
+      kernel: `nnx.Param` of `Factors` with u (d_out, r), s (r,), v (d_in, r).
+      bias: `nnx.Param` (d_out,) or None.
+
+    Raises:
+      ValueError: rank outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: float = 1.0,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        w = he_normal(rngs.params(), (in_features, out_features), jnp.float32).T
+        self.kernel = nnx.Param(_init_factors(w, rank, rngs.params()))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x (..., d_in) to (..., d_out).
+
+        Raises:
+          ValueError: x has another last axis.
+        """
+        _check_input(self, x, self.in_features, "(..., {})")
+        u, s, v = self.kernel.get_value()
+        # s is folded into V: one pass over the weights instead of one over the batch.
+        y = (x @ (v * s[None, :])) @ u.T
+        if self.bias is not None:
+            y = y + self.bias.get_value().reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+def _check_input(layer: nnx.Module, x: Array, features: int, form: str) -> None:
+    """Raises ValueError, naming its shape, for an input that is not of a form."""
+    form = form.format(features)
+    if jnp.ndim(x) < form.count(",") or jnp.shape(x)[-1] != features:
+        raise ValueError(
+            f"{type(layer).__name__} takes {form}, got an input of shape {jnp.shape(x)}"
+        )
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"expected one int or two, got {value!r}")
+    return pair
+
+
+def split_padding(padding: Padding) -> tuple[Any, Any]:
+    """Padding of the vertical and of the horizontal convolution of a pair, as Flax takes it."""
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            raise ValueError(f"padding must be SAME, VALID or numbers, got {padding!r}")
+        return padding.upper(), padding.upper()
+    sides = [(p, p) if isinstance(p, int) else tuple(p) for p in
+             ((padding, padding) if isinstance(padding, int) else padding)]  # fmt: skip
+    if len(sides) != 2:
+        raise ValueError(f"padding needs one entry per spatial dimension, got {padding!r}")
+    return [sides[0], (0, 0)], [(0, 0), sides[1]]
+
+
+class SVDConv(nnx.Module):
+    """2-D convolution on factors: a vertical one by V, scaled by s, then a horizontal one by U.
+
+    The kernel K (kh, kw, C, N) in HWIO is the matrix K'[(j,n),(i,c)] = K[i,j,c,n] of shape
+    (kw·N, kh·C). V is run as a (kh, 1, C, r) kernel with stride (sh, 1), U as a (1, kw, r, N)
+    kernel with stride (1, sw); the bias is added once, after the second. At full rank this is
+    the dense convolution. In training, where that takes less work (`kernel_pays`), K is put
+    together in every call and run instead, to the same result.
+
+    Args:
+      in_features: C.
+      out_features: N.
+      kernel_size: (kh, kw).
+      rank: initial rank as a fraction of min(kw·N, kh·C), in (0, 1].
+      strides: one int or (sh, sw).
+      padding: ``"SAME"``, ``"VALID"``, an int, or an int or (low, high) per dimension.
+      use_bias: adds b (N,).
+      rngs: the key ``params`` draws the He-initialised kernel that is factored once.
+
+    Attributes:
+      in_features, out_features: as given; both stay when the rank changes.
+      kernel: `nnx.Param` of `Factors` with u (kw·N, r), s (r,), v (kh·C, r).
+      bias: `nnx.Param` (N,) or None.
+      deterministic: keeps to the pair; `train` and `eval` of a module set it.
+
+    Raises:
+      ValueError: rank outside (0, 1], or a kernel size, stride or padding of another form.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        rank: float = 1.0,
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "SAME",
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = _pair(kernel_size)
+        self.strides = _pair(strides)
+        split_padding(padding)
+        self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        self.deterministic = False
+        kernel = he_normal(
+            rngs.params(), (*self.kernel_size, in_features, out_features), jnp.float32
+        )
+        self.kernel = nnx.Param(_init_factors(kernel_to_matrix(kernel), rank, rngs.params()))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Maps x (..., H, W, C) to (..., H', W', N), over any batch axes or none.
+
+        Raises:
+          ValueError: x has another last axis, or fewer than three.
+        """
+        _check_input(self, x, self.in_features, "(..., H, W, {})")
+        *batch, height, width, channels = x.shape
+        y = self._convolve(x.reshape(math.prod(batch), height, width, channels))
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _convolve(self, x: Array) -> Array:
+        """Maps x (batch, H, W, C) to (batch, H', W', N)."""
+        weights = self.kernel.get_value()
+        (kh, kw), (sh, sw) = self.kernel_size, self.strides
+        pad_h, pad_w = split_padding(self.padding)
+        if not self.deterministic and kernel_pays(weights, x.shape, self.kernel_size, self.strides):
+            kernel = matrix_to_kernel(factors.to_dense(weights), (kh, kw))
+            both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
+            y = conv(x, kernel, (sh, sw), both)
+        else:
+            u, s, v = weights
+            down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
+            across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
+            y = conv(x, down, (sh, 1), pad_h)
+            y = conv(y, across, (1, sw), pad_w)
+        if self.bias is not None:
+            y = y + self.bias.get_value().reshape(1, 1, 1, -1)
+        return y
+
+
+def kernel_pays(
+    weights: Factors,
+    shape: Sequence[int],
+    kernel_size: tuple[int, int],
+    strides: tuple[int, int],
+) -> bool:
+    """Whether an `SVDConv` takes less work by its kernel than by its pair.
+
+    Counted are the output and the gradients of U, s and V, what a local step needs of a layer:
+    multiply-accumulates, and `MACS_PER_FLOAT` of them for each entry of a map that is read or
+    written. For P output positions of all examples, a = kh·C, b = kw·N and maps of X, M and Y
+    entries before, within and after the pair, that is P r (2 sw a + 3 b) products, since the
+    first of the two has the width of the input, and 2 X + 5 M + 3 Y entries. The kernel takes
+    2 P a b, and 3 r a b for putting it together and taking its gradient apart, and 2 (X + Y)
+    entries. With one stride, many positions and channels it pays from two fifths of full rank
+    where a = b, with few channels from less.
+
+    On a mesh of devices never: what they sum would be the gradients of kernels. Nor in less than
+    float32, where rounding K and its gradient turns the gradients of the factors by degrees.
+
+    Args:
+      weights: u (b, r), s (r,), v (a, r).
+      shape: of the input, (batch, H, W, C).
+      kernel_size: (kh, kw).
+      strides: (sh, sw).
+    """
+    if weights.u.dtype != jnp.float32 or not jax.sharding.get_abstract_mesh().empty:
+        return False
+    batch, height, width, _ = shape
+    (b, r), a = weights.u.shape, weights.v.shape[0]
+    positions = batch * -(-height // strides[0]) * -(-width // strides[1])
+    # Of the entries only those that the pair moves more: 2 X + 2 Y are moved by both.
+    within, after = positions * strides[1] * r, positions * b // kernel_size[1]
+    pair = positions * r * (2 * strides[1] * a + 3 * b) + MACS_PER_FLOAT * (5 * within + after)
+    return 2 * positions * a * b + 3 * r * a * b < pair
+
+
+def kernel_to_matrix(kernel: Array) -> Array:
+    """The matrix K' (kw·N, kh·C) of a kernel K (kh, kw, C, N): K'[(j,n),(i,c)] = K[i,j,c,n]."""
+    kh, kw, c, n = kernel.shape
+    return kernel.transpose(1, 3, 0, 2).reshape(kw * n, kh * c)
+
+
+def matrix_to_kernel(matrix: Array, kernel_size: tuple[int, int]) -> Array:
+    """The kernel (kh, kw, C, N) of a matrix (kw·N, kh·C); inverse of `kernel_to_matrix`."""
+    kh, kw = kernel_size
+    n, c = matrix.shape[0] // kw, matrix.shape[1] // kh
+    return matrix.reshape(kw, n, kh, c).transpose(2, 0, 3, 1)
+
+
+class Pool(NamedTuple):
+    """Windows of a pooling: their size, the stride between them, the padding of each side."""
+
+    size: int
+    stride: int
+    padding: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Flax's poolings take."""
+        return {
+            "window_shape": (self.size, self.size),
+            "strides": (self.stride, self.stride),
+            "padding": ((self.padding, self.padding),) * 2,
+        }
+
+
+def max_pool(x: Array, pool: Pool) -> Array:
+    """Max pooling of x (batch, H, W, C); windows that would leave the padded map are left out.
+
+    Written as a fold of selections over the window's entries: the backward pass of
+    `lax.reduce_window` is a scatter that costs the CPU several times the convolution before
+    it. The gradient goes to the first of equal entries. One predicate serves both branches, so
+    exactly one receives it however the compiler fuses (an equality test with the maximum may
+    miss both).
+    """
+    size, stride, padding = pool
+    if padding:
+        sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        x = jnp.pad(x, sides, constant_values=-jnp.inf)
+    # From the first window's start to the last one's.
+    height, width = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+    best = x[:, 0:height:stride, 0:width:stride]
+    for i, j in itertools.product(range(size), range(size)):
+        if i or j:
+            other = x[:, i : i + height : stride, j : j + width : stride]
+            best = jnp.where(best >= other, best, other)
+    return best

@@ -1,0 +1,1 @@
+"""A model as units of locality, and its layers put on factors."""

@@ -1,0 +1,113 @@
+"""Runs a network's units: logits, new statistics, and the Tape that local learning reads."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssa_jax.networks.units import Unit
+
+Array = jax.Array
+Tree = Any
+Pullback = Callable[[Array], tuple[Tree, Array]]
+
+
+class Tape(NamedTuple):
+    """What one forward pass leaves behind, one entry a unit.
+
+    Attributes:
+      inputs: x_i, the unit's input (batch, ...).
+      outputs: h_i, its output (batch, ...); the last one is the logits.
+      pullbacks: h-cotangent -> (params-cotangent, x-cotangent), the unit's exact vjp.
+      mstate: the model state before the pass.
+    """
+
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    pullbacks: tuple[Pullback, ...]
+    mstate: Tree
+
+
+def forward(
+    units: Sequence[Unit], params: Tree, mstate: Tree, x: Array
+) -> tuple[Array, Tree, Tape]:
+    """Training pass: each unit is differentiated by itself; nothing flows between units.
+
+    Args:
+      units: n units.
+      params: tuple of n parameter trees.
+      mstate: tuple of n state trees.
+      x: (batch, ...) float32.
+
+    Returns:
+      logits (batch, classes), the new model state, the Tape.
+    """
+    inputs, outputs, pullbacks, states = [], [], [], []
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        inputs.append(x)
+        x, pullback, state = visit(unit, p, m, x)
+        outputs.append(x)
+        pullbacks.append(pullback)
+        states.append(state)
+    return x, tuple(states), Tape(tuple(inputs), tuple(outputs), tuple(pullbacks), mstate)
+
+
+def visit(unit: Unit, params: Tree, mstate: Tree, x: Array) -> tuple[Array, Pullback, Tree]:
+    """One unit in training mode: its output, its pullback as in `Tape`, its new state."""
+
+    def apply(params: Tree, x: Array) -> tuple[Array, Tree]:
+        return unit.apply(params, mstate, x, train=True)
+
+    y, pullback, state = jax.vjp(apply, params, x, has_aux=True)
+    return lax.stop_gradient(y), pullback, state
+
+
+def after(x: Tree, *values: Tree) -> Tree:
+    """The real arrays of x unchanged, but not to be had before all of the values are computed.
+
+    Compilers merge equal computations and order independent ones as they like. Adding zero
+    times a sum of the values makes a dependency that they have to respect: XLA:CPU drops
+    `lax.optimization_barrier` before it merges and schedules (jax 0.10). A value that is not
+    finite makes x NaN.
+    """
+    total = sum((jnp.sum(v) for v in jax.tree.leaves(values)), start=jnp.float32(0))
+
+    def wait(a: Array) -> Array:
+        return a + (0 * total).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(wait, x)
+
+
+def predict(
+    units: Sequence[Unit], params: Tree, mstate: Tree, x: Array, *, train: bool = False
+) -> Array:
+    """Logits (batch, classes) by a plain forward pass, differentiable from end to end."""
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        x, _ = unit.apply(p, m, x, train=train)
+    return x
+
+
+def predict_in_turn(units: Sequence[Unit], params: Tree, mstate: Tree, x: Array) -> Array:
+    """The logits of `predict` in training mode, each unit's parameters met when it is its turn.
+
+    A compiler may else begin with what needs parameters alone, such as the product of U, s or V
+    of every unit, and hold all of it until it is used. Costs a sum over every unit's input.
+    """
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        x, _ = unit.apply(after(p, x), m, x, train=True)
+    return x
+
+
+def output_shapes(
+    units: Sequence[Unit], params: Tree, mstate: Tree, input_shape: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """Shape of each unit's output for one example, without the batch axis."""
+    x = jax.ShapeDtypeStruct((1, *input_shape), "float32")
+    shapes = []
+    for unit, p, m in zip(units, params, mstate, strict=True):
+        x, _ = jax.eval_shape(functools.partial(unit.apply, train=False), p, m, x)
+        shapes.append(x.shape[1:])
+    return shapes

@@ -1,0 +1,1 @@
+"""What a run shows: progress, pictures, events for TensorBoard, a diagnosis."""

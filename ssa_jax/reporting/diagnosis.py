@@ -1,0 +1,155 @@
+"""The failures that the paper names, found in the rows of a run: what shows each, and its remedy.
+
+- *alignment failing*: training accuracy no longer rises, well below what it could be, while local
+  gradients stand at large angles to the true ones (feedback alignment's plateau below BP);
+- *orthogonality lost*: U or V has left the Stiefel manifold, so W = U diag(s) Vᵀ is no SVD;
+- *sudden drop at a rank step*: truncation raised the loss, or an epoch of truncation cost accuracy.
+"""
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ssa_jax.runs.config import Config
+
+Row = dict[str, Any]
+
+# Mean angle over hidden units, in degrees, above which a local gradient hardly helps: its cosine
+# is below a half.
+WIDE_ANGLE = 60.0
+# Accuracy gained in the last third of the epochs, over what was left to gain.
+LEAST_GAIN = 0.05
+# A third of fewer epochs shows no trend, and from here on accuracy may rest.
+LEAST_EPOCHS, SATURATED = 6, 0.95
+# |XᵀX - I| that is a loss of orthogonality where a run sets no bound of its own.
+DRIFT = 1e-2
+# Of one truncation, in nats; of an epoch with truncations, in test accuracy.
+LOSS_JUMP, ACCURACY_DROP = 0.3, 0.1
+
+
+class Finding(NamedTuple):
+    """A failure.
+
+    Attributes:
+      name: of its signature.
+      epoch: where it shows, or shows most.
+      value: the number that shows it.
+      shown: that number in words.
+      flag: what to turn.
+    """
+
+    name: str
+    epoch: int
+    value: float
+    shown: str
+    flag: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (epoch {self.epoch}): {self.shown}; try {self.flag}"
+
+
+def diagnose(rows: Sequence[Row], config: Config) -> list[Finding]:
+    """The failures in the rows of metrics.jsonl, one of a kind at most; empty for a healthy run."""
+    found = (_plateau(rows, config), _drift(rows, config), _rank_step(rows, config))
+    return [f for f in found if f is not None]
+
+
+def tell(
+    findings: Iterable[Finding], told: Iterable[Finding] = (), name: str = ""
+) -> list[Finding]:
+    """Prints a line a finding that was not told before, with the run's name; returns all."""
+    findings, told = list(findings), list(told)
+    for finding in findings:
+        if finding not in told:
+            print(f"{name}diagnosis: {finding}", flush=True)
+    return findings
+
+
+def _plateau(rows: Sequence[Row], config: Config) -> Finding | None:
+    third = len(rows) // 3
+    if len(rows) < LEAST_EPOCHS:
+        return None
+    before, after = (rows[i]["train_accuracy"] for i in (-third - 1, -1))
+    hidden = [a for row in rows[-third:] for a in row["angles"][:-1] if a is not None]
+    angle = statistics.fmean(hidden) if hidden else 0.0
+    stagnates = after < SATURATED and after - before < LEAST_GAIN * (1 - before)
+    if angle <= WIDE_ANGLE or not stagnates:
+        return None
+    return Finding(
+        "alignment failing",
+        rows[-1]["epoch"],
+        angle,
+        f"local gradients of hidden units are {angle:.0f}° off the true ones, and "
+        f"training accuracy went from {100 * before:.1f} % to {100 * after:.1f} % in the last "
+        f"{third} epochs",
+        _alignment_flag(config),
+    )
+
+
+def _alignment_flag(config: Config) -> str:
+    if config.method != "ssa":
+        return "--method=ssa"
+    if config.feedback == "random":
+        return "--feedback=composed"
+    if config.feedback_update != "tracked":
+        return "--feedback_update=tracked"
+    if config.feedback == "sequential":
+        return "--feedback_every=1"
+    return f"--feedback_lookahead={config.feedback_lookahead + 1}"
+
+
+def _drift(rows: Sequence[Row], config: Config) -> Finding | None:
+    bound = config.drift_bound or DRIFT
+    # Not "at most": a drift that is no number is lost too.
+    lost = next((row for row in rows if not row["drift"] <= bound), None)
+    if lost is None:
+        return None
+    if config.retraction == "none":
+        flag = "--retraction=newton_schulz"
+    elif config.retract_every > 1:
+        flag = "--retract_every=1"
+    else:
+        flag = f"--retraction=qr or a lower --learning_rate than {config.learning_rate:g}"
+    shown = f"the largest |XᵀX - I| over U and V is {lost['drift']:.1e}, above {bound:g}"
+    return Finding("orthogonality lost", lost["epoch"], lost["drift"], shown, flag)
+
+
+def _rank_step(rows: Sequence[Row], config: Config) -> Finding | None:
+    """The largest jump of the loss, or the largest drop of accuracy where no jump is large."""
+    name, flag = "sudden drop at a rank step", _rank_flag(config)
+    cuts = [row for row in rows if "truncations" in row]
+    worst = max(cuts, key=_jump, default=None)
+    if worst and _jump(worst) > LOSS_JUMP:
+        shown = (
+            f"a truncation raised the loss of its batch from {worst['loss_before_truncation']:.2f} "
+            f"to {worst['loss_after_truncation']:.2f}"
+        )
+        return Finding(name, worst["epoch"], _jump(worst), shown, flag)
+    pairs = [pair for pair in itertools.pairwise(rows) if "truncations" in pair[1]]
+    drop, before, after = max(
+        ((a["test_accuracy"] - b["test_accuracy"], a, b) for a, b in pairs),
+        key=lambda found: found[0],
+        default=(0.0, {}, {}),
+    )
+    if drop <= ACCURACY_DROP:
+        return None
+    shown = (
+        f"test accuracy fell from {100 * before['test_accuracy']:.1f} % to "
+        f"{100 * after['test_accuracy']:.1f} % in an epoch with {after['truncations']} truncations"
+    )
+    return Finding(name, after["epoch"], drop, shown, flag)
+
+
+def _jump(row: Row) -> float:
+    return row["loss_after_truncation"] - row["loss_before_truncation"]
+
+
+def _rank_flag(config: Config) -> str:
+    if config.rank_schedule == "linear":
+        return f"more --epochs than {config.epochs}, for a slower fall"
+    if config.rank_budget:
+        return f"a larger --rank_budget than {config.rank_budget:g}"
+    if config.rank_schedule == "stable_rank":
+        return f"a higher --rank_floor than {config.rank_floor:g}"
+    return f"a higher --energy than {config.energy:g}, or more and smaller cuts by --rank_cuts"

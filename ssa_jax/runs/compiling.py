@@ -1,0 +1,90 @@
+"""How programs are compiled, their cache on disk, and what compiling cost."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from ssa_jax.errors import ConfigError
+
+# What stands between a traced function and a running program; tracing is left out, since JAX
+# counts that of a function inside another twice. A program that the cache on disk holds spends
+# its reading time in the second.
+_EVENTS = (
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+OFF = "off"
+# For each shape of a product on a GPU, Triton's tuner compiles dozens of kernels, and a network on
+# factors has many shapes: 147 s for a step of VGG-13 on an H200, 25 s with cuBLAS alone.
+_GPU_PRODUCTS = "--xla_gpu_enable_triton_gemm"
+
+
+class Compiling:
+    """Counts the compilations of the step, and the seconds that all programs took.
+
+    Calling it counts one compilation. As a context it listens to JAX's own clock.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+
+    def __call__(self) -> None:
+        self.steps += 1
+
+    def __enter__(self) -> "Compiling":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event in _EVENTS:
+            self.seconds += duration_secs
+
+
+def leave_products_to_cublas() -> None:
+    """Takes Triton out of the products of a GPU, unless XLA_FLAGS says something of it.
+
+    Has an effect before JAX's first use of a device, and none on a CPU or TPU.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _GPU_PRODUCTS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_GPU_PRODUCTS}=false".strip()
+
+
+def use_cache(folder: str | None) -> None:
+    """Keeps compiled programs in a folder, so that a later run of the same shapes only reads them.
+
+    Args:
+      folder: where; `OFF` for nowhere. None leaves it to JAX where its own setting says
+        something, and is ssa_jax/jax in the user's cache folder where it does not.
+
+    Raises:
+      ConfigError: the folder cannot be written.
+    """
+    if folder == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    settings = jax.config.values
+    chosen = settings["jax_compilation_cache_dir"]
+    if folder is None and (chosen or not settings["jax_enable_compilation_cache"]):
+        return
+    path = Path(folder) if folder else _default_folder()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable and folder:
+        raise ConfigError(f"--compile_cache: cannot write to {path}; name another folder, or off")
+    if writable:
+        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _default_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ssa_jax" / "jax"

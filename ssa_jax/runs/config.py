@@ -1,0 +1,289 @@
+"""The settings of a run: every flag, its default and its range, in one place."""
+
+import dataclasses
+import os
+from typing import Any
+
+from ssa_jax.data import DATASETS
+from ssa_jax.data.streams import ON_CORRUPT, STREAMS
+from ssa_jax.errors import ConfigError
+from ssa_jax.factors.linalg import PROJECTIONS, RETRACTIONS
+from ssa_jax.methods import METHODS, ON_FACTORS
+from ssa_jax.methods.feedback import FORMS
+from ssa_jax.methods.local import READOUT_UPDATES, READOUTS
+from ssa_jax.methods.ssa import PATHS, UPDATES
+from ssa_jax.models import MODELS
+from ssa_jax.runs.budgets import KINDS
+from ssa_jax.training import record
+from ssa_jax.training.optim import OPTIMIZERS
+from ssa_jax.training.passes import MEMORY_MODES
+from ssa_jax.training.ranks import LINEAR_TARGET, SCHEDULES
+
+# The largest integer that a step counter, a seed or a size can be: those of JAX have 32 bits.
+MOST = 2**31 - 1
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help and limits: choices, low, high, or above (an open bound).
+
+    An integer without a high goes to `MOST`. A field that is a path says so by ``path=True``.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. The defaults train SSA on CIFAR-10 within a laptop's patience."""
+
+    recipe: str = setting(
+        "none",
+        "Named settings, the defaults of the other flags; see experiments/recipes.",
+    )
+    method: str = setting("ssa", "Learning method.", choices=tuple(METHODS))
+    model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
+    dataset: str = setting("cifar10", "Data set.", choices=(*DATASETS, *STREAMS))
+    data_dir: str | None = setting(
+        None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.", path=True
+    )
+    validation: float = setting(
+        0.0,
+        "Share of the training images held out of training and measured in place of the test set.",
+        low=0.0,
+        high=0.5,
+    )
+    train_size: int = setting(
+        0, "Train on at most this many of the training images, always the same; 0: all.", low=0
+    )
+    image_size: int = setting(
+        0, "Side of the square images of a streamed data set; 0: its usual one.", low=0
+    )
+    crop_area: float = setting(
+        0.08, "Least share of a streamed image in a random crop.", above=0.0, high=1.0
+    )
+    workers: int = setting(
+        0, "Processes that decode a streamed data set; 0: threads of this one.", low=0
+    )
+    on_corrupt: str = setting(
+        "stop",
+        "At a record of a streamed data set that cannot be decoded: stop, or take the next one.",
+        choices=ON_CORRUPT,
+    )
+    factorize: str = setting(
+        "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
+    )
+    epochs: int = setting(10, "Passes over the training set.", low=1)
+    max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
+    schedule_steps: int = setting(
+        0, "Length of the schedules of rate and ranks in steps; 0: all epochs.", low=0
+    )
+    precision: str = setting(
+        "float32", "What hidden units compute in; the state stays float32.",
+        choices=("float32", "bfloat16"),
+    )  # fmt: skip
+    memory: str = setting(
+        "auto",
+        "Keep what units' gradients need of the forward pass, or make it again a unit at a time; "
+        "auto: streamed where keeping it takes over half the memory of the device.",
+        choices=("auto", *MEMORY_MODES),
+    )
+    batch_size: int = setting(128, "Examples in a step.", low=1)
+    optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
+    learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
+    warmup_steps: int = setting(
+        0, "Steps over which the rate rises to its peak; 0: 5 % of the schedule.", low=0
+    )
+    first_rate: float = setting(
+        1.0, "Rate of the first unit over that of the last, geometric in between.", above=0.0
+    )
+    seed: int = setting(0, "Seed of all randomness.", low=0)
+    workdir: str | None = setting(
+        None, "Where results go; default: a new folder under runs/.", path=True
+    )
+    compile_cache: str | None = setting(
+        None,
+        "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
+        "ssa_jax/jax in the user's cache folder.",
+        path=True,
+    )
+    steps_per_dispatch: int = setting(
+        0, "Steps in one program, where nothing is due between them; 0: 1 on a CPU, else 10.", low=0
+    )
+    distributed: bool = setting(
+        False, "One of several processes, as the TPU pod, SLURM or Open MPI tell it."
+    )
+    coordinator_address: str | None = setting(
+        None, "HOST:PORT of the first of several processes, where nothing tells of them."
+    )
+    num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
+    process_id: int = setting(
+        -1, "This one's, from 0 on, with --coordinator_address; -1: none.", low=-1
+    )
+    shard_params: bool = setting(
+        False, "Each device keeps a part of U and V of every layer, not all of them."
+    )
+    resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
+    save_every: int = setting(
+        0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
+    )
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints to keep, beside the one of best test accuracy.", low=1
+    )
+    on_nan: str = setting(
+        "stop",
+        "When the loss is not finite: stop, or go back to the newest checkpoint at half the rate.",
+        choices=("stop", "rollback"),
+    )
+    drift_bound: float = setting(
+        1e-2,
+        "Repair U and V at the end of an epoch where |XᵀX - I| exceeds this; 0: never.",
+        low=0.0,
+    )
+    watch: bool = setting(False, "Diagnose after every epoch, not at the end alone.")
+    tensorboard: bool = setting(
+        False, "Write events for TensorBoard to tensorboard/ in the workdir, every epoch."
+    )
+    alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
+    beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
+    gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
+    kappa: float = setting(0.0, "Coefficient of the cosine term.", low=0.0)
+    label_smoothing: float = setting(0.0, "Label smoothing of the output loss.", low=0.0, high=0.9)
+    hoyer: float = setting(
+        1e-4, "Coefficient of the Hoyer term, where the schedule has it.", low=0.0
+    )
+    rank_schedule: str = setting("none", "How ranks fall.", choices=tuple(SCHEDULES))
+    rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
+    rank_target: float = setting(
+        LINEAR_TARGET,
+        "What the linear fall of linear and hybrid leaves of the initial rank, never below the "
+        "floor.",
+        above=0.0,
+        high=1.0,
+    )
+    rank_floor: float = setting(0.3, "Lowest rank over the initial one.", low=0.0, high=1.0)
+    rank_budget: float = setting(
+        0.0,
+        "Size where ranks end, over the dense network's: of none from the start, of linear its "
+        "target, of adaptive its budget, of the others their floor; 0: none.",
+        low=0.0,
+        high=1.0,
+    )
+    budget_kind: str = setting("params", "Unit of --rank_budget.", choices=KINDS)
+    rank_exclude: str = setting(
+        "auto",
+        "Layers that keep their rank: patterns, by commas, such as '0/*'; '' for none; auto: a "
+        "first layer of fewer inputs than outputs, unless there is a budget.",
+    )
+    rank_cuts: int = setting(
+        0, "Cuts of the energy rule in all; 0: one an epoch, ten at most.", low=0
+    )
+    energy: float = setting(0.95, "Energy share that the energy rule keeps.", above=0.0, high=1.0)
+    feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)
+    feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)
+    feedback_every: int = setting(10, "Steps between refreshes of the feedback.", low=1)
+    feedback_rate: float = setting(
+        0.01, "Rate of mutual twins, and decay of kp's difference.", low=0.0, high=0.5
+    )
+    feedback_form: str = setting("auto", "Direct paths: full or per channel.", choices=FORMS)
+    feedback_limit_mib: int = setting(256, "Most MiB of full paths under auto.", low=0)
+    feedback_lookahead: int = setting(
+        1, "Units that a direct signal of ssa is pulled back through exactly.", low=0
+    )
+    mean_gates: bool = setting(False, "Composed paths carry the mean slope of activations.")
+    unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
+    readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
+    readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
+    readout_rate: float = setting(2e-3, "Adam's rate of learned readouts.", above=0.0)
+    warmup_method: str = setting(
+        "none",
+        "Method of the first --warmup_epochs, on the same weights.",
+        choices=("none", *METHODS),
+    )
+    warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
+    local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
+    projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
+    retraction: str = setting("newton_schulz", "Retraction.", choices=tuple(RETRACTIONS))
+    retract_every: int = setting(1, "Steps between retractions.", low=1)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("path") and value:
+                object.__setattr__(self, field.name, os.path.expanduser(value))
+
+    @property
+    def factorized(self) -> bool:
+        """Whether the layers hold factors."""
+        return self.factorize == "on" or (self.factorize == "auto" and self.method in ON_FACTORS)
+
+    def validate(self) -> None:
+        """Checks every field against its limits.
+
+        Raises:
+          ConfigError: one line that names the flag, its value and what it may be.
+        """
+        for field in dataclasses.fields(self):
+            value, m = getattr(self, field.name), field.metadata
+            wanted = None
+            high = m.get("high", MOST if isinstance(value, int) else None)
+            if "choices" in m and value not in m["choices"]:
+                wanted = "one of " + ", ".join(m["choices"])
+            elif "low" in m and not value >= m["low"]:
+                wanted = f"at least {m['low']}"
+            elif "above" in m and not value > m["above"]:
+                wanted = f"more than {m['above']}"
+            elif high is not None and not value <= high:
+                wanted = f"at most {high}"
+            elif isinstance(value, float) and value == float("inf"):
+                wanted = "finite"
+            if wanted:
+                raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+        if self.rank_schedule == "adaptive" and self.factorized and not self.rank_budget:
+            raise ConfigError("--rank_schedule=adaptive needs --rank_budget, such as 0.3")
+        if self.rank_budget and not self.factorized:
+            raise ConfigError("--rank_budget needs a factorised model: --factorize=on")
+        if self.shard_params and not self.factorized:
+            raise ConfigError("--shard_params needs a factorised model: --factorize=on")
+        if self.image_size and self.dataset not in STREAMS:
+            raise ConfigError(
+                f"--image_size is for streamed data sets ({', '.join(STREAMS)}), not {self.dataset}"
+            )
+        if self.steps_per_dispatch > 1 and self.dataset in STREAMS:
+            raise ConfigError("--steps_per_dispatch must be 1 on a streamed data set")
+        if self.resume and not self.workdir:
+            raise ConfigError("--resume needs --workdir, the folder of the run to go on with")
+
+
+# Flags that say where, how far and how safely to run, not what the run is; nor does the name under
+# which settings were given.
+_NOT_IDENTITY = (
+    "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
+    "on_nan", "compile_cache", "watch", "tensorboard", "workers", "on_corrupt",
+    "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
+)  # fmt: skip
+
+
+def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """The settings that two runs must share for one to go on with the other's checkpoint."""
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    return {k: v for k, v in values.items() if k not in _NOT_IDENTITY}
+
+
+def differences(config: Config, stored: dict[str, Any]) -> str:
+    """The identity settings in which a run differs from a stored one, as one phrase."""
+    return record.differences(identity(config), identity(stored))
+
+
+def check_seeds(seed: int, seeds: int) -> None:
+    """Checks a number of runs at `seed`, `seed` + 1, ...
+
+    Raises:
+      ConfigError: none, or seeds beyond `MOST`.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {seeds}")
+    if seeds > MOST:
+        raise ConfigError(f"--seeds must be at most {MOST}, got {seeds}")
+    if seed + seeds - 1 > MOST:
+        raise ConfigError(
+            f"--seed must be at most {MOST - seeds + 1} with --seeds={seeds}, got {seed}"
+        )

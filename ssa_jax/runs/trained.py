@@ -1,0 +1,68 @@
+"""The model of a run, from its workdir."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from ssa_jax.networks.units import merge_units, ungroup_units
+from ssa_jax.runs import build, inputs, workdir
+from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.inputs import Data
+from ssa_jax.runs.workdir import Workdir, WorkdirError
+from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
+
+
+class Trained(NamedTuple):
+    """A run at its newest checkpoint.
+
+    Attributes:
+      config: its settings.
+      data: its data set.
+      model: in evaluation mode, at the stored ranks.
+      epoch: whole epochs done.
+      test_accuracy: what training measured at that step; None where it did not.
+    """
+
+    config: Config
+    data: Data
+    model: nnx.Module
+    epoch: int
+    test_accuracy: float | None
+
+
+def restore(path: Path, data_dir: str | None = None) -> Trained:
+    """Reads a run without changing its folder.
+
+    Args:
+      path: its workdir.
+      data_dir: where its data set is, if no longer where the run found it.
+
+    Raises:
+      WorkdirError: no run there.
+      CheckpointError: a run without a checkpoint, or with one that cannot be read.
+      ConfigError, DataError: settings or data that this code does not have.
+    """
+    stored = workdir.stored_config(path)
+    if stored is None:
+        raise WorkdirError(f"{path} holds no run: config.json is missing or damaged")
+    config = _config(path, stored)
+    config.validate()
+    folder = Workdir(path)
+    checkpoints = Checkpoints(folder.checkpoints, config=identity(config))
+    if checkpoints.latest() is None:
+        raise CheckpointError(f"{path} holds no checkpoint; train it first, with --resume")
+    data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
+    position, state = checkpoints.restore(build.build(config, data).state)
+    model = build.make_model(config, data, factorized=config.factorized)
+    model = merge_units(model, ungroup_units(state.params), ungroup_units(state.mstate))
+    accuracy = {row["step"]: row["test_accuracy"] for row in folder.rows()}
+    return Trained(config, data, model, position.epoch, accuracy.get(int(state.step)))
+
+
+def _config(path: Path, stored: dict[str, Any]) -> Config:
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := sorted(stored.keys() - known):
+        raise WorkdirError(f"{path} is a run of other code: unknown settings {', '.join(unknown)}")
+    return Config(**stored)

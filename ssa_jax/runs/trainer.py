@@ -1,0 +1,302 @@
+"""A network in training: its programs and its state, an epoch at a time. Knows no files."""
+
+import contextlib
+import copy
+import math
+import sys
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ssa_jax import data as data_lib
+from ssa_jax import factors
+from ssa_jax.data import DataError, Feed, Loader
+from ssa_jax.errors import NotFiniteError
+from ssa_jax.methods import Method
+from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
+from ssa_jax.runs import build, inputs, summary
+from ssa_jax.runs.compiling import Compiling
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.inputs import Data
+from ssa_jax.runs.tally import Tallies, Tally
+from ssa_jax.training import metrics, ranks, replicas, train
+from ssa_jax.training.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
+from ssa_jax.types import Batch, TrainState
+
+Array = jax.Array
+Row = dict[str, Any]
+T = TypeVar("T")
+
+# Examples of the fixed batch on which angles and loss terms are measured.
+PROBE_SIZE = 512
+
+# Steps in a program by backend. A CPU runs the backward pass of a convolution slower in a loop
+# than as single programs, and starts a program in no time.
+_STEPS_PER_DISPATCH = {"cpu": 1}
+_STEPS_PER_DISPATCH_ELSE = 10
+
+
+class Steps(NamedTuple):
+    """The steps of a method: what is due at which of them, and their programs by length."""
+
+    periods: tuple[int, ...]
+    length: int
+    programs: dict[int, Dispatch]
+
+
+class Programs(NamedTuple):
+    """The jitted functions of a run."""
+
+    steps: Steps
+    warmup: Steps
+    refresh: Callable[[TrainState], TrainState]
+    evaluate: Callable[..., dict[str, Array]]
+    probe: Callable[[TrainState, Batch], metrics.Probe]
+    truncation: Callable[[TrainState, Batch], dict[str, Array]]
+
+
+class Trainer:
+    """The state of a run on the device, and what is done to it between two checkpoints.
+
+    A state of `replicas.stack` is trained by programs that step all replicas at once; to be
+    measured, each is taken `beside` it.
+
+    Args:
+      config: the run.
+      data: its data set.
+      built: from `build.build`, whose state is taken over.
+      compiling: counts compilations of the step.
+      layout: where the state lies and batches are spread.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        built: build.Built,
+        compiling: Compiling,
+        layout: Layout = ONE_DEVICE,
+    ):
+        self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
+        self.loader = inputs.make_loader(config, data, layout)
+        self.state = layout.place(built.state)
+        self.use(built)
+
+    def use(self, built: build.Built) -> None:
+        """Takes over the programs of another build of the same run; the state stays."""
+        self.built = built
+        keep, whole = self.layout.keep, self.layout.whole
+        returning = self.layout.returning
+        self.programs = Programs(
+            self._steps(built.method),
+            self._steps(built.warmup),
+            self._for_replicas(
+                replicas.vectorized_refresh, returning(keep, train.make_refresh(built.method))
+            ),
+            returning(whole, train.make_eval(built.units)),
+            returning(whole, metrics.make_probe(built.units, built.method, built.weights)),
+            self._for_replicas(
+                replicas.vectorized_measure,
+                returning(whole, train.make_truncation_losses(built.units, built.memory)),
+            ),
+        )
+
+    def _steps(self, method: Method) -> Steps:
+        built, config = self.built, self.config
+        step = train.make_step(
+            built.units, method, built.optimizer, built.weights, memory=built.memory
+        )
+        keep, whole = self.layout.keep, self.layout.whole
+        step = self.layout.returning(lambda done: (keep(done[0]), whole(done[1])), step)
+        periods = (method.refresh_every, config.save_every)
+        asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
+            jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
+        )
+        length = fitting_length(asked, (*periods, self.loader.steps_at_once))
+        programs = {
+            n: self._for_replicas(
+                replicas.vectorized,
+                make_dispatch(step, self.loader.batch_at, n, self.compiling),
+            )
+            for n in {1, length}
+        }
+        return Steps(periods, length, programs)
+
+    def _for_replicas(self, vectorize: Callable[[T], T], program: T) -> T:
+        return vectorize(program) if replicas.is_stacked(self.state) else program
+
+    def beside(self, state: TrainState) -> "Trainer":
+        """A trainer of another state of the same shapes, or of several stacked; shares the data."""
+        other = copy.copy(self)
+        other.state = state
+        if replicas.is_stacked(state) != replicas.is_stacked(self.state):
+            other.use(self.built)
+        return other
+
+    @property
+    def step(self) -> int:
+        """Steps done, by every replica."""
+        return int(np.max(jax.device_get(self.state.step)))
+
+    def _feeds(self, epoch: int, done: int) -> Generator[Feed]:
+        """What the programs are fed with from a step of an epoch on."""
+        loader, key, size = self.loader, self.state.key, self.config.batch_size
+        if not replicas.is_stacked(self.state):
+            return loader.feeds(key, epoch, size, done)
+        # Runs on streamed data are never trained at once (`together.why_apart`).
+        assert isinstance(loader, Loader)
+        return data_lib.repeated(replicas.epoch(lambda k: loader.epoch(k, epoch, size), key))
+
+    def train_epoch(
+        self, epoch: int, tally: Tally | Tallies, between: Callable[[int], None]
+    ) -> Row:
+        """The rest of an epoch, in the order that seed and epoch give; all metrics are tallied.
+
+        Args:
+          epoch: whole epochs done.
+          tally: of the steps done in this one; counts on.
+          between: called before every dispatch with the number of its first step, so before
+            every step at which a save or a refresh is due.
+
+        Raises:
+          NotFiniteError: the loss is not finite.
+        """
+        size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
+        feeds = self._feeds(epoch, tally.steps)
+        steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
+        first = epoch * per_epoch
+        last = first + per_epoch
+        if self.config.max_steps:
+            last = min(last, self.config.max_steps)
+        with (
+            contextlib.closing(feeds),
+            tqdm(
+                total=(last - first) * size,
+                initial=tally.steps * size,
+                unit="img",
+                desc=f"epoch {epoch + 1}/{self.config.epochs}",
+                disable=not sys.stderr.isatty(),
+                leave=False,
+            ) as bar,
+        ):
+            runs = dispatches(
+                first + tally.steps, last, steps.length, steps.periods, self.built.cuts_at
+            )
+            for step, count in runs:
+                between(step)
+                # Whatever comes from the host or goes there in here is asked for explicitly; an
+                # operation outside of a program takes its constants from there.
+                guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
+                with jax.transfer_guard(guard):
+                    self._dispatch(steps, next(feeds), step, count, tally)
+                _check_finite(tally.finite)
+                bar.update(count * size)
+        tally.flush()
+        _check_finite(tally.finite)
+        return {
+            "images": tally.steps * size,
+            "learning_rate": float(self.built.learning_rate(first + tally.steps - 1)),
+        }
+
+    def _warming_up(self, epoch: int) -> bool:
+        return epoch < self.built.warmup_epochs
+
+    def _dispatch(
+        self, steps: Steps, feed: Feed, step: int, count: int, tally: Tally | Tallies
+    ) -> None:
+        """The steps from `step` on, after the refresh where one is due."""
+        every, _ = steps.periods
+        # Paths of the method that takes over may be old.
+        takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
+        if (every and step % every == 0) or 0 < takes_over == step:
+            self.state = self.programs.refresh(self.state)
+        self.state, measured = steps.programs[count](self.state, feed.source)
+        tally.add(measured | feed.counts, count)
+        if self.built.cuts_at(step):
+            losses = self.programs.truncation(self.state, self._probe_batch())
+            tally.add({name: loss[..., None] for name, loss in losses.items()}, 0)
+
+    def measure(self) -> Row:
+        """Evaluates and probes, and mends and shrinks the factors where that is due.
+
+        Raises:
+          NotFiniteError: the test loss or the state is not finite.
+        """
+        row = self.evaluate()
+        _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
+        row |= summary.probe_row(self.programs.probe(self.state, self._probe_batch()))
+        row |= self._repair(row)
+        row |= self._compact(row)
+        return row
+
+    def _probe_batch(self) -> Batch:
+        size = min(PROBE_SIZE, self.loader.train_size)
+        if self.loader.steps_at_once:
+            # Of large images a step has as many as the device holds.
+            size = min(size, self.config.batch_size)
+        with jax.transfer_guard("allow"):
+            return self.loader.fixed_batch(np.arange(size))
+
+    def check(self, tally: Tally) -> None:
+        """Raises NotFiniteError where a metric or an entry of the state is not finite."""
+        _check_finite(tally.finite and train.all_finite(self.state))
+
+    def evaluate(self) -> Row:
+        """Loss and accuracy on the test set, without what cannot be decoded."""
+        results = [
+            self.programs.evaluate(self.state.params, self.state.mstate, batch)
+            for batch in self.loader.test_batches()
+        ]
+        sums = {name: sum(float(r[name]) for r in results) for name in results[0]}
+        n = sums["count"]
+        if not n:
+            raise DataError("no test image could be decoded; is this the right data set?")
+        names = {"loss": "test_loss", "correct": "test_accuracy",
+                 "correct_top5": "test_top5_accuracy"}  # fmt: skip
+        row = {names[name]: value / n for name, value in sums.items() if name in names}
+        skipped = self.loader.test_size - int(n)
+        return {**row, "test_skipped": skipped} if skipped else row
+
+    def _refreshed(self, state: TrainState) -> None:
+        """Takes over a state that was changed between steps, with its feedback made anew."""
+        self.state = self.programs.refresh(self.layout.place(state))
+
+    def _repair(self, evaluated: Row) -> Row:
+        """Makes factors that have drifted orthonormal again, and evaluates to show what moved.
+
+        Optimiser moments stay: they are averages that forget, of triplets that keep their places
+        and nearly their directions, and the chain projects what it makes of them.
+        """
+        if not 0 < self.config.drift_bound < evaluated["drift"]:
+            return {}
+        params = factors.map_factors(factors.orthonormalized, self.state.params)
+        self._refreshed(self.state._replace(params=params))
+        return {
+            "drift_repaired": float(factors.orthogonality_error(params)),
+            "test_accuracy_before_repair": evaluated["test_accuracy"],
+            **self.evaluate(),
+        }
+
+    def _compact(self, evaluated: Row) -> Row:
+        """Slices away what truncation zeroed, and evaluates again to show that nothing moved."""
+        # Once the schedules have ended ranks are stored as they are: a budget is met exactly, and
+        # no step is compiled for them any more.
+        ended = self.step >= self.built.total_steps
+        chosen = ranks.selection(self.state.params, 1 if ended else None)
+        if not chosen:
+            return {}
+        # Paths that were built at the old ranks are built anew; every other shape was sliced.
+        self._refreshed(ranks.compact(self.state, chosen))
+        return {
+            "test_accuracy_before_compaction": evaluated["test_accuracy"],
+            "test_loss_before_compaction": evaluated["test_loss"],
+            **self.evaluate(),
+        }
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise NotFiniteError("loss or parameters are not finite")

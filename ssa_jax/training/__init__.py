@@ -1,0 +1,1 @@
+"""One step of training as pure functions: passes, losses, optimisers, ranks, checkpoints."""

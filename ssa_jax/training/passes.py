@@ -1,0 +1,178 @@
+"""The passes of a training step: the error, and the gradient of every unit's local loss.
+
+Two ways share one interface: *taped* keeps what the units' gradients need until the error is
+known; *streamed* runs the network once more instead, and holds one unit at a time.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssa_jax.methods import Method
+from ssa_jax.networks.forward import Pullback, Tape, after, forward, predict, predict_in_turn, visit
+from ssa_jax.networks.units import Unit
+from ssa_jax.training import losses
+from ssa_jax.training.losses import LossWeights
+
+Array = jax.Array
+Tree = Any
+
+
+def local_gradients(
+    params: Tree, twins: Tree | None, tape: Tape, signals: Sequence[Array], weights: LossWeights
+) -> Tree:
+    """Gradient of each unit's local loss (see `losses`), the Hoyer term left out.
+
+    Args:
+      params: one parameter tree a unit.
+      twins: their twins, or None for a method without any.
+      tape: of the forward pass at `params`.
+      signals: δ_i, one a unit, of the shapes of `tape.outputs`.
+      weights: its coefficients.
+    """
+    last = len(signals) - 1
+    twins = [None] * len(signals) if twins is None else twins
+    of_units = zip(params, twins, tape.pullbacks, tape.outputs, signals, strict=True)
+    return tuple(
+        _unit_gradient(*of_unit, weights, last=i == last) for i, of_unit in enumerate(of_units)
+    )
+
+
+def _unit_gradient(
+    params: Tree, twin: Tree | None, pullback: Pullback, h: Array, signal: Array,
+    weights: LossWeights, *, last: bool,
+) -> Tree:  # fmt: skip
+    task = pullback(losses.cotangent(h, signal, weights, last=last))[0]
+    rest = jax.grad(losses.regulariser)(params, twin, weights)
+    return jax.tree.map(jnp.add, task, rest)
+
+
+class Pass(NamedTuple):
+    """What the forward passes of a step find at the parameters before it.
+
+    Attributes:
+      logits: (batch, classes).
+      loss: the output loss.
+      mstate: the new model state.
+      gradients: of every unit's local loss, or what `take` of a streamed pass made of each.
+      tape: the Tape, or None of a streamed pass, whose method leaves it unread.
+    """
+
+    logits: Array
+    loss: Array
+    mstate: Tree
+    gradients: Tree
+    tape: Any
+
+
+Take = Callable[[int, Tree, Tree], tuple[Tree, Tree]]
+
+
+def _keep(i: int, params: Tree, gradient: Tree) -> tuple[Tree, Tree]:
+    del i, params
+    return gradient, gradient
+
+
+def taped(
+    units: Sequence[Unit], method: Method, weights: LossWeights, params: Tree, mstate: Tree,
+    feedback: Tree, batch: Any,
+) -> Pass:  # fmt: skip
+    """One forward pass that keeps every unit's pullback until the error is known."""
+    logits, mstate, tape = forward(units, params, mstate, batch.images)
+    loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
+    if method.direct is None or method.ahead:
+        signals = method.signals(feedback, params, tape, error, batch)
+        gradients = local_gradients(params, method.twins(feedback), tape, signals, weights)
+        return Pass(logits, loss, mstate, gradients, tape)
+    twins = method.twins(feedback)
+    last = len(units) - 1
+    found: list[Tree] = []
+    here = error
+    # Each signal is made when its unit's turn comes: all at once would weigh as much as the tape.
+    for i in reversed(range(len(units))):
+        signal = here if i == last else method.direct(feedback, here, batch, i)
+        unit = Visited(i, params[i], tape.outputs[i], tape.pullbacks[i])
+        found.insert(0, _gradient_of(unit, twins, signal, weights, last=i == last))
+        here = after(error, found[0])
+    return Pass(logits, loss, mstate, tuple(found), tape)
+
+
+class Visited(NamedTuple):
+    """Unit i after its forward pass: what its gradient, and a signal on its way down, need."""
+
+    i: int
+    params: Tree
+    output: Array
+    pullback: Pullback
+
+
+def _gradient_of(
+    unit: Visited, twins: Tree | None, signal: Array, weights: LossWeights, *, last: bool
+) -> Tree:
+    twin = None if twins is None else twins[unit.i]
+    return _unit_gradient(unit.params, twin, unit.pullback, unit.output, signal, weights, last=last)
+
+
+def streamed(
+    units: Sequence[Unit], method: Method, weights: LossWeights, params: Tree, mstate: Tree,
+    feedback: Tree, batch: Any, take: Take = _keep,
+) -> Pass:  # fmt: skip
+    """Two forward passes: one for the error, one that takes each unit's gradient as it passes.
+
+    The second holds the activations of one unit at a time, for one forward pass more, and of the
+    `method.ahead` units below it: a unit's signal is pulled back through as many. It may not begin
+    before the error is known, nor a unit before all is done that the one below it made possible:
+    `forward.after` sees to both.
+
+    Args:
+      units: the network.
+      method: with direct signals.
+      weights: coefficients of the local loss.
+      params: one parameter tree a unit.
+      mstate: one state tree a unit.
+      feedback: of the method.
+      batch: images and labels.
+      take: (i, parameters and gradient of unit i) -> what is kept of it, such as the unit after
+        its update, and what of that the next unit waits for.
+
+    Raises:
+      ValueError: the method's signals need a tape.
+    """
+    if method.direct is None:
+        raise ValueError("a streamed step needs a method whose signals need the error alone")
+    logits = predict_in_turn(units, params, mstate, batch.images)
+    loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
+    twins, last = method.twins(feedback), len(units) - 1
+    x, here = after(batch.images, error), error
+    gradients: dict[int, Tree] = {}
+    states = []
+    waiting: list[Visited] = []
+    for j, unit in enumerate(units):
+        # What the first pass made of the parameters alone is made again: kept, it would add up.
+        own = after(params[j], here)
+        x, pullback, state = visit(unit, own, mstate[j], x)
+        states.append(state)
+        waiting.append(Visited(j, own, x, pullback))
+        signal = here if j == last else method.direct(feedback, here, batch, j)
+        # Down through the units that wait: each but the lowest of a full row only hands it on.
+        for v in reversed(list(waiting)):
+            if j == last or v.i == j - method.ahead:
+                found = _gradient_of(v, twins, signal, weights, last=v.i == last)
+                gradients[v.i], done = take(v.i, v.params, found)
+                # The error waits for one unit at a time: in a chain of waits sums would add up.
+                x, here = after((x, error), done)
+            if v.i > max(0, j - method.ahead):
+                signal = v.pullback(signal)[1]
+        waiting = [v for v in waiting if v.i not in gradients]
+    return Pass(logits, loss, tuple(states), tuple(gradients[i] for i in range(len(units))), None)
+
+
+MEMORY_MODES: dict[str, Callable[..., Pass]] = {"taped": taped, "streamed": streamed}
+# Logits in training mode, as the passes of each mode make them.
+PREDICTIONS: dict[str, Callable[..., Array]] = {
+    "taped": functools.partial(predict, train=True),
+    "streamed": predict_in_turn,
+}

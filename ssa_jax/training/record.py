@@ -1,0 +1,110 @@
+"""What a checkpoint says of itself, and how it is known to be what was written.
+
+The record of a checkpoint holds the position in training, the run's config, package versions,
+stored ranks, and shape, dtype and CRC-32 of every array. It is sealed with a digest of itself, so
+that damage anywhere that would change what is read is found, whatever the storage format checks.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ssa_jax.parallel.mesh import on_host
+from ssa_jax.types import TrainState
+
+_PACKAGES = ("ssa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+Record = dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A checkpoint does not hold what was written."""
+
+
+class Position(NamedTuple):
+    """Where in training a state was saved, as JSON can hold it.
+
+    Attributes:
+      epoch: whole epochs done.
+      step_in_epoch: steps done after them; 0 between epochs.
+      sums: of each training metric over those steps, in float64.
+      rollbacks: one record for each return to an earlier state.
+      wall_s: seconds trained so far.
+      test_accuracy: after the last epoch; None within one.
+      compiles: compilations of the step so far.
+      compile_s: seconds that all programs took to compile so far.
+    """
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    sums: dict[str, float] = {}  # noqa: RUF012, a default that nothing writes to
+    rollbacks: Sequence[dict[str, Any]] = ()
+    wall_s: float = 0.0
+    test_accuracy: float | None = None
+    compiles: int = 0
+    compile_s: float = 0.0
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def differences(here: dict[str, Any], there: dict[str, Any], limit: int = 5) -> str:
+    """The first entries in which two records differ, as one phrase; empty for equal ones."""
+    found = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
+    phrases = [f"{k}={here.get(k)} here and {there.get(k)} there" for k in found[:limit]]
+    more = [f"{len(found) - limit} more"] if len(found) > limit else []
+    return ", ".join(phrases + more)
+
+
+def seal(record: Record) -> dict[str, str]:
+    """The record as text beside its digest."""
+    text = json.dumps(record)
+    return {"record": text, "sha256": _digest(text)}
+
+
+def unseal(sealed: Any) -> Record:
+    """The record of `seal`.
+
+    Raises:
+      DamagedError: it is not as it was written.
+    """
+    try:
+        text, digest = sealed["record"], sealed["sha256"]
+    except (KeyError, TypeError) as e:
+        raise DamagedError("it has no record") from e
+    if _digest(text) != digest:
+        raise DamagedError("its record is altered")
+    return json.loads(text)
+
+
+def _digest(text: Any) -> str:
+    return hashlib.sha256(str(text).encode()).hexdigest()
+
+
+def shapes(state: TrainState) -> dict[str, list[Any]]:
+    """Shape and dtype of every array by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [list(x.shape), str(x.dtype)]
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def describe(state: TrainState) -> dict[str, list[Any]]:
+    """Shape, dtype and CRC-32 of every array by its path."""
+    # Viewed as bytes, since not every dtype of ours is one that Python's buffers know.
+    sums = [
+        zlib.crc32(np.ascontiguousarray(on_host(x)).reshape(-1).view(np.uint8).data)
+        for x in jax.tree.leaves(state)
+    ]
+    named = zip(shapes(state).items(), sums, strict=True)
+    return {path: [*shape, crc] for (path, shape), crc in named}
