@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import recipes
+from experiments import flags, recipes
 from experiments.recipes import RECIPES
 from ssa_jax.data import DATASETS, Dataset
 from ssa_jax.data.streams import STREAMS
