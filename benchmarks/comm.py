@@ -28,7 +28,7 @@ from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
 from experiments.timing import side_by_side
 from ssa_jax.models import MODELS
-from ssa_jax.networks.units import split_units
+from ssa_jax.networks.models import split
 from ssa_jax.parallel import mesh
 from ssa_jax.runs import compiling
 from ssa_jax.training import train
@@ -64,7 +64,8 @@ def kernel_shapes(case: Case, entry: Entry) -> set[tuple[int, ...]]:
 
 
 def _matrices(case: Case, rank: float | None) -> set[tuple[int, ...]]:
-    params = jax.eval_shape(lambda: split_units(network(case, rank))[1])
+    image = jax.ShapeDtypeStruct((1, *case.input_shape), "float32")
+    params = jax.eval_shape(lambda: split(network(case, rank), image).params)
     return {x.shape for x in jax.tree.leaves(params) if x.ndim > 1}
 
 

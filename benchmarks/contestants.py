@@ -12,7 +12,9 @@ from benchmarks import reference, torch_step
 from benchmarks.networks import Case, network, random_batch
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
 from ssa_jax.networks.forward import output_shapes
-from ssa_jax.networks.units import Unit, split_units
+from ssa_jax.networks.models import split
+from ssa_jax.networks.units import Unit
+from ssa_jax.runs.build import EXAMPLES
 from ssa_jax.runs.config import Config
 from ssa_jax.training import costs, optim, train
 from ssa_jax.training.losses import LossWeights
@@ -87,9 +89,12 @@ class Built(NamedTuple):
 
 def build(case: Case, entry: Entry, settings: OptimizerConfig | None = None) -> Built:
     """A network, its method and chain as default flags make them, and the first state."""
-    units, params, mstate = split_units(network(case, entry.rank))
+    image = jax.ShapeDtypeStruct((1, *case.input_shape), jnp.float32)
+    units, params, mstate, _ = split(network(case, entry.rank), image)
     shapes = output_shapes(units, params, mstate, case.input_shape)
-    method = METHODS[entry.method](Network(units, shapes), FeedbackOptions())
+    method = METHODS[entry.method](
+        Network(units, shapes, random_batch(case).images[:EXAMPLES]), FeedbackOptions()
+    )
     optimizer = optim.make_optimizer(settings or chain_settings())
     state = train.init_state(method, optimizer, params, mstate, jax.random.key(0))
     return Built(units, method, optimizer, LossWeights(), state)

@@ -9,7 +9,7 @@ from benchmarks.contestants import Entry, build, chain_settings
 from benchmarks.networks import Case, random_batch
 from experiments.timing import side_by_side
 from ssa_jax.networks.forward import forward
-from ssa_jax.training import losses, optim, train
+from ssa_jax.training import optim, tasks, train
 from ssa_jax.training.passes import local_gradients
 
 Tree = Any
@@ -35,7 +35,7 @@ def profile(case: Case, rounds: int, entry: Entry = ENTRY) -> list[Row]:
     @jax.jit
     def forward_part(params: Tree, mstate: Tree) -> Any:
         logits, mstate, tape = forward(units, params, mstate, batch.images)
-        return losses.output_error(logits, batch.labels)[1], mstate, tape
+        return tasks.output_error(tasks.CROSS_ENTROPY, logits, batch.labels)[1], mstate, tape
 
     @jax.jit
     def signal_part(feedback: Tree, error: jax.Array) -> Any:

@@ -4,11 +4,10 @@
     python -m experiments.alignment --quick
 
 A three-layer perceptron, fifty epochs: backpropagation, feedback alignment, direct feedback
-alignment, and direct SSA, also with the mean slopes of activations in its path (`--mean_gates`).
-The angle is that of each hidden unit, over all its parameters, on a fixed training batch after
-every epoch; the last unit's is zero with all of them. The expectation to test, which alignment.png
-marks: below 40° with SSA by epoch 50, above 60° with direct feedback alignment.
-`experiments.study` says what the folder holds and how a study goes on.
+alignment, and direct SSA. The angle is that of each hidden unit, over all its parameters, on a
+fixed training batch after every epoch; the last unit's is zero with all of them. The expectation
+to test, which alignment.png marks: below 40° with SSA by epoch 50, above 60° with direct feedback
+alignment. `experiments.study` says what the folder holds and how a study goes on.
 """
 
 import statistics
@@ -30,7 +29,6 @@ VARIANTS = (
     Variant("fa", "fa", {"method": "fa"}),
     Variant("dfa", "dfa", {"method": "dfa"}),
     Variant("ssa", "ssa direct", {"method": "ssa"}),
-    Variant("gates", "ssa direct, mean slopes", {"method": "ssa", "mean_gates": True}),
 )
 
 

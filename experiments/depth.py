@@ -5,7 +5,7 @@
 
 The 32-layer network with residual blocks, with blocks without the activation after their sum, and
 without skips, a block a unit, trained for some steps with backpropagation on factors, with direct
-SSA, and with direct SSA whose path carries mean slopes or whose signals come from one unit ahead.
+SSA, and with direct SSA whose signals come from one unit ahead.
 `experiments.study` says what the folder holds and how a study goes on.
 """
 
@@ -29,10 +29,6 @@ _MODELS = {
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "svd_bp": ("svd_bp", {"method": "svd_bp"}),
     "direct": ("ssa direct", {"method": "ssa", "feedback_lookahead": 0}),
-    "gates": (
-        "mean slopes in the path",
-        {"method": "ssa", "mean_gates": True, "feedback_lookahead": 0},
-    ),
     "ahead": ("one unit ahead", {"method": "ssa", "feedback_lookahead": 1}),
 }
 VARIANTS = (
@@ -45,16 +41,6 @@ VARIANTS = (
         "conv_direct",
         "residual, a convolution a unit, ssa direct",
         {"model": "resnet32_conv", "method": "ssa", "feedback_lookahead": 0},
-    ),
-    Variant(
-        "conv_gates",
-        "residual, a convolution a unit, mean slopes",
-        {
-            "model": "resnet32_conv",
-            "method": "ssa",
-            "mean_gates": True,
-            "feedback_lookahead": 0,
-        },
     ),
 )
 

@@ -25,8 +25,8 @@ from experiments.flags import define_path, run_program
 from experiments.latency import latencies
 from experiments.table import markdown
 from ssa_jax import export
-from ssa_jax.data import Images, Loader
-from ssa_jax.data.streams import STREAMS, StreamLoader
+from ssa_jax.data import Images
+from ssa_jax.data.streams import STREAMS
 from ssa_jax.errors import ConfigError
 from ssa_jax.export import ExportError, InferenceModel
 from ssa_jax.runs import build, inputs, trained
@@ -104,7 +104,7 @@ def evaluate_export(folder: Path, data_dir: str | None = None) -> list[Row]:
 
 
 def _metadata(run: Trained) -> dict[str, Any]:
-    mean, std = inputs.moments(run.data)
+    moments = inputs.moments(run.data)
     return {
         "model": run.config.model,
         "dataset": run.config.dataset,
@@ -113,7 +113,10 @@ def _metadata(run: Trained) -> dict[str, Any]:
         "epoch": run.epoch,
         "test_accuracy": run.test_accuracy,
         # Of pixels in [0, 255]: the network takes (image - mean) / std.
-        "normalization": {"mean": mean.tolist(), "std": std.tolist()},
+        "normalization": {
+            name: found.tolist()
+            for name, found in zip(("mean", "std"), moments or (), strict=False)
+        },
     }
 
 
@@ -164,7 +167,7 @@ def _compare(
     return _with_costs(rows, sized, data.image_shape)
 
 
-def _logits(call: Callable[[Array], Array], loader: Loader | StreamLoader) -> np.ndarray:
+def _logits(call: Callable[[Array], Array], loader: inputs.AnyLoader) -> np.ndarray:
     """Logits (n, classes) of all test batches."""
     program = jax.jit(lambda x: call(x))
     batches = loader.test_batches()
@@ -195,9 +198,7 @@ def _dense(config: Config, data: Images) -> InferenceModel:
     return export.to_inference(model, data.image_shape)
 
 
-def _with_costs(
-    rows: list[Row], forms: dict[str, Form], input_shape: tuple[int, int, int]
-) -> list[Row]:
+def _with_costs(rows: list[Row], forms: dict[str, Form], input_shape: tuple[int, ...]) -> list[Row]:
     calls = {name: form.call for name, form in forms.items()}
     times = {batch: latencies(calls, input_shape, batch) for batch in BATCHES}
     image = jax.ShapeDtypeStruct((1, *input_shape), "float32")

@@ -14,8 +14,7 @@ from absl import app, flags, logging
 
 from experiments import help
 from experiments.recipes import RECIPES
-from ssa_jax.data import DataError
-from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.errors import ConfigError, DataError, NotFiniteError
 from ssa_jax.export import ExportError
 from ssa_jax.runs import processes
 from ssa_jax.runs.config import Config

@@ -4,9 +4,9 @@
     python -m experiments.gap --quick --dataset=digits --model=mlp
 
 The reference is `svd_bp`; every other variant is direct SSA with one thing changed: how often the
-path follows the weights, what it carries of the activations, how far a unit's gradient reaches,
-what is added to the signal, what comes before, and how the weights are moved. `experiments.study`
-says what the folder holds and how a study goes on.
+path follows the weights, how fine it is, how far a unit's gradient reaches, what is added to the
+signal, what comes before, and how the weights are moved. `experiments.study` says what the folder
+holds and how a study goes on.
 """
 
 import functools
@@ -28,7 +28,6 @@ VARIANTS = (
     _direct("direct", "ssa direct"),
     _direct("every_1", "path follows in every step", feedback_every=1),
     _direct("every_100", "path follows every 100 steps", feedback_every=100),
-    _direct("mean_gates", "mean slopes in the path", mean_gates=True),
     _direct("channel", "path per channel", feedback_form="channel"),
     _direct("lookahead_1", "one unit ahead", feedback_lookahead=1),
     _direct("lookahead_2", "two units ahead", feedback_lookahead=2),

@@ -32,7 +32,7 @@ from experiments.timing import contestant, side_by_side
 from ssa_jax import factors
 from ssa_jax.errors import ConfigError
 from ssa_jax.models import MODELS
-from ssa_jax.networks.units import split_units
+from ssa_jax.networks.models import split
 from ssa_jax.runs import compiling
 from ssa_jax.runs.config import MOST
 from ssa_jax.runs.environment import environment
@@ -67,7 +67,8 @@ def measure(case: Case, ranks: Sequence[float], *, quick: bool) -> list[Row]:
 
 
 def _shapes(case: Case, rank: float | None) -> Any:
-    return jax.eval_shape(lambda: split_units(networks.network(case, rank))[1])
+    image = jax.ShapeDtypeStruct((1, *case.input_shape), "float32")
+    return jax.eval_shape(lambda: split(networks.network(case, rank), image).params)
 
 
 def _parts(case: Case, rank: float, ms: float, rounds: int) -> Row:

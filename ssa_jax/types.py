@@ -10,10 +10,18 @@ Tree = Any
 
 
 class Batch(NamedTuple):
-    """Images (batch, H, W, C) float32, normalised, and labels (batch,) int32."""
+    """Inputs and targets.
+
+    Attributes:
+      images: the model's inputs (batch, ...), such as normalised images (batch, H, W, C) float32.
+      labels: targets (batch, ...), such as labels (batch,) int32.
+      weight: (batch,), zero for examples that are padding; None where none is, or where labels
+        of -1 say so.
+    """
 
     images: Array
     labels: Array
+    weight: Array | None = None
 
 
 class TrainState(NamedTuple):

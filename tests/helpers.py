@@ -8,8 +8,6 @@ from flax import nnx
 from ssa_jax.layers import Pool
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
 from ssa_jax.models.blocks import (
-    BlockEntry,
-    BlockExit,
     Plain,
     Residual,
     batch_norm,
@@ -17,8 +15,9 @@ from ssa_jax.models.blocks import (
     dense,
 )
 from ssa_jax.models.feedforward import Feedforward
+from ssa_jax.networks import models
 from ssa_jax.networks.forward import output_shapes
-from ssa_jax.networks.units import split_units
+from ssa_jax.training import tasks
 from ssa_jax.types import Batch
 
 IMAGE = (6, 6, 2)
@@ -49,15 +48,13 @@ def tiny_residual(rank=None, seed=0, split=False):
                      norm=batch_norm(c_out, rngs), activation=activation)  # fmt: skip
 
     def block(first, last, shortcut=None):
-        if split:
-            return [BlockEntry(first, shortcut=shortcut), BlockExit(last)]
-        return [Residual([first, last], shortcut=shortcut)]
+        return Residual([first, last], shortcut=shortcut, cuts=split)
 
     return Feedforward(
         [
             plain(2, 4, activation=nnx.relu),
-            *block(plain(4, 4, activation=nnx.relu), plain(4, 4)),
-            *block(plain(4, 6, strides=2, activation=nnx.relu), plain(6, 6),
+            block(plain(4, 4, activation=nnx.relu), plain(4, 4)),
+            block(plain(4, 6, strides=2, activation=nnx.relu), plain(6, 6),
                    plain(4, 6, size=1, strides=2)),
             Plain(dense(54, CLASSES, rank=None, rngs=rngs), flatten=True),
         ]
@@ -100,13 +97,26 @@ def make_batch(n=8, seed=0, shape=IMAGE, classes=CLASSES):
     return Batch(images, jax.random.randint(key_y, (n,), 0, classes))
 
 
+def output_error(logits, labels):
+    """Cross-entropy and its gradient."""
+    return tasks.output_error(tasks.CROSS_ENTROPY, logits, labels)
+
+
+def apart(model, shape=IMAGE):
+    """Units, parameters and state of a model on images of a shape."""
+    found = models.split(model, jax.ShapeDtypeStruct((1, *shape), "float32"))
+    return found.units, found.params, found.mstate
+
+
 def split(name="conv", rank=None, seed=0):
-    return split_units(NETWORKS[name](rank, seed))
+    return apart(NETWORKS[name](rank, seed))
 
 
 def make_method(name, units, params, mstate, shape=IMAGE, **options) -> Method:
     shapes = output_shapes(units, params, mstate, shape)
-    return METHODS[name](Network(units, shapes), FeedbackOptions(**options))
+    return METHODS[name](
+        Network(units, shapes, make_batch(4, 9, shape).images), FeedbackOptions(**options)
+    )
 
 
 def max_difference(a, b):

@@ -45,6 +45,7 @@ def identical(a, b):
 
 
 START = Position()
+LAYER = "units/0/map/kernel"
 
 
 def save(folder, state, position=START, **options):
@@ -58,7 +59,7 @@ def save_each(folder, accuracies, **options):
     with Checkpoints(folder, **options) as checkpoints:
         for epoch, accuracy in enumerate(accuracies):
             state = state._replace(step=jnp.int32(epoch))
-            checkpoints.save(state, Position(epoch, test_accuracy=accuracy))
+            checkpoints.save(state, Position(epoch, score=accuracy))
 
 
 def test_a_restored_run_goes_on_bit_for_bit_across_a_rank_change(tmp_path):
@@ -96,7 +97,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.latest() == 6
     assert checkpoints.best() == 3
     position, state = checkpoints.restore(fresh()[0], checkpoints.best())
-    assert (position.epoch, position.test_accuracy, int(state.step)) == (3, 0.7, 3)
+    assert (position.epoch, position.score, int(state.step)) == (3, 0.7, 3)
 
 
 @pytest.mark.slow
@@ -104,7 +105,7 @@ def test_the_best_is_remembered_by_the_next_process(tmp_path):
     save_each(tmp_path, [0.1, 0.9, 0.2, 0.3], keep=1)
     assert Checkpoints(tmp_path).steps() == [1, 3]
     state = fresh()[0]._replace(step=jnp.int32(4))
-    save(tmp_path, state, Position(4, test_accuracy=0.4), keep=1)
+    save(tmp_path, state, Position(4, score=0.4), keep=1)
     assert Checkpoints(tmp_path).steps() == [1, 4]
     assert Checkpoints(tmp_path).best() == 1
 
@@ -210,17 +211,16 @@ def test_a_changed_bit_that_the_storage_does_not_notice_is_found(tmp_path, monke
 
     def altered(folder, abstract):
         state = load(folder, abstract)["state"]
-        bits = np.asarray(state.params[0]["map"]["kernel"].s).view(np.uint32) ^ (folder.name == "1")
-        state.params[0]["map"]["kernel"] = state.params[0]["map"]["kernel"]._replace(
-            s=jnp.asarray(bits.view(np.float32))
-        )
+        first = state.params[0]
+        bits = np.asarray(first[LAYER].s).view(np.uint32) ^ (folder.name == "1")
+        first[LAYER] = first[LAYER]._replace(s=jnp.asarray(bits.view(np.float32)))
         return {"state": state}
 
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", altered)
     told = []
     position, _ = Checkpoints(tmp_path, tell=told.append).restore(fresh()[0])
     assert position.epoch == 0
-    assert "its arrays are altered: params/0/map/kernel/s" in told[0]
+    assert f"its arrays are altered: params/0/{LAYER}/s" in told[0]
 
 
 def test_all_damaged_is_an_error(tmp_path):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import apart
 
 from benchmarks import comm, records
 from benchmarks.collectives import Collective
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network
-from ssa_jax.networks.units import split_units
 
 ROOT = Path(__file__).parent.parent
 HALF = {"model": "mlp", "method": "ssa", "rank": 0.5, "batch": 8, "devices": 2}
@@ -52,7 +52,8 @@ def test_factors_are_summed_and_no_kernels(tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [r["method"] for r in rows] == ["bp", "dfa", "ssa", "ssa", "ssa"]
     for row in rows:
-        params = split_units(network(Case(row["model"], 8), row["rank"]))[1]
+        case = Case(row["model"], 8)
+        _, params, _ = apart(network(case, row["rank"]), case.input_shape)
         trained = 4 * sum(x.size for x in jax.tree.leaves(params))
         # Without s, whose gradient is made of that of V diag(s); with the statistics of batches.
         assert 0.98 * trained < row["all_reduce_bytes"] < 1.02 * trained, row

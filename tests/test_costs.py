@@ -3,19 +3,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from helpers import CLASSES, make_batch, make_method, split
+from helpers import CLASSES, apart, make_batch, make_method, split
 from jax import lax
 
 from ssa_jax.models import MODELS
 from ssa_jax.networks.forward import predict
-from ssa_jax.networks.units import split_units
 from ssa_jax.training import costs
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.train import init_state, make_step
 
 
 def model_macs(name, rank):
-    units, params, mstate = split_units(MODELS[name]((32, 32, 3), 10, rank=rank, rngs=nnx.Rngs(0)))
+    units, params, mstate = apart(MODELS[name]((32, 32, 3), 10, rank=rank, rngs=nnx.Rngs(0)))
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
     return costs.macs(lambda p, x: predict(units, p, mstate, x), params, image)
 
@@ -121,7 +120,7 @@ def test_costs_of_a_step_of_dense_layers():
     "name", ["bp", "ssa", *(pytest.param(n, marks=pytest.mark.long) for n in ("fa", "dfa"))]
 )
 def test_units_of_a_step_add_up_to_what_the_compiler_counts(name):
-    units, params, mstate = split_units(
+    units, params, mstate = apart(
         MODELS["mlp"]((8, 8, 3), 10, rank=0.5, rngs=nnx.Rngs(0), hidden=(256, 256))
     )
     method = make_method(name, units, params, mstate, shape=(8, 8, 3))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ssa_jax import data
-from ssa_jax.data import DataError, Dataset
+from ssa_jax.data import Dataset
+from ssa_jax.errors import DataError
 
 PREPARED = os.environ.get("TFDS_DATA_DIR")
 

@@ -42,9 +42,9 @@ def untimed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A hybrid run on the digits that was compacted, with joined units and mean slopes."""
+    """A hybrid run on the digits that was compacted, with joined units."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    summary = run(dataclasses.replace(SMALL, unit_size=2, mean_gates=True, workdir=str(folder)))
+    summary = run(dataclasses.replace(SMALL, unit_size=2, workdir=str(folder)))
     assert summary["rank_fraction"] < 0.8
     return folder, summary
 
@@ -157,7 +157,7 @@ def test_all_forms_agree_on_the_test_set_of_cifar10(untimed, tmp_path):
                workdir=str(folder))
     )  # fmt: skip
     # Compacted: the last layer began at 128, a quarter of its full rank.
-    assert summary["ranks"]["3/map/kernel"] < 128
+    assert summary["ranks"]["3/units/3/map/kernel"] < 128
     rows = evaluate.evaluate_run(folder)
     assert [r["form"] for r in rows] == FORMS
     for row in rows[:-1]:

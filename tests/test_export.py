@@ -13,7 +13,7 @@ from ssa_jax import export
 from ssa_jax.export import Add, Affine, ExportError, InferenceModel, MaxPool, modules
 from ssa_jax.layers import Pool, SVDConv, SVDDense
 from ssa_jax.models import MODELS
-from ssa_jax.models.blocks import BlockEntry, Plain, add_mean_slopes
+from ssa_jax.models.blocks import Plain
 from ssa_jax.training import costs
 
 
@@ -158,13 +158,6 @@ def test_a_split_block_and_a_whole_one_become_one_network():
     assert described[0] == described[1]
 
 
-def test_mean_slopes_are_left_behind():
-    model, x = NETWORKS["conv"](0.5), make_batch().images
-    add_mean_slopes(model)
-    seen(model)
-    assert_same(export.to_inference(model, IMAGE)(x), model(x))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A residual network's inference form and the folder of its export."""
@@ -266,7 +259,6 @@ def test_models_without_an_inference_form_name_the_layer():
     fails(nnx.LayerNorm(2, rngs=rngs), "model/layers/1: exports have no layer LayerNorm")
     fails(nnx.Conv(2, 2, (3, 3), dtype=jnp.bfloat16, rngs=rngs), "model/layers/1: .*float32")
     fails(nnx.BatchNorm(6, axis=1, rngs=rngs), "model/layers/1: a batch norm over axis 1")
-    fails(BlockEntry(Plain(nnx.Conv(2, 2, (3, 3), rngs=rngs))), "must be followed by a BlockExit")
     with pytest.raises(ExportError, match="form must be one of auto, factored, merged"):
         export.to_inference(NETWORKS["conv"](0.5), IMAGE, "fast")
 

@@ -6,13 +6,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import IMAGE, NETWORKS, make_batch, make_method
+from helpers import IMAGE, NETWORKS, apart, make_batch, make_method
 
 from ssa_jax import factors
 from ssa_jax.layers import SVDConv, SVDDense
 from ssa_jax.networks import factorize
 from ssa_jax.networks.factorize import LeftDense, from_dense
-from ssa_jax.networks.units import split_units
 from ssa_jax.training import train
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import OptimizerConfig, make_optimizer
@@ -143,7 +142,7 @@ def test_wrong_choices(choice, message):
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 @pytest.mark.slow
 def test_a_converted_model_trains_by_ssa(name):
-    units, params, mstate = split_units(from_dense(NETWORKS[name](None), rank=0.5))
+    units, params, mstate = apart(from_dense(NETWORKS[name](None), rank=0.5))
     method = make_method("ssa", units, params, mstate, IMAGE)
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=1e-2, total_steps=10, steps_per_epoch=10)

@@ -3,13 +3,24 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import CLASSES, IMAGE, make_batch, max_difference, split
+from flax import nnx
+from helpers import (
+    CLASSES,
+    IMAGE,
+    NETWORKS,
+    apart,
+    first,
+    make_batch,
+    max_difference,
+    output_error,
+    split,
+)
 
-from ssa_jax import factors
 from ssa_jax.methods import feedback
 from ssa_jax.networks.forward import forward, output_shapes, predict
-from ssa_jax.training import losses
 
+# On which paths are composed.
+INPUTS = 4
 FULL = feedback.Plan(per_channel=False, rows=CLASSES, size=0, full_size=0)
 
 
@@ -18,41 +29,110 @@ def setup(name, rank=0.5):
     return units, params, mstate, output_shapes(units, params, mstate, IMAGE)
 
 
-def test_composed_path_is_the_jacobian_of_a_linear_network():
-    units, params, mstate, shapes = setup("linear")
-    paths = feedback.composed_paths(units, params, mstate, shapes, FULL)
-    x = make_batch(1).images
-    for i, path in enumerate(paths):
+def composed(units, params, mstate, twins=None, x=None, plan=FULL):
+    inputs = make_batch(INPUTS).images if x is None else x
+    return feedback.composed_paths(units, params, twins, mstate, inputs, plan)
+
+
+def jacobians(units, params, mstate, x):
+    """Of every hidden unit (inputs, outputs, inputs, *shape): ∂outputs/∂h_i in training mode."""
+    for i in range(len(units) - 1):
         x, _ = units[i].apply(params[i], mstate[i], x, train=True)
         rest = slice(i + 1, None)
-        jacobian = jax.jacobian(
+        yield jax.jacobian(
             lambda h, r=rest: predict(units[r], params[r], mstate[r], h, train=True)
         )(x)
-        assert path.shape == (CLASSES, *shapes[i])
-        assert jnp.allclose(path, jacobian[0, :, 0], atol=1e-5)
 
 
-def test_composed_path_of_a_residual_sum_is_the_sum_of_the_paths():
-    units, params, mstate, shapes = setup("residual")
-    paths = feedback.composed_paths(units, params, mstate, shapes, FULL)
-    # Without its body's last kernel the identity block passes the path on unchanged.
-    cut = factors.map_factors(lambda f: f._replace(s=0 * f.s), params[1])
-    paths_cut = feedback.composed_paths(units, (params[0], cut, *params[2:]), mstate, shapes, FULL)
-    assert jnp.array_equal(paths_cut[0], paths[1])
+@pytest.mark.parametrize("name", first(["conv", "residual", "split_residual"], 1))
+def test_composed_path_is_the_mean_jacobian(name):
+    units, params, mstate, shapes = setup(name)
+    x = make_batch(INPUTS).images
+    paths = composed(units, params, mstate)
+    for i, jacobian in enumerate(jacobians(units, params, mstate, x)):
+        assert paths[i].shape == (CLASSES, *shapes[i])
+        # A norm makes the outputs of one input depend on the other inputs too.
+        assert jnp.allclose(paths[i], jacobian.sum(0).mean(1), atol=1e-5)
+
+
+def test_composed_path_of_a_linear_network_is_the_jacobian_at_any_input():
+    units, params, mstate, shapes = setup("linear")
+    paths = composed(units, params, mstate)
+    other = make_batch(2, seed=5).images
+    for i, jacobian in enumerate(jacobians(units, params, mstate, other)):
+        assert paths[i].shape == (CLASSES, *shapes[i])
+        for n in range(2):
+            assert jnp.allclose(paths[i], jacobian[n, :, n], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", first(["conv", "residual", "split_residual"], 1))
+def test_composed_path_is_the_mean_of_what_the_walk_makes_of_each_logit(name):
+    units, params, mstate, _ = setup(name)
+    twins = split(name, 0.5, seed=7)[1]
+    logits, _, tape = forward(units, params, mstate, make_batch(INPUTS).images)
+    paths = composed(units, params, mstate, twins)
+    for c in range(CLASSES):
+        unit_vectors = jnp.broadcast_to(jnp.eye(CLASSES)[c], logits.shape)
+        signals = feedback.walk(units, params, twins, tape, unit_vectors)
+        means = [signal.mean(0) for signal in signals[:-1]]
+        assert max_difference([path[c] for path in paths], means) < 1e-5
+    assert max_difference(paths, composed(units, params, mstate)) > 1e-2
+
+
+def test_weights_as_twins_make_the_exact_paths():
+    units, params, mstate, _ = setup("conv")
+    exact, walked = composed(units, params, mstate), composed(units, params, mstate, params)
+    assert max_difference(exact, walked) < 1e-6
+
+
+def without_last_kernel(params):
+    """The parameters, those of the first block's last convolution without singular values."""
+    name = "units/1/body/1/map/kernel"
+    f = params[1][name]
+    return (params[0], params[1] | {name: f._replace(s=0 * f.s)}, *params[2:])
+
+
+@pytest.mark.parametrize("activation", [None, nnx.relu])
+def test_path_passes_an_identity_block_without_its_last_kernel_through_the_gate_alone(activation):
+    model = NETWORKS["residual"](0.5)
+    model.units[1].activation = activation
+    units, params, mstate = apart(model)
+    params = without_last_kernel(params)
+    x = make_batch(INPUTS).images
+    _, _, tape = forward(units, params, mstate, x)
+    paths = composed(units, params, mstate)
+    # The block's input is that of its activation, and its output.
+    assert jnp.array_equal(tape.outputs[0], tape.outputs[1])
+    if activation is None:
+        assert jnp.array_equal(paths[0], paths[1])
+        return
+    above = jax.vjp(lambda h: predict(units[2:], params[2:], mstate[2:], h, train=True),
+                    tape.outputs[1])[1]  # fmt: skip
+    for c in range(CLASSES):
+        signal = above(jnp.broadcast_to(jnp.eye(CLASSES)[c], (INPUTS, CLASSES)))[0]
+        gated = jnp.where(tape.outputs[0] > 0, signal, 0)
+        assert jnp.allclose(paths[0][c], gated.mean(0), atol=1e-6)
     assert not jnp.allclose(paths[0], paths[1], atol=1e-3)
 
 
-def test_path_enters_a_norm_by_its_scale_over_its_deviation():
-    units, params, mstate, shapes = setup("conv")
-    paths = feedback.composed_paths(units, params, mstate, shapes, FULL)
-    scaled = jax.tree.map(lambda x: x, params)
-    scaled[1]["norm"]["scale"] = 3 * scaled[1]["norm"]["scale"]
-    tripled = feedback.composed_paths(units, scaled, mstate, shapes, FULL)
+def test_path_enters_a_norm_by_its_scale_over_the_deviation_of_the_batch():
+    units, params, mstate, _ = setup("conv")
+    paths = composed(units, params, mstate)
+    name = "units/1/norm/scale"
+    scaled = (params[0], params[1] | {name: 3 * params[1][name]}, *params[2:])
+    tripled = composed(units, scaled, mstate)
     assert jnp.allclose(tripled[0], 3 * paths[0], atol=1e-5)
-    wide = jax.tree.map(lambda x: x, mstate)
-    wide[1]["norm"]["var"] = 4 * wide[1]["norm"]["var"]
-    halved = feedback.composed_paths(units, params, wide, shapes, FULL)
-    assert jnp.allclose(halved[0], paths[0] / 2, atol=1e-5)
+    assert max_difference(tripled[1:], paths[1:]) < 1e-6
+    # A kernel of twice the size doubles the deviation too.
+    name = "units/1/map/kernel"
+    f = params[1][name]
+    doubled = (params[0], params[1] | {name: f._replace(s=2 * f.s)}, *params[2:])
+    same = composed(units, doubled, mstate)
+    assert jnp.allclose(same[0], paths[0], atol=1e-4)
+    # Running statistics are not those of the batch.
+    assert (
+        max_difference(composed(units, params, jax.tree.map(lambda m: 4 * m, mstate)), paths) == 0
+    )
 
 
 def test_send_is_linear_in_the_error():
@@ -69,7 +149,7 @@ def test_walk_with_the_weights_as_twins_is_backpropagation(name):
     units, params, mstate, _ = setup(name)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     delta, expected = error, [error]
     for pullback in tape.pullbacks[:0:-1]:
         delta = pullback(delta)[1]
@@ -104,14 +184,12 @@ def test_the_bound_on_memory_chooses_the_form():
         feedback.plan(shapes, "sparse", 0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, CLASSES])
+@pytest.mark.parametrize("rows", [1, 2 * INPUTS, CLASSES * INPUTS])
 def test_per_channel_paths_are_the_mean_over_positions_in_chunks_or_not(rows):
-    units, params, mstate, shapes = setup("conv")
-    full = feedback.composed_paths(units, params, mstate, shapes, FULL)
+    units, params, mstate, _ = setup("conv")
+    full = composed(units, params, mstate)
     plan = FULL._replace(per_channel=True, rows=rows)
-    for channel, path in zip(
-        feedback.composed_paths(units, params, mstate, shapes, plan), full, strict=True
-    ):
+    for channel, path in zip(composed(units, params, mstate, plan=plan), full, strict=True):
         axes = tuple(range(1, path.ndim - 1))
         assert jnp.allclose(channel, path.mean(axes, keepdims=True), atol=1e-6)
 
@@ -133,7 +211,7 @@ def test_looking_ahead_to_the_output_is_backpropagation():
     units, params, mstate, _ = setup("conv")
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     nothing = tuple(jnp.zeros_like(h) for h in tape.outputs[:-1])
     true = [error]
     for pullback in tape.pullbacks[:0:-1]:

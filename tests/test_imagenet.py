@@ -10,8 +10,8 @@ from streamed import stream
 
 from experiments import evaluate, seeds
 from ssa_jax import export
-from ssa_jax.data import DataError, streams
-from ssa_jax.errors import ConfigError
+from ssa_jax.data import streams
+from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.runs import inputs
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import make_batch, max_difference, split
+from helpers import make_batch, max_difference, output_error, split
 
 from ssa_jax import factors
 from ssa_jax.methods import twins as tw
 from ssa_jax.networks.forward import forward
-from ssa_jax.training import losses
+from ssa_jax.training import losses, tasks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.passes import local_gradients
 
@@ -66,7 +66,7 @@ def test_local_gradients_are_those_of_the_written_loss(weights):
 
 def test_terms_have_their_written_values():
     _, params, _, _, tape, signals, twins = setup()
-    f, b = params[0]["map"]["kernel"], twins[0]["map"]["kernel"]
+    f, b = (tree[0]["units/0/map/kernel"] for tree in (params, twins))
     terms = losses.local_terms(params[0], twins[0], tape.outputs[0], signals[0])
     assert terms["task"] == pytest.approx(float(jnp.sum(tape.outputs[0] * signals[0])), rel=1e-4)
     # UᵀU = 1.21 I of rank r and VᵀV = I.
@@ -86,7 +86,7 @@ def test_no_alignment_without_twins():
 def test_output_error_is_softmax_minus_onehot_over_the_batch():
     logits = jax.random.normal(jax.random.key(0), (6, 4))
     labels = jnp.array([0, 1, 2, 3, 0, 1])
-    loss, error = losses.output_error(logits, labels)
+    loss, error = output_error(logits, labels)
     assert jnp.allclose(error, (jax.nn.softmax(logits) - jax.nn.one_hot(labels, 4)) / 6, atol=1e-7)
     picked = jnp.log(jax.nn.softmax(logits))[jnp.arange(6), labels]
     assert loss == pytest.approx(-float(jnp.mean(picked)), rel=1e-5)
@@ -108,7 +108,7 @@ def test_cosine_ignores_lengths_and_is_finite_at_zero():
 def test_smoothed_loss_has_the_smoothed_targets():
     logits = jax.random.normal(jax.random.key(0), (6, 5))
     labels = jnp.arange(6) % 5
-    loss, error = losses.output_error(logits, labels, 0.1)
+    loss, error = tasks.output_error(tasks.cross_entropy(0.1), logits, labels)
     targets = 0.9 * jax.nn.one_hot(labels, 5) + 0.1 / 5
     assert float(loss) == pytest.approx(
         float(-jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), 1))), rel=1e-5

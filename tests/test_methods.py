@@ -7,16 +7,28 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from helpers import CLASSES, NARROW, NETWORKS, first, make_batch, make_method, max_difference, split
+from helpers import (
+    CLASSES,
+    IMAGE,
+    NARROW,
+    NETWORKS,
+    apart,
+    first,
+    make_batch,
+    make_method,
+    max_difference,
+    output_error,
+    split,
+)
 
 from ssa_jax import factors
 from ssa_jax.methods import METHODS, blend, chain, relay
+from ssa_jax.methods.feedback import composed_paths, plan
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
-from ssa_jax.networks.forward import forward
-from ssa_jax.networks.units import split_units
-from ssa_jax.training import losses, metrics
+from ssa_jax.networks.forward import forward, output_shapes
+from ssa_jax.training import metrics
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.passes import local_gradients
 from ssa_jax.training.train import init_state, make_refresh, make_step, true_gradients
@@ -63,7 +75,7 @@ def run_once(name, network="conv", rank=0.5, options=None, key=0):
     state = method.init(jax.random.key(key), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     signals = method.signals(state, params, tape, error, batch)
     gradients = local_gradients(params, method.twins(state), tape, signals, LossWeights())
     return tape, error, signals, gradients, true_gradients(units, params, mstate, batch)
@@ -76,7 +88,7 @@ def test_protocol(name, options, rank):
     method = make_method(name, units, params, mstate, **options)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     feedback = method.init(jax.random.key(0), params, mstate)
     signals = method.signals(feedback, params, tape, error, batch)
     assert [d.shape for d in signals] == [h.shape for h in tape.outputs]
@@ -142,7 +154,7 @@ def test_direct_signals_ignore_later_activations(name, options):
     feedback = method.init(jax.random.key(0), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     other = forward(units, params, mstate, 2 * batch.images + 1)[2]
     ours = method.signals(feedback, params, tape, error, batch)
     for i in range(len(units)):
@@ -161,7 +173,7 @@ def network_of(model, rank, batch):
     # The stem of larger images pools.
     shape = (33, 33, 3) if model in NARROW else (32, 32, 3)
     network = MODELS[model](shape, 10, rank=rank, rngs=nnx.Rngs(0), **NARROW.get(model, {}))
-    units, params, mstate = split_units(network)
+    units, params, mstate = apart(network, shape)
     return units, params, mstate, make_batch(batch, shape=shape, classes=10), shape
 
 
@@ -178,7 +190,7 @@ def test_sequential_tracked_is_bp_on_every_model(model, rank):
     @jax.jit
     def both(feedback, params, mstate):
         logits, _, tape = forward(units, params, mstate, batch.images)
-        _, error = losses.output_error(logits, batch.labels)
+        _, error = output_error(logits, batch.labels)
         signals = method.signals(feedback, params, tape, error, batch)
         ours = local_gradients(params, method.twins(feedback), tape, signals, LossWeights())
         return ours, true_gradients(units, params, mstate, batch)
@@ -235,7 +247,7 @@ def test_fa_feedback_never_moves_and_brsf_draws_anew():
 def test_usf_walks_through_the_weights_signs():
     _, params, _ = split("linear")
     _, _, signals, _, _ = run_once("usf", "linear", None)
-    kernel = params[-1]["map"]["kernel"]
+    kernel = params[-1]["units/3/map/kernel"]
     signs = jnp.sign(kernel) * jnp.linalg.norm(kernel) / jnp.sqrt(kernel.size)
     assert jnp.allclose(signals[-2], signals[-1] @ signs.T, atol=1e-6)
 
@@ -253,7 +265,7 @@ def test_local_signals_are_gradients_of_the_written_readout_loss():
     state = method.init(jax.random.key(0), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     signals = method.signals(state, params, tape, error, batch)
     for readout, h, signal in zip(state.readouts, tape.outputs[:-1], signals[:-1], strict=True):
         flat = h.reshape(len(h), -1)
@@ -278,7 +290,7 @@ def test_drtp_sends_the_targets():
     paths = method.init(jax.random.key(0), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     signals = method.signals(paths, params, tape, error, batch)
     for path, signal in zip(paths, signals[:-1], strict=True):
         assert jnp.allclose(signal, -path[batch.labels] / len(batch.labels), atol=1e-6)
@@ -301,7 +313,7 @@ def test_a_blend_adds_the_helper_and_keeps_the_rest():
     state = both.init(jax.random.key(0), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     args = (params, tape, error, batch)
     ours, theirs = main.signals(state[0], *args), helper.signals(state[1], *args)
     mixed = both.signals(state, *args)
@@ -324,7 +336,7 @@ def test_a_relay_hands_on_the_weights_and_a_state_that_followed_them():
     state = before.init(jax.random.key(0), params, mstate)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels)
+    _, error = output_error(logits, batch.labels)
     args = (params, tape, error, batch)
     assert max_difference(before.signals(state, *args), chain(tape, error)) == 0
     direct = make_method("ssa", units, params, mstate)
@@ -343,8 +355,28 @@ def test_tracked_twins_follow_at_a_refresh_only():
     assert method.refresh_every == 5
     feedback = method.init(jax.random.key(0), params, mstate)
     moved = jax.tree.map(lambda p: p + 1, params)
-    assert max_difference(method.update(feedback, params, moved, None, None).twins, params) == 0
-    assert max_difference(method.refresh(feedback, moved, mstate).twins, moved) == 0
+    after = method.update(feedback, params, moved, None, make_batch())
+    assert max_difference(after.twins, params) == 0
+    assert max_difference(method.refresh(after, moved, mstate).twins, moved) == 0
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_refresh_composes_paths_on_the_inputs_of_the_last_batch(update):
+    units, params, mstate = split("conv", 0.5)
+    method = make_method("ssa", units, params, mstate, every=5, update=update)
+    before = method.init(jax.random.key(0), params, mstate)
+    batch = make_batch(seed=3)
+    moved = jax.tree.map(lambda p: 1.1 * p, params)
+    after = method.update(before, params, moved, None, batch)
+    assert max_difference(after.paths, before.paths) == 0
+    refreshed = method.refresh(after, moved, mstate)
+    twins = moved if update == "tracked" else after.twins
+    assert max_difference(refreshed.twins, twins) == 0
+    full = plan(output_shapes(units, params, mstate, IMAGE), "full", 0)
+    inputs = batch.images[: len(before.inputs)]
+    paths = composed_paths(units, moved, twins, mstate, inputs, full)
+    assert max_difference(refreshed.paths, paths) < 1e-6
+    assert max_difference(refreshed.paths, before.paths) > 1e-3
 
 
 def test_angles_are_zero_for_bp_and_for_the_last_unit_of_dfa():

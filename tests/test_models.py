@@ -1,40 +1,18 @@
-"""The models' architectures, split blocks, and the mean slopes of activations."""
+"""The models' architectures: whole and split blocks, skips, and their paths."""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from flax import nnx
-from helpers import IMAGE, NETWORKS, first, make_batch, make_method, max_difference, split
+from helpers import apart, make_batch, max_difference
 
-from ssa_jax.layers import Pool, max_pool
 from ssa_jax.methods import feedback
 from ssa_jax.models import MODELS
-from ssa_jax.models.blocks import (
-    BlockEntry,
-    BlockExit,
-    MeanSlope,
-    Plain,
-    Residual,
-    add_mean_slopes,
-    batch_norm,
-    conv,
-    dense,
-)
-from ssa_jax.models.feedforward import Feedforward
-from ssa_jax.networks.forward import forward, output_shapes, predict
-from ssa_jax.networks.units import split_units
-from ssa_jax.training import costs, losses
-from ssa_jax.training.losses import LossWeights
-from ssa_jax.training.train import init_state, make_refresh, make_step
-
-
-def full(shapes):
-    """Every path in full."""
-    return feedback.plan(shapes, "full", 0)
-
+from ssa_jax.models.blocks import Plain, Residual, dense
+from ssa_jax.networks.forward import output_shapes
+from ssa_jax.training import costs
 
 SMALL = (8, 8, 3)
 
@@ -46,9 +24,11 @@ def small(name, rank=0.5, seed=0):
     return model
 
 
-def with_slopes(model):
-    add_mean_slopes(model)
-    return model
+def composed(units, params, mstate):
+    """Full paths by exact derivatives on a few images."""
+    shapes = output_shapes(units, params, mstate, SMALL)
+    x = make_batch(4, 2, SMALL).images
+    return feedback.composed_paths(units, params, None, mstate, x, feedback.plan(shapes, "full", 0))
 
 
 # Parameter counts.
@@ -109,33 +89,39 @@ def test_whole_and_split_blocks_are_one_function_of_one_seed(rank):
     for mode in ("eval", "train"):
         a, b = (getattr(model, mode)() or model(x) for model in (whole, halves))
         assert jnp.allclose(a, b, atol=1e-6)
-    _, params, _ = split_units(whole)
-    _, params_split, _ = split_units(halves)
+    _, params, _ = apart(whole, SMALL)
+    _, params_split, _ = apart(halves, SMALL)
     for i in (1, 2, 3):
-        first, last = (params[i]["body"][j] for j in (0, 1))
-        assert max_difference(first, params_split[2 * i - 1]["first"]) == 0
-        assert max_difference(last, params_split[2 * i]["last"]) == 0
-        shortcuts = params[i].get("shortcut"), params_split[2 * i - 1].get("shortcut")
-        assert shortcuts == (None, None) if i == 1 else max_difference(*shortcuts) == 0
+        # The shortcut is of the first convolution's unit.
+        last = {path: x for path, x in params[i].items() if "/body/1/" in path}
+        first = {path: x for path, x in params[i].items() if path not in last}
+        assert any("/shortcut/" in path for path in first) == (i > 1)
+        assert first.keys() == params_split[2 * i - 1].keys()
+        assert last.keys() == params_split[2 * i].keys()
+        assert max_difference(first, params_split[2 * i - 1]) == 0
+        assert max_difference(last, params_split[2 * i]) == 0
 
 
 @pytest.mark.slow
 def test_composed_paths_agree_where_a_block_ends():
-    (units, params, mstate), (units_s, params_s, mstate_s) = (
-        split_units(small(name)) for name in ("resnet32", "resnet32_conv")
+    paths, paths_s = (
+        composed(*apart(small(name), SMALL)) for name in ("resnet32", "resnet32_conv")
     )
-    shapes, shapes_s = (
-        output_shapes(u, p, m, SMALL) for u, p, m in ((units, params, mstate),
-                                                      (units_s, params_s, mstate_s))
-    )  # fmt: skip
-    paths = feedback.composed_paths(units, params, mstate, shapes, full(shapes))
-    paths_s = feedback.composed_paths(units_s, params_s, mstate_s, shapes_s, full(shapes_s))
     for path, path_s in zip(paths, paths_s[::2], strict=True):
         assert float(jnp.max(jnp.abs(path))) > 1e-3
         assert jnp.allclose(path, path_s, atol=1e-5)
-    # What skips the second convolution gets the path of the block's end unchanged.
-    for entry, end in zip(paths_s[1::2], paths_s[2::2], strict=True):
+
+
+@pytest.mark.slow
+def test_what_skips_a_convolution_is_sent_what_the_block_gets_before_its_activation():
+    """Without that activation the path of the block's end, unchanged."""
+    model = small("resnet32_conv")
+    for block in model.units[1:-1]:
+        block.activation = None
+    paths = composed(*apart(model, SMALL))
+    for entry, end in zip(paths[1::2], paths[2::2], strict=True):
         assert jnp.array_equal(entry[..., -end.shape[-1] :], end)
+        assert not jnp.allclose(entry[..., : end.shape[-1]], end, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -154,40 +140,40 @@ def test_the_plain_network_differs_by_the_skips_alone():
         assert b.shortcut is None
         assert jnp.allclose(b(x), nnx.relu(y), atol=1e-6)
         assert jnp.allclose(a(x), nnx.relu(y + skip), atol=1e-6)
-        linear_skip = a.shortcut.linear(x) if a.shortcut else x
-        assert jnp.allclose(a.linear(x) - b.linear(x), linear_skip, atol=1e-4)
         x = a(x)
 
 
-@pytest.mark.parametrize("gates", first([True, False], 1))
-def test_open_blocks_are_residual_ones_before_their_activation(gates):
+def test_open_blocks_are_residual_ones_before_their_activation():
     residual, open_ = small("resnet32"), small("resnet32_identity")
     for a, b in zip(residual.units[1:-1], open_.units[1:-1], strict=True):
         assert max_difference(*(nnx.state(m, nnx.Param) for m in (a, b))) == 0
         # The same statistics too.
         b.body, b.shortcut = nnx.clone(a.body), nnx.clone(a.shortcut)
-    if gates:
-        add_mean_slopes(open_)
     residual.eval()
     open_.eval()
     x = residual.units[0](make_batch(shape=SMALL).images)
     for a, b in zip(residual.units[1:-1], open_.units[1:-1], strict=True):
         assert jnp.array_equal(a(x), nnx.relu(b(x)))
         if b.shortcut is None:
-            # The skip is whole in the output and in the linear path alike.
-            body, path = x, x
-            for part in b.body:
-                body, path = part(body), part.linear(path)
-            assert jnp.allclose(b(x) - body, x, atol=1e-5)
-            assert jnp.allclose(b.linear(x) - path, x, atol=1e-5)
+            # The skip is whole in the output and in its derivative alike.
+            def body(x, b=b):
+                return b.body[1](b.body[0](x))
+
+            assert jnp.allclose(b(x) - body(x), x, atol=1e-5)
+            y, whole = jax.vjp(b, x)
+            signal = jnp.cos(y)
+            (inner,) = jax.vjp(body, x)[1](signal)
+            assert jnp.allclose(whole(signal)[0] - inner, signal, atol=1e-5)
         x = a(x)
 
 
 def test_the_plain_network_starts_from_the_weights_of_the_residual_one():
-    _, residual, _ = split_units(small("resnet32"))
-    _, plain, _ = split_units(small("plain32"))
+    _, residual, _ = apart(small("resnet32"), SMALL)
+    _, plain, _ = apart(small("plain32"), SMALL)
     for a, b in zip(residual, plain, strict=True):
-        assert max_difference({k: v for k, v in a.items() if k != "shortcut"}, b) == 0
+        a = {path: x for path, x in a.items() if "/shortcut/" not in path}
+        assert a.keys() == b.keys()
+        assert max_difference(a, b) == 0
 
 
 def test_a_shortcut_without_skip_is_refused():
@@ -197,216 +183,19 @@ def test_a_shortcut_without_skip_is_refused():
 
 
 def test_only_the_stem_starts_at_full_rank():
-    _, params, _ = split_units(small("resnet32", 0.5))
-    assert params[0]["map"]["kernel"].rank == 3 * 3
-    assert params[1]["body"][0]["map"]["kernel"].rank == 3 * 16 // 2
-    assert params[2]["shortcut"]["map"]["kernel"].rank == 16 // 2
+    _, params, _ = apart(small("resnet32", 0.5), SMALL)
+    assert params[0]["units/0/map/kernel"].rank == 3 * 3
+    assert params[1]["units/1/body/0/map/kernel"].rank == 3 * 16 // 2
+    assert params[2]["units/2/shortcut/map/kernel"].rank == 16 // 2
 
 
 @pytest.mark.slow
-def test_averaging_classifier_is_its_linear_path():
+def test_path_of_an_averaging_classifier_is_its_kernel_over_the_positions():
     model = small("resnet32")
     last = model.units[-1]
     h = jax.random.normal(jax.random.key(0), (4, 2, 2, 64))
-    assert jnp.array_equal(last(h), last.linear(h))
     assert jnp.allclose(last(h), last.map(h.mean((1, 2))), atol=1e-6)
-    units, params, mstate = split_units(model)
-    shapes = output_shapes(units, params, mstate, SMALL)
-    path = feedback.composed_paths(units, params, mstate, shapes, full(shapes))[-1]
-    expected = params[-1]["map"]["kernel"].T.reshape(5, 1, 1, 64) / 4
+    units, params, mstate = apart(model, SMALL)
+    path = composed(units, params, mstate)[-1]
+    expected = params[-1]["units/4/map/kernel"].T.reshape(5, 1, 1, 64) / 4
     assert jnp.allclose(path, jnp.broadcast_to(expected, path.shape), atol=1e-7)
-
-
-# Mean slopes.
-
-
-def is_slope(path):
-    return "'slope'" in jax.tree_util.keystr(path)
-
-
-def slopes(tree, others=False):
-    """The slopes of a state tree, or all its other leaves."""
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return [x for path, x in found if is_slope(path) != others]
-
-
-def plain(rngs, c_in=2, activation=None, **options):
-    layer = conv(c_in, 4, 3, rank=0.7, rngs=rngs)
-    return Plain(layer, norm=batch_norm(4, rngs), activation=activation, **options)
-
-
-WATCHED = {
-    "dense": lambda r, a: Plain(dense(72, 4, rank=0.5, rngs=r), activation=a, flatten=True),
-    "conv": lambda r, a: plain(r, activation=a),
-    "pooled": lambda r, a: plain(r, activation=a, pool=Pool(2, 2)),
-    "residual": lambda r, a: Residual([plain(r, activation=nnx.relu), plain(r, 4)],
-                                      shortcut=plain(r), activation=a),
-    "bare": lambda r, a: Residual([plain(r, activation=nnx.relu), plain(r, 4)],
-                                  skip=False, activation=a),
-    "exit": lambda r, a: BlockExit(Plain(conv(1, 1, 3, rank=None, rngs=r)), activation=a),
-}  # fmt: skip
-
-
-def identity(z):
-    return z
-
-
-@pytest.mark.parametrize("kind", WATCHED)
-def test_mean_slope_follows_the_fraction_of_positive_preactivations(kind):
-    relu, bare = (with_slopes(WATCHED[kind](nnx.Rngs(0), a)) for a in (nnx.relu, identity))
-    expected = 1.0
-    for seed in (0, 1):
-        x = make_batch(seed=seed).images
-        z = bare(x)
-        relu(x)
-        fraction = jnp.mean(z > 0, axis=tuple(range(z.ndim - 1)))
-        expected = 0.9 * expected + 0.1 * fraction
-        assert bool(jnp.any(fraction < 1))
-        assert jnp.allclose(relu.slope.mean.get_value(), expected, atol=1e-6)
-        assert jnp.array_equal(bare.slope.mean.get_value(), jnp.ones_like(expected))
-    relu.eval()
-    relu(x)
-    assert jnp.allclose(relu.slope.mean.get_value(), expected, atol=1e-6)
-
-
-def test_mean_slope_takes_any_elementwise_activation():
-    module = with_slopes(Plain(dense(72, 4, rank=None, rngs=nnx.Rngs(0)), activation=nnx.tanh,
-                               flatten=True))  # fmt: skip
-    x = make_batch().images
-    module(x)
-    slope = jnp.mean(1 - jnp.tanh(module.map(x.reshape(8, -1))) ** 2, axis=0)
-    assert jnp.allclose(module.slope.mean.get_value(), 0.9 + 0.1 * slope, atol=1e-6)
-    assert jnp.allclose(
-        module.linear(x),
-        module.map(x.reshape(8, -1)) * module.slope.mean.get_value()[None, :],
-        atol=1e-6,
-    )
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_mean_slopes_change_no_output_gradient_or_other_state(name):
-    units, params, mstate = split(name, 0.5)
-    units_s, params_s, mstate_s = split_units(with_slopes(NETWORKS[name](0.5)))
-    _, twins, _ = split(name, 0.5, seed=7)
-    assert not slopes(mstate)
-    assert bool(slopes(mstate_s)) == (name != "linear")
-    assert max_difference(params, params_s) == 0
-    batch = make_batch()
-    logits, moved, tape = forward(units, params, mstate, batch.images)
-    logits_s, moved_s, tape_s = forward(units_s, params, mstate_s, batch.images)
-    assert jnp.array_equal(logits, logits_s)
-    for a, b in zip(jax.tree.leaves(moved), slopes(moved_s, others=True), strict=True):
-        assert jnp.array_equal(a, b)
-    for a, b in zip(slopes(moved_s), slopes(mstate_s), strict=True):
-        assert bool(jnp.any(a < b))
-    _, error = losses.output_error(logits, batch.labels)
-    for pull, pull_s, h in zip(tape.pullbacks, tape_s.pullbacks, tape.outputs, strict=True):
-        assert max_difference(pull(jnp.cos(h)), pull_s(jnp.cos(h))) == 0
-    signals = feedback.walk(units, params, twins, tape, error)
-    signals_s = feedback.walk(units_s, params, twins, tape_s, error)
-    assert max_difference(signals, signals_s) == 0
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_activation_is_watched_once(name):
-    model = with_slopes(NETWORKS[name](0.5))
-    activations = [m for _, m in nnx.iter_modules(model) if getattr(m, "activation", None)]
-    assert [m for m in activations if m.slope is None] == []
-    assert sum(isinstance(m, MeanSlope) for _, m in nnx.iter_modules(model)) == len(activations)
-
-
-def test_pooled_slope_is_that_of_the_maxima():
-    layer = conv(2, 4, 3, rank=None, rngs=nnx.Rngs(0))
-    module = with_slopes(Plain(layer, activation=nnx.relu, pool=Pool(3, 3)))
-    x = make_batch().images
-    module(x)
-    fraction = jnp.mean(max_pool(layer(x), Pool(3, 3)) > 0, axis=(0, 1, 2))
-    assert float(jnp.max(jnp.abs(fraction - jnp.mean(layer(x) > 0, axis=(0, 1, 2))))) > 0.1
-    assert jnp.allclose(module.slope.mean.get_value(), 0.9 + 0.1 * fraction, atol=1e-6)
-
-
-def half_slope_network():
-    rngs = nnx.Rngs(0)
-
-    def half(z):
-        return 0.5 * z
-
-    def part(c_in, c_out, size=3, strides=1, activation=None):
-        return Plain(conv(c_in, c_out, size, rank=0.7, rngs=rngs, strides=strides),
-                     norm=batch_norm(c_out, rngs), activation=activation)  # fmt: skip
-
-    return Feedforward(
-        [
-            part(2, 4, activation=half),
-            Residual([part(4, 4, activation=half), part(4, 4)], activation=half),
-            Residual([part(4, 4, activation=half), part(4, 4)], skip=False, activation=half),
-            BlockEntry(part(4, 6, strides=2, activation=half),
-                       shortcut=part(4, 6, size=1, strides=2)),
-            BlockExit(part(6, 6), activation=half),
-            Plain(dense(6, 5, rank=None, rngs=rngs), average=True),
-        ]
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_composed_path_with_mean_slopes_is_the_jacobian_at_constant_slope():
-    units, params, mstate = split_units(with_slopes(half_slope_network()))
-    shapes = output_shapes(units, params, mstate, IMAGE)
-    x = make_batch().images
-    step = jax.jit(lambda m: forward(units, params, m, x)[1])
-    before = feedback.composed_paths(units, params, mstate, shapes, full(shapes))
-    for _ in range(200):
-        mstate = step(mstate)
-    assert max_difference(slopes(mstate), [jnp.full_like(s, 0.5) for s in slopes(mstate)]) < 1e-6
-    paths = feedback.composed_paths(units, params, mstate, shapes, full(shapes))
-    h = x[:1]
-    for i, path in enumerate(paths):
-        h, _ = units[i].apply(params[i], mstate[i], h, train=False)
-        rest = slice(i + 1, None)
-        jacobian = jax.jacobian(lambda h, r=rest: predict(units[r], params[r], mstate[r], h))(h)
-        scale = float(jnp.max(jnp.abs(path)))
-        assert jnp.allclose(path, jacobian[0, :, 0], atol=1e-5 * scale)
-    assert max_difference(before[:1], paths[:1]) > 0.1 * float(jnp.max(jnp.abs(paths[0])))
-
-
-def test_mean_slopes_stay_when_ranks_are_sliced():
-    units, params, mstate = split_units(with_slopes(NETWORKS["conv"](0.5)))
-    x = make_batch().images
-    _, mstate, _ = forward(units, params, mstate, x)
-    kernel = params[0]["map"]["kernel"]
-    zeroed = kernel._replace(s=kernel.s.at[2:].set(0))
-    whole, small = (
-        (units[0].apply(p, mstate[0], x, train=True), units[0].linear(p, mstate[0], x))
-        for p in (
-            {**params[0], "map": {"kernel": k}}
-            for k in (zeroed, jax.tree.map(lambda x: x[..., :2], zeroed))
-        )
-    )
-    assert max_difference(whole, small) < 1e-5
-
-
-@pytest.mark.slow
-def test_training_moves_the_slopes_and_compiles_once():
-    units, params, mstate = split_units(with_slopes(NETWORKS["split_residual"](0.5)))
-    method = make_method("ssa", units, params, mstate, path="composed", every=1)
-    compiled = []
-    optimizer = optax.sgd(0.1)
-    step = make_step(units, method, optimizer, LossWeights(), lambda: compiled.append(1))
-    refresh = make_refresh(method)
-    # The step may take the state's buffers over.
-    before = jax.tree.map(jnp.copy, mstate)
-    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
-    for _ in range(3):
-        state, _ = step(refresh(state), make_batch())
-    assert len(compiled) == 1
-    assert jax.tree.structure(state.mstate) == jax.tree.structure(before)
-    for old, new in zip(slopes(before), slopes(state.mstate), strict=True):
-        assert bool(jnp.any(new < old))
-    # At a refresh the direct paths take the slopes in.
-    flat = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.ones_like(x) if is_slope(path) else x, state.mstate
-    )
-    ones = method.refresh(state.feedback, state.params, flat)
-    taken = method.refresh(state.feedback, state.params, state.mstate)
-    assert max_difference(ones.paths[-1], taken.paths[-1]) == 0
-    assert max_difference(ones.paths[0], taken.paths[0]) > 0

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from helpers import make_batch, make_method, max_difference, split
+from helpers import apart, make_batch, make_method, max_difference, split
 
 from ssa_jax import transforms
 from ssa_jax.methods import METHODS, relay
 from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
 from ssa_jax.models.feedforward import Feedforward
-from ssa_jax.networks.units import split_units
 from ssa_jax.training import optim
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import OptimizerConfig
@@ -119,7 +118,7 @@ def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32):
         for _ in range(depth)
     ]  # fmt: skip
     last = Plain(dense(width, 10, rank=None, rngs=rngs), average=True, flatten=True)
-    units, params, mstate = split_units(Feedforward([*first, *units, last]))
+    units, params, mstate = apart(Feedforward([*first, *units, last]))
     method = make_method("ssa", units, params, mstate, shape=(size, size, 3))
     optimizer = optax.sgd(1e-2)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))
@@ -151,7 +150,7 @@ def held_beside_the_state(depth, memory, optimizer, width=128):
         for _ in range(depth)
     ]
     last = Plain(dense(width, 10, rank=None, rngs=rngs), flatten=True)
-    units, params, mstate = split_units(Feedforward([*units, last]))
+    units, params, mstate = apart(Feedforward([*units, last]))
     shape = (width, 1, 1)
     method = make_method("ssa", units, params, mstate, shape=shape)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))

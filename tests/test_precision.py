@@ -9,9 +9,9 @@ import pytest
 from helpers import NETWORKS, make_batch, make_method, max_difference, split
 
 from ssa_jax import transforms
-from ssa_jax.networks import units as units_lib
+from ssa_jax.networks import models
 from ssa_jax.networks.forward import forward, predict
-from ssa_jax.networks.units import group_units, in_precision, merge_units
+from ssa_jax.networks.units import group_units, in_precision
 from ssa_jax.training import metrics
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.train import (
@@ -174,10 +174,9 @@ def test_evaluation_is_in_the_precision_of_training():
 
 def test_the_model_is_merged_in_float32():
     """What is exported is the model of the float32 parameters."""
-    model = NETWORKS["conv"](0.5)
-    exact, params, mstate = units_lib.split_units(model)
     x = make_batch().images
-    merged = merge_units(model, params, mstate)
+    exact, params, mstate, merge = models.split(NETWORKS["conv"](0.5), x)
+    merged = merge(params, mstate)
     assert jnp.allclose(merged(x), predict(exact, params, mstate, x), atol=1e-5)
     assert not jnp.allclose(
         merged(x), predict(in_precision(exact, jnp.bfloat16), params, mstate, x), atol=1e-5

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ssa_jax.data import DataError, streams
-from ssa_jax.errors import ConfigError
+from ssa_jax.data import streams
+from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.parallel import pulse
 from ssa_jax.runs import processes, workdir
 from ssa_jax.runs.config import Config

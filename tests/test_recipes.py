@@ -68,9 +68,11 @@ def test_an_expected_accuracy_is_that_of_a_stored_run_of_these_settings(name):
     if stored := re.search(r"results/[\w/]+", accuracy):
         folder = ROOT / stored[0]
         record = json.loads((folder / "config.json").read_text())["config"]
-        assert {k: v for k, v in config.identity(resolved(name)).items() if k in record} == (
-            config.identity(record)
-        )
+        wanted, had = config.identity(resolved(name)), config.identity(record)
+        # What the run could have had beside today's settings, it had not.
+        assert not any(value for setting, value in had.items() if setting not in wanted)
+        shared = wanted.keys() & had.keys()
+        assert {k: wanted[k] for k in shared} == {k: had[k] for k in shared}
         found = json.loads((folder / "summary.json").read_text())
         assert accuracy.startswith(f"{100 * found['test_accuracy']:.2f} %, seed {found['seed']}")
         assert f"Time: {found['wall_s']:.0f} s" in docstring(name)
@@ -92,12 +94,14 @@ print(json.dumps(dataclasses.asdict(flags.config_from_flags())))
 def test_flags_override_a_recipe_and_a_recipe_the_defaults():
     done = subprocess.run(
         [sys.executable, "-c", PRINT_CONFIG, "--recipe=cifar10_mlp_ssa", "--epochs=10",
-         "--nomean_gates", "--seed=3"],
+         "--feedback_lookahead=1", "--seed=3"],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    # Ten epochs are also the default of the flag: given, they count.
-    assert Config().epochs == 10 != RECIPES["cifar10_mlp_ssa"]["epochs"]
-    wanted = dataclasses.replace(resolved("cifar10_mlp_ssa"), epochs=10, mean_gates=False, seed=3)
+    given = {"epochs": 10, "feedback_lookahead": 1}
+    # Both are also the defaults of their flags: given, they count.
+    for name, value in given.items():
+        assert getattr(Config(), name) == value != RECIPES["cifar10_mlp_ssa"][name]
+    wanted = dataclasses.replace(resolved("cifar10_mlp_ssa"), seed=3, **given)
     assert json.loads(done.stdout) == dataclasses.asdict(wanted)
 
 

@@ -13,8 +13,9 @@ import pytest
 from absl import flags
 from streamed import SIZE, records, stream
 
-from ssa_jax.data import DataError, streams
+from ssa_jax.data import streams
 from ssa_jax.data.streams import Reading, Subset
+from ssa_jax.errors import DataError
 
 SEED = (3, 5)
 BATCH = 4

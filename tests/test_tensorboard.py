@@ -127,5 +127,5 @@ def test_a_run_and_its_resumption_write_events(tmp_path):
     run.run(Config(**{**vars(config), "max_steps": 0, "resume": True}))
     found = values(tmp_path / "run/tensorboard", "simple_value")
     assert set(found["accuracy/test"]) == {1, 2, 3}
-    assert {"rank/0/map/kernel", "angles/unit_1", "run/drift"} <= set(found)
-    assert "spectrum/0/map/kernel" in values(tmp_path / "run/tensorboard", "histo")
+    assert {"rank/0/units/0/map/kernel", "angles/unit_1", "run/drift"} <= set(found)
+    assert "spectrum/0/units/0/map/kernel" in values(tmp_path / "run/tensorboard", "histo")

@@ -11,41 +11,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.types import Batch
 
 Array = jax.Array
 
 
-class DataError(ValueError):
-    """A data set is missing, not readable, or not what its name says."""
-
-
 class Images(Protocol):
     """What a network and a run need to know of a data set, wherever its images are."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one input, such as (H, W, C)."""
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
+        """Number of classes, or of outputs."""
 
     @property
     def train_size(self) -> int:
         """Number of training examples."""
 
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one input as the model gets it, (1, ...)."""
+
 
 class Dataset(NamedTuple):
-    """A labelled image data set in memory.
+    """A data set in memory.
 
     Attributes:
-      train_images, test_images: uint8 (n, H, W, C).
-      train_labels, test_labels: int32 (n,), in [0, classes).
-      classes: number of classes.
+      train_images, test_images: inputs, such as images, uint8 (n, H, W, C).
+      train_labels, test_labels: targets, such as labels, int32 (n,), in [0, classes).
+      classes: number of classes, or of a model's outputs for one example.
       crop: augmentation shifts images by up to this many pixels.
       flip: augmentation mirrors images.
+      name: of the data, with a digest of it; empty for one of `DATASETS`.
+      moments: mean and deviation by which inputs are normalised, of the shape of their last axis;
+        None: those of the training inputs.
     """
 
     train_images: np.ndarray
@@ -55,17 +59,25 @@ class Dataset(NamedTuple):
     classes: int
     crop: int
     flip: bool
+    name: str = ""
+    moments: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        _, h, w, c = self.train_images.shape
-        return h, w, c
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one input, such as (H, W, C)."""
+        return self.train_images.shape[1:]
 
     @property
     def train_size(self) -> int:
         """Number of training examples."""
         return len(self.train_labels)
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one input as the model gets it, (1, ...)."""
+        x = self.train_images
+        kept = x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating)
+        return jax.ShapeDtypeStruct((1, *self.image_shape), x.dtype if kept else jnp.float32)
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
@@ -257,6 +269,33 @@ def channel_moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.sqrt(np.maximum(var, 1e-8)).astype(np.float32)
 
 
+def moments(data: Dataset) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and deviation by the last axis, float32, by which inputs are normalised.
+
+    Those of the training inputs unless the data set has others; None where inputs are whole
+    numbers other than uint8, such as tokens.
+    """
+    if data.moments is not None:
+        return data.moments
+    x = data.train_images
+    if x.dtype == np.uint8:
+        return channel_moments(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        return None
+    axes = tuple(range(x.ndim - 1)) if x.ndim > 1 else (0,)
+    mean, std = x.mean(axes, dtype=np.float64), x.std(axes, dtype=np.float64)
+    # What never changes stays zero.
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+def normalise(x: Any, found: tuple[np.ndarray, np.ndarray] | None) -> Any:
+    """(x - mean) / deviation in float32, of NumPy or JAX arrays; x itself without moments."""
+    if found is None:
+        return x
+    mean, std = (m.reshape((1,) * (x.ndim - 1) + (-1,)) for m in found)
+    return (x.astype(np.float32) - mean) / std
+
+
 def epoch_order(key: Array, epoch: int, n: int) -> Array:
     """The order (n,) of an epoch's examples; depends on the run's key and the epoch alone."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), n)
@@ -347,7 +386,13 @@ class Loader(NamedTuple):
 
 def _placed(layout: Layout, images: np.ndarray, labels: np.ndarray) -> Batch:
     """Examples as they are stored, whole on every device."""
-    return Batch(*layout.place((images, labels.astype(np.int32)), whole=True))
+    kind = np.float32 if np.issubdtype(labels.dtype, np.floating) else np.int32
+    return Batch(*layout.place((images, labels.astype(kind)), whole=True))
+
+
+def _extended(x: np.ndarray, rows: int, value: int = 0) -> np.ndarray:
+    """X with more rows of one value behind it."""
+    return np.pad(x, ((0, rows), *((0, 0),) * (x.ndim - 1)), constant_values=value)
 
 
 def make_loader(data: Dataset, eval_batch_size: int = 500, layout: Layout = ONE_DEVICE) -> Loader:
@@ -359,27 +404,31 @@ def make_loader(data: Dataset, eval_batch_size: int = 500, layout: Layout = ONE_
       layout: over whose devices the rows of a batch are spread.
     """
     # Left on the host: a program takes them for constants, and would fetch them from the device.
-    mean, std = (x.reshape(1, 1, 1, -1) for x in channel_moments(data.train_images))
+    found = moments(data)
     train = _placed(layout, data.train_images, data.train_labels)
     size = min(eval_batch_size, len(data.test_labels))
     size += -size % layout.devices
     missing = -len(data.test_labels) % size
     test = _placed(
-        layout,
-        np.pad(data.test_images, ((0, missing), (0, 0), (0, 0), (0, 0))),
-        np.pad(data.test_labels, (0, missing), constant_values=-1),
+        layout, _extended(data.test_images, missing), _extended(data.test_labels, missing, -1)
+    )
+    weight = layout.place(
+        (np.arange(len(test.labels)) < len(data.test_labels)).astype(np.float32), whole=True
     )
 
     # The arrays are arguments, since a closed-over array would be compiled in as a constant.
     @jax.jit
     def pick(source: Batch, indices: Array) -> Batch:
         indices = layout.rows(indices)
-        images = source.images[indices].astype(jnp.float32)
-        return layout.rows(Batch((images - mean) / std, source.labels[indices]))
+        images = normalise(source.images[indices], found)
+        weight = None if source.weight is None else source.weight[indices]
+        return layout.rows(Batch(images, source.labels[indices], weight))
 
     @jax.jit
     def augmented(source: Batch, key: Array, indices: Array) -> Batch:
         batch = pick(source, indices)
+        if not (data.crop or data.flip):
+            return batch
         images = shift_and_flip(key, batch.images, data.crop, data.flip)
         return layout.rows(batch._replace(images=images))
 
@@ -400,7 +449,7 @@ def make_loader(data: Dataset, eval_batch_size: int = 500, layout: Layout = ONE_
 
     def test_batches() -> Any:
         for start in range(0, len(test.labels), size):
-            yield pick(test, np.arange(start, start + size))
+            yield pick(test._replace(weight=weight), np.arange(start, start + size))
 
     return Loader(
         train_size=data.train_size,

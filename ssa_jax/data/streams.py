@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.data import DataError, Feed, drawn, held_out, images, open_tfds
+from ssa_jax.data import Feed, drawn, held_out, images, open_tfds
+from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.types import Batch
 
@@ -81,6 +82,11 @@ class Stream(NamedTuple):
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, 3)."""
         return self.image_size, self.image_size, 3
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one image as the model gets it."""
+        return jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
 
     @property
     def train_size(self) -> int:

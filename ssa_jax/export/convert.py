@@ -11,7 +11,7 @@ from flax import nnx
 from ssa_jax.export import modules
 from ssa_jax.export.modules import FUNCTIONS, Add, Affine, ExportError, InferenceModel, MaxPool
 from ssa_jax.layers import SVDConv, SVDDense, matrix_to_kernel, split_padding
-from ssa_jax.models.blocks import BlockEntry, BlockExit, Plain, Residual
+from ssa_jax.models.blocks import Plain, Residual
 from ssa_jax.training import costs
 
 Array = jax.Array
@@ -73,7 +73,7 @@ def _steps(path: str, node: Any) -> list[_Step]:
         return steps + ([_Step(path, MaxPool(node.pool))] if node.pool else [])
     if isinstance(node, Residual):
         body = _sequence(f"{path}/body", node.body)
-        shortcut = _shortcut(path, node.shortcut)
+        shortcut = [] if node.shortcut is None else _steps(f"{path}/shortcut", node.shortcut)
         joined = [_Step(path, _Branches((body, shortcut)))] if node.skip else body
         return joined + _activation(path, node.activation)
     for name in ("units", "layers"):
@@ -83,24 +83,7 @@ def _steps(path: str, node: Any) -> list[_Step]:
 
 
 def _sequence(path: str, nodes: Iterable[Any]) -> list[_Step]:
-    steps: list[_Step] = []
-    rest = iter(enumerate(nodes))
-    for i, node in rest:
-        here = f"{path}/{i}"
-        if isinstance(node, BlockEntry):
-            j, last = next(rest, (i, None))
-            if not isinstance(last, BlockExit):
-                raise ExportError(f"{here}: a BlockEntry must be followed by a BlockExit")
-            body = _steps(f"{here}/first", node.first) + _steps(f"{path}/{j}/last", last.last)
-            steps.append(_Step(here, _Branches((body, _shortcut(here, node.shortcut)))))
-            steps += _activation(f"{path}/{j}", last.activation)
-        else:
-            steps += _steps(here, node)
-    return steps
-
-
-def _shortcut(path: str, shortcut: Plain | None) -> list[_Step]:
-    return [] if shortcut is None else _steps(f"{path}/shortcut", shortcut)
+    return [step for i, node in enumerate(nodes) for step in _steps(f"{path}/{i}", node)]
 
 
 def _activation(path: str, activation: Any) -> list[_Step]:
@@ -124,6 +107,8 @@ def _converted(path: str, step: Any, x: Any, form: str) -> list[Any]:
     """The ordinary layers that one step becomes."""
     if isinstance(step, _Branches):
         return [Add([nnx.Sequential(*_compile(branch, x, form)) for branch in step.steps])]
+    if isinstance(step, SVDConv) and not step.is_plain:
+        raise ExportError(f"{path}: a grouped or dilated SVDConv has no inference form")
     if isinstance(step, SVDDense | SVDConv):
         return _chosen(step, x, form)
     if type(step) in (nnx.Linear, nnx.Conv):

@@ -14,10 +14,11 @@ from flax import nnx
 
 from ssa_jax import factors
 from ssa_jax.factors import Factors
+from ssa_jax.layers import products
 from ssa_jax.layers.lowering import conv
+from ssa_jax.layers.products import Padding, kernel_to_matrix, matrix_to_kernel, split_padding
 
 Array = jax.Array
-Padding = str | int | Sequence[int | tuple[int, int]]
 
 # How many multiply-accumulates a CPU does while it reads or writes one float32.
 MACS_PER_FLOAT = 30
@@ -70,9 +71,7 @@ class SVDDense(nnx.Module):
           ValueError: x has another last axis.
         """
         _check_input(self, x, self.in_features, "(..., {})")
-        u, s, v = self.kernel.get_value()
-        # s is folded into V: one pass over the weights instead of one over the batch.
-        y = (x @ (v * s[None, :])) @ u.T
+        y = products.dense(self.kernel.get_value(), x)
         if self.bias is not None:
             y = y + self.bias.get_value().reshape((1,) * (y.ndim - 1) + (-1,))
         return y
@@ -94,17 +93,52 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return pair
 
 
-def split_padding(padding: Padding) -> tuple[Any, Any]:
-    """Padding of the vertical and of the horizontal convolution of a pair, as Flax takes it."""
-    if isinstance(padding, str):
-        if padding.upper() not in ("SAME", "VALID"):
-            raise ValueError(f"padding must be SAME, VALID or numbers, got {padding!r}")
-        return padding.upper(), padding.upper()
-    sides = [(p, p) if isinstance(p, int) else tuple(p) for p in
-             ((padding, padding) if isinstance(padding, int) else padding)]  # fmt: skip
-    if len(sides) != 2:
-        raise ValueError(f"padding needs one entry per spatial dimension, got {padding!r}")
-    return [sides[0], (0, 0)], [(0, 0), sides[1]]
+class SVDLinearGeneral(nnx.Module):
+    """`nnx.LinearGeneral` on factors: axes of the input are mapped to axes of the output.
+
+    The kernel (*in, *out) is the matrix of `SVDDense` from the product of the input's sizes to
+    that of the output's. Attention's projections are of this kind.
+
+    Args:
+      in_shape: sizes of the axes that are mapped.
+      out_shape: sizes of those that take their place, at the end.
+      axis: the axes of the input.
+      rank: initial rank as a fraction of full rank, in (0, 1].
+      use_bias: adds b (*out_shape).
+      rngs: the key ``params`` draws the He-initialised matrix that is factored once.
+
+    Attributes:
+      kernel: `nnx.Param` of `Factors` with u (Π out, r), s (r,), v (Π in, r).
+      bias: `nnx.Param` (*out_shape) or None.
+
+    Raises:
+      ValueError: rank outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_shape: Sequence[int],
+        *,
+        axis: Sequence[int] = (-1,),
+        rank: float = 1.0,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        self.in_shape, self.out_shape, self.axis = tuple(in_shape), tuple(out_shape), tuple(axis)
+        sizes = math.prod(in_shape), math.prod(out_shape)
+        w = he_normal(rngs.params(), sizes, jnp.float32).T
+        self.kernel = nnx.Param(_init_factors(w, rank, rngs.params()))
+        self.bias = nnx.Param(jnp.zeros(self.out_shape)) if use_bias else None
+
+    def __call__(self, x: Array, out_sharding: Any = None) -> Array:
+        """Maps x to an array whose last axes are `out_shape`; `out_sharding` is Flax's."""
+        del out_sharding
+        x = jnp.moveaxis(x, self.axis, range(-len(self.axis), 0))
+        kept = x.shape[: x.ndim - len(self.axis)]
+        y = products.dense(self.kernel.get_value(), x.reshape(*kept, -1))
+        y = y.reshape(*kept, *self.out_shape)
+        return y if self.bias is None else y + self.bias.get_value()
 
 
 class SVDConv(nnx.Module):
@@ -114,7 +148,8 @@ class SVDConv(nnx.Module):
     (kw·N, kh·C). V is run as a (kh, 1, C, r) kernel with stride (sh, 1), U as a (1, kw, r, N)
     kernel with stride (1, sw); the bias is added once, after the second. At full rank this is
     the dense convolution. In training, where that takes less work (`kernel_pays`), K is put
-    together in every call and run instead, to the same result.
+    together in every call and run instead, to the same result. With groups K is (kh, kw,
+    C/groups, N): every group of inputs goes through the same V (see `products.convolution`).
 
     Args:
       in_features: C.
@@ -123,12 +158,14 @@ class SVDConv(nnx.Module):
       rank: initial rank as a fraction of min(kw·N, kh·C), in (0, 1].
       strides: one int or (sh, sw).
       padding: ``"SAME"``, ``"VALID"``, an int, or an int or (low, high) per dimension.
+      kernel_dilation: one int or (dh, dw).
+      feature_group_count: groups of channels, which divide C and N.
       use_bias: adds b (N,).
       rngs: the key ``params`` draws the He-initialised kernel that is factored once.
 
     Attributes:
       in_features, out_features: as given; both stay when the rank changes.
-      kernel: `nnx.Param` of `Factors` with u (kw·N, r), s (r,), v (kh·C, r).
+      kernel: `nnx.Param` of `Factors` with u (kw·N, r), s (r,), v (kh·C/groups, r).
       bias: `nnx.Param` (N,) or None.
       deterministic: keeps to the pair; `train` and `eval` of a module set it.
 
@@ -145,6 +182,8 @@ class SVDConv(nnx.Module):
         rank: float = 1.0,
         strides: int | Sequence[int] = 1,
         padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        feature_group_count: int = 1,
         use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
@@ -154,10 +193,16 @@ class SVDConv(nnx.Module):
         self.strides = _pair(strides)
         split_padding(padding)
         self.padding = padding if isinstance(padding, str | int) else tuple(padding)
+        self.kernel_dilation = _pair(kernel_dilation)
+        self.feature_group_count = feature_group_count
+        if in_features % feature_group_count or out_features % feature_group_count:
+            raise ValueError(
+                f"{feature_group_count} groups do not divide {in_features} and {out_features} "
+                "channels"
+            )
         self.deterministic = False
-        kernel = he_normal(
-            rngs.params(), (*self.kernel_size, in_features, out_features), jnp.float32
-        )
+        shape = (*self.kernel_size, in_features // feature_group_count, out_features)
+        kernel = he_normal(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(_init_factors(kernel_to_matrix(kernel), rank, rngs.params()))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
@@ -172,21 +217,22 @@ class SVDConv(nnx.Module):
         y = self._convolve(x.reshape(math.prod(batch), height, width, channels))
         return y.reshape(*batch, *y.shape[1:])
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither groups nor dilation."""
+        return self.feature_group_count == 1 and self.kernel_dilation == (1, 1)
+
     def _convolve(self, x: Array) -> Array:
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
         weights = self.kernel.get_value()
-        (kh, kw), (sh, sw) = self.kernel_size, self.strides
-        pad_h, pad_w = split_padding(self.padding)
-        if not self.deterministic and kernel_pays(weights, x.shape, self.kernel_size, self.strides):
-            kernel = matrix_to_kernel(factors.to_dense(weights), (kh, kw))
+        sizes, groups = (self.kernel_size, self.strides), self.feature_group_count
+        if self.is_plain and not self.deterministic and kernel_pays(weights, x.shape, *sizes):
+            pad_h, pad_w = split_padding(self.padding)
+            kernel = matrix_to_kernel(factors.to_dense(weights), self.kernel_size)
             both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
-            y = conv(x, kernel, (sh, sw), both)
+            y = conv(x, kernel, self.strides, both)
         else:
-            u, s, v = weights
-            down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
-            across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
-            y = conv(x, down, (sh, 1), pad_h)
-            y = conv(y, across, (1, sw), pad_w)
+            y = products.convolution(weights, x, *sizes, self.padding, self.kernel_dilation, groups)
         if self.bias is not None:
             y = y + self.bias.get_value().reshape(1, 1, 1, -1)
         return y
@@ -227,19 +273,6 @@ def kernel_pays(
     within, after = positions * strides[1] * r, positions * b // kernel_size[1]
     pair = positions * r * (2 * strides[1] * a + 3 * b) + MACS_PER_FLOAT * (5 * within + after)
     return 2 * positions * a * b + 3 * r * a * b < pair
-
-
-def kernel_to_matrix(kernel: Array) -> Array:
-    """The matrix K' (kw·N, kh·C) of a kernel K (kh, kw, C, N): K'[(j,n),(i,c)] = K[i,j,c,n]."""
-    kh, kw, c, n = kernel.shape
-    return kernel.transpose(1, 3, 0, 2).reshape(kw * n, kh * c)
-
-
-def matrix_to_kernel(matrix: Array, kernel_size: tuple[int, int]) -> Array:
-    """The kernel (kh, kw, C, N) of a matrix (kw·N, kh·C); inverse of `kernel_to_matrix`."""
-    kh, kw = kernel_size
-    n, c = matrix.shape[0] // kw, matrix.shape[1] // kh
-    return matrix.reshape(kw, n, kh, c).transpose(2, 0, 3, 1)
 
 
 class Pool(NamedTuple):

@@ -64,16 +64,25 @@ def all_direct(direct: Direct, units: int) -> Callable[..., Sequence[Array]]:
     return signals
 
 
+def one_hot(labels: Array, outputs: Array) -> Array:
+    """Labels (batch,) as rows of the shape of the outputs (batch, classes)."""
+    return jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+
+
 class Network(NamedTuple):
     """What a method may know of its network when it is made.
 
     Attributes:
       units: the units.
       shapes: output shape of each unit for one example, the last one (classes,).
+      inputs: a few of the training inputs, for what is measured on some before the first step.
+      encode: (targets, outputs) -> targets in the outputs' shape, for methods that send those.
     """
 
     units: Sequence[Unit]
     shapes: Sequence[tuple[int, ...]]
+    inputs: Tree
+    encode: Callable[[Array, Array], Array] = one_hot
 
 
 class FeedbackOptions(NamedTuple):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ssa_jax.methods import feedback as fb
 from ssa_jax.methods.base import FeedbackOptions, Method, Network, all_direct
@@ -37,8 +36,7 @@ def drtp(network: Network, options: FeedbackOptions) -> Method:
     """
 
     def targets(error: Array, batch: Any) -> Array:
-        classes = error.shape[-1]
-        return -jax.nn.one_hot(batch.labels, classes, dtype=jnp.float32) / len(error)
+        return -network.encode(batch.labels, error) / len(error)
 
     return _random(network, options, targets)
 

@@ -1,12 +1,12 @@
 """Feedback paths: how the error reaches every unit.
 
-A *path* D_i of shape (classes, *shape of h_i) turns the output error into the teaching signal
-δ_i = e · D_i. Its *per-channel* form is uniform over positions, (classes, 1, 1, channels), for
-networks whose full paths would not fit.
+A *path* D_i of shape (outputs, *shape of h_i), outputs being their number for one example, turns
+the output error into the teaching signal δ_i = e · D_i. Its *per-channel* form is uniform over
+positions, (outputs, 1, 1, channels), for networks whose full paths would not fit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax import lax
 
 from ssa_jax import factors
 from ssa_jax.networks.forward import Tape
-from ssa_jax.networks.units import Unit
+from ssa_jax.networks.units import Unit, expect
 
 Array = jax.Array
 Tree = Any
@@ -60,7 +60,7 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
     """
     if form not in FORMS:
         raise ValueError(f"feedback_form must be one of {', '.join(FORMS)}, got {form!r}")
-    classes, hidden = shapes[-1][0], shapes[:-1]
+    classes, hidden = math.prod(shapes[-1]), shapes[:-1]
     full = _FLOAT_BYTES * classes * sum(math.prod(s) for s in hidden)
     if form == "full" or (form == "auto" and full <= limit):
         return Plan(False, classes, full, full)
@@ -74,48 +74,75 @@ def _channel_shape(shape: Shape) -> Shape:
 
 
 def composed_paths(
-    units: Sequence[Unit], twins: Tree, mstate: Tree, shapes: Sequence[Shape], plan: Plan
+    units: Sequence[Unit], params: Tree, twins: Tree | None, mstate: Tree, inputs: Tree, plan: Plan
 ) -> tuple[Array, ...]:
-    """D_i for every hidden unit: the identity pushed down the twins' linear network.
+    """D_i for every hidden unit: the mean of ∂outputs/∂h_i over a few inputs.
 
-    D_{n-1} = I (classes, classes) at the logits, and D_i is the vjp of unit i+1's linear path
-    at D_{i+1}: one batch of `classes` rows goes down the network once a refresh. The per-channel
-    form is the mean of D_i over positions.
+    Row c of D_i is the mean over the inputs, in training mode, of the derivative of an input's own
+    output c by its own h_i, as it goes down through the units' exact derivatives: norms,
+    activations, attention and skips as they are, with the twins' maps in place of the weights
+    where there are twins. One backward pass of all outputs for each input. The per-channel form
+    is the mean of D_i over positions too.
+
+    A batch norm takes from its inputs' gradient the mean over the batch, which of an error is
+    about zero and of equal signals is nearly all. So every other input is sent -1, and what comes
+    back is multiplied by the same sign: derivatives by other inputs cancel in the mean, but for
+    what one pair of them leaves.
 
     Args:
       units: n units.
-      twins: parameter trees in place of the weights.
-      mstate: model state; norms enter by scale over their running deviation.
-      shapes: output shape of each unit for one example, the last one (classes,).
-      plan: how they are stored.
+      params: their parameters.
+      twins: parameter trees whose maps stand in for the weights', or None.
+      mstate: model state.
+      inputs: of the model, a few.
+      plan: how the paths are stored.
 
     Returns:
-      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel, of the dtype
-      that twins and state promote to, at least float32.
+      n - 1 arrays (outputs, *shape of h_i), or (outputs, 1, 1, channels) per channel.
     """
-    classes = shapes[-1][0]
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((twins, mstate)))
+    outputs, pullbacks = _chain(units, params, twins, mstate, inputs)
+    classes = math.prod(outputs.shape[1:])
 
-    def push(path: Array) -> tuple[Array, ...]:
-        paths: list[Array] = []
-        for i in range(len(units) - 1, 0, -1):
+    def push(row: Array) -> tuple[Array, ...]:
+        signal = signs(outputs) * row.reshape(1, *outputs.shape[1:])
+        found: list[Array] = []
+        for pullback in reversed(pullbacks):
+            (signal,) = pullback(signal)
+            positions = tuple(range(1, signal.ndim - 1)) if plan.per_channel else ()
+            own = signs(signal) * signal
+            mean = jnp.mean(own, positions, keepdims=True) if positions else own
+            found.insert(0, jnp.mean(mean, 0))
+        return tuple(found)
 
-            def linear(x: Array, i: int = i) -> Array:
-                return units[i].linear(twins[i], mstate[i], x)
+    def signs(x: Array) -> Array:
+        return jnp.where(jnp.arange(len(x)) % 2, -1, 1).reshape((-1,) + (1,) * (x.ndim - 1))
 
-            y, pullback = jax.vjp(linear, jnp.zeros((len(path), *shapes[i - 1]), dtype))
-            (path,) = pullback(path.astype(y.dtype))
-            positions = tuple(range(1, path.ndim - 1)) if plan.per_channel else ()
-            paths.insert(0, jnp.mean(path, positions, keepdims=True) if positions else path)
-        return tuple(paths)
+    rows = max(1, plan.rows // len(outputs))
+    identity = jnp.eye(classes, dtype=outputs.dtype)
+    if rows >= classes:
+        return jax.vmap(push)(identity)
+    return lax.map(push, identity, batch_size=rows)
 
-    if plan.rows >= classes:
-        return push(jnp.eye(classes, dtype=dtype))
-    # Rows of zeros fill the last chunk.
-    chunks = -(-classes // plan.rows)
-    rows = jnp.eye(chunks * plan.rows, classes, dtype=dtype)
-    found = lax.map(push, rows.reshape(chunks, plan.rows, classes))
-    return tuple(x.reshape(-1, *x.shape[2:])[:classes] for x in found)
+
+def _chain(
+    units: Sequence[Unit], params: Tree, twins: Tree | None, mstate: Tree, x: Tree
+) -> tuple[Array, list[Callable[[Array], tuple[Array]]]]:
+    """Outputs in training mode, and the pullbacks of all units but the first by their inputs."""
+    pullbacks = []
+    expect(units, params)
+    for i in range(len(units)):
+
+        def apply(x: Tree, i: int = i) -> Array:
+            if twins is None:
+                return units[i].apply(params[i], mstate[i], x, train=True)[0]
+            return units[i].walk(params[i], twins[i], mstate[i], x)
+
+        if not i:
+            x = apply(x)
+            continue
+        x, pullback = jax.vjp(apply, x)
+        pullbacks.append(pullback)
+    return x, pullbacks
 
 
 def random_paths(
@@ -132,7 +159,7 @@ def random_paths(
     Returns:
       n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
     """
-    classes = shapes[-1][0]
+    classes = math.prod(shapes[-1])
     stored = [_channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
     paths = []
     for k, shape, rank in zip(jax.random.split(key, len(shapes)), stored, ranks, strict=False):
@@ -148,14 +175,15 @@ def send(vectors: Array, path: Array, shape: Shape) -> Array:
     """The teaching signal δ_i = e · D_i of one hidden unit.
 
     Args:
-      vectors: e (batch, classes), or what else is sent down.
+      vectors: e (batch, ...), or what else is sent down, of the outputs' shape.
       path: D_i (classes, *shape), or per channel.
       shape: of h_i for one example.
 
     Returns:
       (batch, *shape).
     """
-    return jnp.broadcast_to(jnp.tensordot(vectors, path, 1), (len(vectors), *shape))
+    flat = vectors.reshape(len(vectors), -1)
+    return jnp.broadcast_to(jnp.tensordot(flat, path, 1), (len(vectors), *shape))
 
 
 def walk(

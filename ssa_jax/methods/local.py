@@ -57,9 +57,9 @@ def local(network: Network, options: FeedbackOptions) -> Method:
         )
         return LocalFeedback(readouts, optimizer.init(readouts))
 
-    def losses(readouts: Tree, hidden: Sequence[Array], batch: Any) -> Array:
+    def losses(readouts: Tree, hidden: Sequence[Array], logits: Array, batch: Any) -> Array:
         # Each unit's loss reads its own output alone, so one gradient of the sum serves all.
-        targets = jax.nn.one_hot(batch.labels, classes)
+        targets = network.encode(batch.labels, logits)
         found = (readout_loss(r, h, targets) for r, h in zip(readouts, hidden, strict=True))
         return sum(found, start=jnp.float32(0))
 
@@ -67,7 +67,7 @@ def local(network: Network, options: FeedbackOptions) -> Method:
         feedback: LocalFeedback, params: Tree, tape: Tape, error: Array, batch: Any
     ) -> Sequence[Array]:
         del params
-        return (*jax.grad(losses, 1)(feedback.readouts, tape.outputs[:-1], batch), error)
+        return (*jax.grad(losses, 1)(feedback.readouts, *_apart(tape), batch), error)
 
     def update(
         feedback: LocalFeedback, before: Tree, after: Tree, tape: Tape, batch: Any
@@ -75,11 +75,16 @@ def local(network: Network, options: FeedbackOptions) -> Method:
         del before, after
         if options.readout_update == "fixed":
             return feedback
-        gradients = jax.grad(losses)(feedback.readouts, tape.outputs[:-1], batch)
+        gradients = jax.grad(losses)(feedback.readouts, *_apart(tape), batch)
         updates, opt_state = optimizer.update(gradients, feedback.opt_state)
         return LocalFeedback(optax.apply_updates(feedback.readouts, updates), opt_state)
 
     return Method(init=init, signals=signals, update=update)
+
+
+def _apart(tape: Tape) -> tuple[Sequence[Array], Array]:
+    """The outputs of the hidden units, and the logits."""
+    return tape.outputs[:-1], tape.outputs[-1]
 
 
 def _init_readout(key: Array, shape: tuple[int, ...], classes: int, kind: str) -> Tree:

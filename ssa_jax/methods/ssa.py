@@ -26,17 +26,25 @@ UPDATES = ("fixed", "mutual", "tracked")
 
 
 class SSAFeedback(NamedTuple):
-    """Twins of all parameters, and the direct paths D_i (empty for sequential feedback)."""
+    """What the feedback is made of.
+
+    Attributes:
+      twins: of all parameters.
+      paths: the direct paths D_i; none for sequential feedback.
+      inputs: of the last batch, the few on which composed paths are measured; else none.
+    """
 
     twins: Tree
     paths: Sequence[Array]
+    inputs: Tree
 
 
 def ssa(network: Network, options: FeedbackOptions) -> Method:
     """SVD-Space Alignment (arXiv 2510.25594), feedback as docs/design.md declares it.
 
-    Paths: ``composed`` δ_i = e · D_i, D_i the twins' linear path from the logits down to h_i
-    (classes, *shape of h_i), refreshed every `options.every` steps; ``sequential`` the error
+    Paths: ``composed`` δ_i = e · D_i, D_i (classes, *shape of h_i) the mean over a few inputs of
+    the last batch of what the sequential walk below makes of each logit, refreshed every
+    `options.every` steps (see `feedback.composed_paths`); ``sequential`` the error
     walks down through twins and true local derivatives; ``random`` δ_i = e · R_i, R_i fixed, of
     at most the twin's rank. Direct paths (the first and the last) may be kept per channel (see
     `feedback.plan`) and looked ahead from (see `feedback.look_ahead`); a sequential
@@ -54,24 +62,24 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
     has_paths = options.path != "sequential"
-    units, shapes = network
+    units, shapes, examples = network.units, network.shapes, network.inputs
     plan = fb.plan(shapes, options.form, options.limit)
+    tracked, composed = options.update == "tracked", options.path == "composed"
 
-    def paths_of(twins: Tree, mstate: Tree) -> Sequence[Array]:
-        if options.path == "composed":
-            return fb.composed_paths(units, twins, mstate, shapes, plan)
-        return ()
+    def paths_of(params: Tree, twins: Tree, mstate: Tree, inputs: Tree) -> Sequence[Array]:
+        if not composed:
+            return ()
+        # Twins that were just tracked are the weights.
+        return fb.composed_paths(units, params, None if tracked else twins, mstate, inputs, plan)
 
     def init(key: Array, params: Tree, mstate: Tree) -> SSAFeedback:
         key_twins, key_paths = jax.random.split(key)
-        if options.update == "tracked":
-            twins = jax.tree.map(jnp.copy, params)
-        else:
-            twins = tw.init_twins(key_twins, params)
+        twins = jax.tree.map(jnp.copy, params) if tracked else tw.init_twins(key_twins, params)
         if options.path == "random":
             ranks = [min((f.rank for f in factors.leaves(p)), default=None) for p in params]
-            return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan))
-        return SSAFeedback(twins, paths_of(twins, mstate))
+            return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan), ())
+        inputs = examples if composed else ()
+        return SSAFeedback(twins, paths_of(params, twins, mstate, inputs), inputs)
 
     def direct(feedback: SSAFeedback, error: Array, batch: Any, i: int) -> Array:
         del batch
@@ -88,20 +96,23 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     def update(
         feedback: SSAFeedback, before: Tree, after: Tree, tape: Tape, batch: Any
     ) -> SSAFeedback:
-        del before, tape, batch
+        del before, tape
         twins = feedback.twins
         if options.update == "mutual":
             twins = tw.meet(twins, after, options.rate)
-        return feedback._replace(twins=tw.follow_ranks(twins, after))
+        inputs = feedback.inputs
+        if composed:
+            inputs = jax.tree.map(lambda x, old: x[: len(old)], batch.images, inputs)
+        return feedback._replace(twins=tw.follow_ranks(twins, after), inputs=inputs)
 
     def refresh(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
-        tracked = options.update == "tracked"
         twins = jax.tree.map(jnp.copy, params) if tracked else feedback.twins
-        if options.path == "composed":
-            return SSAFeedback(twins, paths_of(twins, mstate))
+        if composed:
+            paths = paths_of(params, twins, mstate, feedback.inputs)
+            return feedback._replace(twins=twins, paths=paths)
         return feedback._replace(twins=twins)
 
-    moves = options.update == "tracked" or options.path == "composed"
+    moves = tracked or composed
     return Method(
         init=init,
         signals=signals,

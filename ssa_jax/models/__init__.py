@@ -1,4 +1,4 @@
-"""Models by name. A model is an ordinary NNX module whose `units` list its units of locality."""
+"""Models by name. A model is an ordinary NNX module that marks its units by `cut`."""
 
 from collections.abc import Callable
 

@@ -9,21 +9,23 @@ from flax import nnx
 
 from ssa_jax.layers import Pool
 from ssa_jax.models.blocks import Plain, batch_norm, check_images, conv, dense
+from ssa_jax.networks.cut import cut
 
 Array = jax.Array
 
 
 class Feedforward(nnx.Module):
-    """Units run one after the other; `units` is what training splits."""
+    """Units run one after the other, with a cut after each but the last."""
 
     def __init__(self, units: Sequence[Callable[[Array], Array]]):
         self.units = nnx.List(units)
 
     def __call__(self, x: Array) -> Array:
         """Logits (batch, classes) of images (batch, H, W, C)."""
-        for unit in self.units:
-            x = unit(x)
-        return x
+        *hidden, last = self.units
+        for unit in hidden:
+            x = cut(unit(x))
+        return last(x)
 
 
 def _classifier(d_in: int, classes: int, rngs: nnx.Rngs) -> Plain:

@@ -6,8 +6,6 @@ import jax
 from flax import nnx
 
 from ssa_jax.models.blocks import (
-    BlockEntry,
-    BlockExit,
     Plain,
     Residual,
     batch_norm,
@@ -19,8 +17,8 @@ from ssa_jax.models.feedforward import Feedforward
 
 Array = jax.Array
 UnitModule = Callable[[Array], Array]
-# The units of a block made of its two convolutions and its projection, if it has one.
-Block = Callable[[Plain, Plain, Plain | None], list[UnitModule]]
+# A block of its two convolutions and its projection, if it has one.
+Block = Callable[[Plain, Plain, Plain | None], Residual]
 
 WIDTHS = (16, 32, 64)
 
@@ -82,9 +80,8 @@ def resnet32_identity(
     """`resnet32` without the activation after each sum: blocks x + body(x).
 
     What skips a block then reaches the next one unchanged (Gross and Wilber 2016; He et al.,
-    Identity mappings in deep residual networks, 2016, have the argument), and the linear path
-    of a direct signal is exact along the skips. Arguments and errors are those of `resnet32`;
-    one seed gives both the same weights.
+    Identity mappings in deep residual networks, 2016, have the argument). Arguments and errors are
+    those of `resnet32`; one seed gives both the same weights.
     """
     return _resnet(input_shape, classes, rank, rngs, blocks, _open)
 
@@ -132,24 +129,24 @@ def _resnet(
             last = plain(width, width, 3)
             # Drawn for every kind of block, so that all of them have the same other weights.
             shortcut = None if strides == 1 else plain(c_in, width, 1, strides)
-            units += block(first, last, shortcut)
+            units.append(block(first, last, shortcut))
             c_in = width
     classifier = Plain(dense(c_in, classes, rank=None, rngs=rngs), average=True)
     return Feedforward([*units, classifier])
 
 
-def _whole(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
-    return [Residual([first, last], shortcut=shortcut)]
+def _whole(first: Plain, last: Plain, shortcut: Plain | None) -> Residual:
+    return Residual([first, last], shortcut=shortcut)
 
 
-def _open(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
-    return [Residual([first, last], shortcut=shortcut, activation=None)]
+def _open(first: Plain, last: Plain, shortcut: Plain | None) -> Residual:
+    return Residual([first, last], shortcut=shortcut, activation=None)
 
 
-def _halves(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
-    return [BlockEntry(first, shortcut=shortcut), BlockExit(last)]
+def _halves(first: Plain, last: Plain, shortcut: Plain | None) -> Residual:
+    return Residual([first, last], shortcut=shortcut, cuts=True)
 
 
-def _bare(first: Plain, last: Plain, shortcut: Plain | None) -> list[UnitModule]:
+def _bare(first: Plain, last: Plain, shortcut: Plain | None) -> Residual:
     del shortcut
-    return [Residual([first, last], skip=False)]
+    return Residual([first, last], skip=False)

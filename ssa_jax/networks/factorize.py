@@ -1,28 +1,152 @@
-"""Pretrained dense models on factors: stock linear layers and convolutions by their SVD."""
+"""Dense models on factors: linear layers, convolutions, attention's projections by their SVD."""
 
 import collections
+import dataclasses
+import fnmatch
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ssa_jax import factors
 from ssa_jax.factors import Factors, rank_of
-from ssa_jax.layers import SVDConv, SVDDense, kernel_to_matrix
+from ssa_jax.layers import SVDConv, SVDDense, SVDLinearGeneral, kernel_to_matrix
 from ssa_jax.layers.lowering import conv_general_dilated
+from ssa_jax.networks import linen_factors
+from ssa_jax.networks.models import LinenModel
 
 # What a layer on factors takes over from the stock one, has no use for, or is told of by
 # `unsupported` itself; all else must be as a new layer has it.
 _UNDERSTOOD = {"kernel", "bias", "use_bias", "in_features", "out_features", "kernel_init",
                "bias_init", "kernel_size", "kernel_shape", "strides", "padding", "dtype",
                "kernel_dilation", "input_dilation", "feature_group_count", "mask",
-               "param_dtype"}  # fmt: skip
+               "param_dtype", "axis"}  # fmt: skip
+# Layers of a lower full rank stay dense: they have few directions to lose, and few parameters.
+LEAST_FULL_RANK = 16
+_ON_FACTORS = SVDDense | SVDConv | SVDLinearGeneral
 
 
 class LeftDense(UserWarning):
     """Some layers were not put on factors."""
+
+
+def factorize(
+    model: Any, *, rank: float = 0.5, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> Any:
+    """The model with its linear layers, convolutions and attention projections on factors.
+
+    Each kernel is replaced by its best approximation of the rank (Eckart & Young 1936). Layers of
+    full rank below 16, such as a classifier of ten classes or a convolution on colours, stay
+    dense, and so do depthwise convolutions, where factors would save nothing.
+
+    Args:
+      model: an NNX module with `nnx.Linear`, `nnx.Conv` and `nnx.LinearGeneral`, which attention
+        is made of; or a `LinenModel` with Dense, Conv and DenseGeneral. It is left as it is.
+      rank: fraction of full rank, in (0, 1].
+      include: patterns, as a shell matches file names, of the paths of layers to put on factors.
+      exclude: of layers to leave dense.
+
+    Returns:
+      a copy of the model.
+
+    Raises:
+      ValueError: a rank out of range, a pattern that fits no layer, or no layer is left.
+    """
+    if not 0 < rank <= 1:
+        raise ValueError(f"rank must lie in (0, 1], got {rank}")
+    if isinstance(model, LinenModel):
+        return _factorize_linen(model, rank, include, exclude)
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"factorize takes an nnx.Module or a LinenModel, got {type(model).__name__}; a plain "
+            "function gets `Factors` by factors.from_dense"
+        )
+    layers = _dense_layers(model)
+    uses = _uses(model)
+    reasons = {path: _against(layer, uses) for path, layer in layers.items()}
+    ranks = {path: min(_matrix(x).shape) for path, x in layers.items() if not reasons[path]}
+    chosen = _chosen(list(layers), ranks, rank, include, exclude)
+    _tell_left(reasons)
+    return from_dense(model, ranks=chosen)
+
+
+def has_factors(model: Any) -> bool:
+    """Whether a model has a layer on factors."""
+    if isinstance(model, nnx.Module):
+        return bool(factors.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    params = model.variables if isinstance(model, LinenModel) else model.params
+    return bool(factors.leaves(params))
+
+
+def _chosen(
+    layers: Sequence[str], full: Mapping[str, int], rank: float, include: Sequence[str],
+    exclude: Sequence[str],
+) -> dict[str, int]:  # fmt: skip
+    """Ranks of the layers that fit the patterns and are worth it."""
+    for pattern in (*include, *exclude):
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(f"no layer fits {pattern!r}, there are {', '.join(layers)}")
+
+    def fits(path: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(path, p) for p in patterns)
+
+    found = {
+        path: rank_of(rank, n, n)
+        for path, n in full.items()
+        if n >= LEAST_FULL_RANK and fits(path, include) and not fits(path, exclude)
+    }
+    if not found:
+        raise ValueError(f"no layer is left to put on factors of {', '.join(layers)}")
+    return found
+
+
+def _tell_left(reasons: Mapping[str, str | None]) -> None:
+    if left := [f"{path} ({reason})" for path, reason in reasons.items() if reason]:
+        warnings.warn(f"left dense: {'; '.join(left)}", LeftDense, stacklevel=4)
+
+
+def _factorize_linen(
+    model: LinenModel, rank: float, include: Sequence[str], exclude: Sequence[str]
+) -> LinenModel:
+    layers = model.layers()
+    reasons = {path: linen_factors.against(layer) for path, layer in layers.items()}
+    params = model.variables["params"]
+    matrices = {
+        path: linen_factors.matrix(layer, _at(params, path)["kernel"])
+        for path, layer in layers.items()
+        if not reasons[path]
+    }
+    full = {path: min(m.shape) for path, m in matrices.items()}
+    chosen = _chosen(list(layers), full, rank, include, exclude)
+    _tell_left(reasons)
+    for path, r in chosen.items():
+        kernel = _best(matrices[path], r)
+        params = _replaced(params, f"{path}/kernel".split("/"), kernel)
+    return dataclasses.replace(model, variables={**model.variables, "params": params})
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("/") if path else ():
+        tree = tree[name]
+    return tree
+
+
+def _replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
+    if not path:
+        return value
+    name, *rest = [p for p in path if p]
+    return {**tree, name: _replaced(tree[name], rest, value)}
+
+
+def _best(matrix: Any, rank_for: int | Callable[[np.ndarray], int]) -> Factors:
+    """The best approximation of a matrix, from an exact SVD in float64."""
+    u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    r = rank_for if isinstance(rank_for, int) else rank_for(s)
+    return Factors(*(jnp.asarray(x, jnp.float32) for x in (u[:, :r], s[:r], vt[:r].T)))
 
 
 def from_dense(
@@ -32,7 +156,10 @@ def from_dense(
     ranks: Mapping[str, int] | None = None,
     energy: float | None = None,
 ) -> nnx.Module:
-    """The model with `SVDDense` and `SVDConv` in place of its `nnx.Linear` and `nnx.Conv`.
+    """The model with layers on factors in place of its linear layers and convolutions.
+
+    Those are `SVDDense`, `SVDConv` and `SVDLinearGeneral` for `nnx.Linear`, `nnx.Conv` and
+    `nnx.LinearGeneral`.
 
     Each kernel is replaced by its best approximation of the chosen rank (Eckart & Young 1936),
     from an exact SVD in float64; biases stay. At full rank the outputs are those of the dense
@@ -49,10 +176,10 @@ def from_dense(
     Returns:
       a copy of the model. `rank` and `energy` leave dense, and name in a `LeftDense` warning,
       every other layer with a kernel, and what `unsupported` or several uses speak against: a
-      convolution that is grouped, dilated, masked or not two-dimensional, or pads otherwise than
-      by SAME, VALID or numbers; a layer that is not float32; a subclass; a stack of layers; an
-      argument of its own, such as ``dot_general`` or ``precision``; a kernel or bias that layers
-      share.
+      convolution that is depthwise, masked, not two-dimensional, dilated at its input, or pads
+      otherwise than by SAME, VALID or numbers; a layer that is not float32; a subclass; a stack
+      of layers; an argument of its own, such as ``dot_general`` or ``precision``; a kernel or
+      bias that layers share.
 
     Raises:
       ValueError: none or several of the three, a value out of range, or in `ranks` a path
@@ -62,12 +189,7 @@ def from_dense(
         raise ValueError("give exactly one of rank, ranks and energy")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
-    layers = {
-        _name(path): layer
-        for path, layer in nnx.iter_modules(model)
-        if isinstance(getattr(layer, "kernel", None), nnx.Variable)
-        and not isinstance(layer, SVDDense | SVDConv)
-    }
+    layers = _dense_layers(model)
     uses = _uses(model)
     reasons = {path: _against(layer, uses) for path, layer in layers.items()}
     if ranks is not None:
@@ -87,12 +209,19 @@ def from_dense(
         name = _name(path)
         if not isinstance(node, nnx.Module) or name not in chosen or reasons[name]:
             return node
-        u, s, vt = np.linalg.svd(np.asarray(_matrix(node), np.float64), full_matrices=False)
-        r = rank_for(name, s)
-        kernel = Factors(*(jnp.asarray(x, jnp.float32) for x in (u[:, :r], s[:r], vt[:r].T)))
-        return _factorised(node, kernel)
+        return _factorised(node, _best(_matrix(node), lambda s: rank_for(name, s)))
 
     return nnx.recursive_map(convert, nnx.clone(model))
+
+
+def _dense_layers(model: nnx.Module) -> dict[str, Any]:
+    """Layers with a kernel that are not on factors, by path."""
+    return {
+        _name(path): layer
+        for path, layer in nnx.iter_modules(model)
+        if isinstance(getattr(layer, "kernel", None), nnx.Variable)
+        and not isinstance(layer, _ON_FACTORS)
+    }
 
 
 def energy_rank(s: np.ndarray, energy: float) -> int:
@@ -104,21 +233,22 @@ def energy_rank(s: np.ndarray, energy: float) -> int:
 
 def unsupported(layer: Any) -> str | None:
     """Why a layer cannot be factorised, or None where it can."""
-    if type(layer) not in (nnx.Linear, nnx.Conv):
-        return f"{type(layer).__name__} is neither nnx.Linear nor nnx.Conv"
+    if type(layer) not in (nnx.Linear, nnx.Conv, nnx.LinearGeneral):
+        return f"{type(layer).__name__} is neither nnx.Linear, nnx.Conv nor nnx.LinearGeneral"
     if reason := _unlike_new(layer):
         return reason
     if layer.param_dtype != jnp.float32 or layer.dtype not in (None, jnp.float32):
         return "factors are float32, this layer is not"
+    if type(layer) is nnx.LinearGeneral:
+        return "it has batch axes" if layer.batch_axis else None
     if type(layer) is nnx.Linear:
         return None
     if len(layer.kernel_size) != 2:
         return f"kernel_size={layer.kernel_size} is not two-dimensional"
-    if layer.feature_group_count != 1:
-        return f"feature_group_count={layer.feature_group_count}"
-    for name in ("kernel_dilation", "input_dilation"):
-        if np.any(np.asarray(getattr(layer, name) or 1) != 1):
-            return f"{name}={getattr(layer, name)}"
+    if layer.in_features > 1 and layer.feature_group_count == layer.in_features:
+        return "depthwise: its factors would hold more than its kernel"
+    if np.any(np.asarray(layer.input_dilation or 1) != 1):
+        return f"input_dilation={layer.input_dilation}"
     if layer.mask is not None:
         return "it has a mask"
     if isinstance(layer.padding, str) and layer.padding.upper() not in ("SAME", "VALID"):
@@ -131,8 +261,12 @@ def _unlike_new(layer: Any) -> str | None:
     sizes = [layer.in_features, layer.out_features]
     if isinstance(layer, nnx.Conv):
         sizes.append(layer.kernel_size)
-    groups = {"feature_group_count": layer.feature_group_count} if len(sizes) > 2 else {}
-    new = nnx.eval_shape(lambda: type(layer)(*sizes, **groups, rngs=nnx.Rngs(0)))
+    options: dict[str, Any] = {}
+    if isinstance(layer, nnx.Conv):
+        options = {"feature_group_count": layer.feature_group_count}
+    elif isinstance(layer, nnx.LinearGeneral):
+        options = {"axis": layer.axis, "batch_axis": layer.batch_axis}
+    new = nnx.eval_shape(lambda: type(layer)(*sizes, **options, rngs=nnx.Rngs(0)))
     for name, value in vars(layer).items():
         known = name in _UNDERSTOOD or name.startswith("_")
         known |= value is conv_general_dilated
@@ -177,7 +311,7 @@ def _check_named(
 ) -> None:
     for path, r in ranks.items():
         if path not in layers:
-            raise ValueError(f"no nnx.Linear or nnx.Conv at {path!r}, there are {list(layers)}")
+            raise ValueError(f"no layer with a kernel at {path!r}, there are {list(layers)}")
         if reasons[path]:
             raise ValueError(f"{path} cannot be factorised: {reasons[path]}")
         full = min(_matrix(layers[path]).shape)
@@ -188,7 +322,10 @@ def _check_named(
 def _matrix(layer: Any) -> Any:
     """The matrix (d_out, d_in) that is factorised."""
     kernel = layer.kernel.get_value()
-    return kernel.T if isinstance(layer, nnx.Linear) else kernel_to_matrix(kernel)
+    if isinstance(layer, nnx.Conv):
+        return kernel_to_matrix(kernel)
+    inputs = math.prod(layer.in_features) if isinstance(layer, nnx.LinearGeneral) else len(kernel)
+    return kernel.reshape(inputs, -1).T
 
 
 def _factorised(layer: Any, kernel: Factors) -> nnx.Module:
@@ -196,11 +333,17 @@ def _factorised(layer: Any, kernel: Factors) -> nnx.Module:
 
     def make() -> Any:
         options: dict[str, Any] = {"use_bias": layer.bias is not None, "rngs": nnx.Rngs(0)}
-        if isinstance(layer, nnx.Conv):
-            options |= {"strides": layer.strides or 1, "padding": layer.padding}
-            sizes = (layer.in_features, layer.out_features, layer.kernel_size)
-            return SVDConv(*sizes, **options)
-        return SVDDense(layer.in_features, layer.out_features, **options)
+        if isinstance(layer, nnx.LinearGeneral):
+            options["axis"] = layer.axis
+            return SVDLinearGeneral(layer.in_features, layer.out_features, **options)
+        if isinstance(layer, nnx.Linear):
+            return SVDDense(layer.in_features, layer.out_features, **options)
+        options |= {"strides": layer.strides or 1, "padding": layer.padding}
+        options |= {
+            "kernel_dilation": layer.kernel_dilation or 1,
+            "feature_group_count": layer.feature_group_count,
+        }
+        return SVDConv(layer.in_features, layer.out_features, layer.kernel_size, **options)
 
     # Made of shapes alone: an initialisation would take an SVD only to be replaced.
     new = nnx.eval_shape(make)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssa_jax.networks.units import Unit
+from ssa_jax.networks.units import Unit, expect
 
 Array = jax.Array
 Tree = Any
@@ -45,6 +45,7 @@ def forward(
     Returns:
       logits (batch, classes), the new model state, the Tape.
     """
+    expect(units, params)
     inputs, outputs, pullbacks, states = [], [], [], []
     for unit, p, m in zip(units, params, mstate, strict=True):
         inputs.append(x)
@@ -85,6 +86,7 @@ def predict(
     units: Sequence[Unit], params: Tree, mstate: Tree, x: Array, *, train: bool = False
 ) -> Array:
     """Logits (batch, classes) by a plain forward pass, differentiable from end to end."""
+    expect(units, params)
     for unit, p, m in zip(units, params, mstate, strict=True):
         x, _ = unit.apply(p, m, x, train=train)
     return x
@@ -96,17 +98,23 @@ def predict_in_turn(units: Sequence[Unit], params: Tree, mstate: Tree, x: Array)
     A compiler may else begin with what needs parameters alone, such as the product of U, s or V
     of every unit, and hold all of it until it is used. Costs a sum over every unit's input.
     """
+    expect(units, params)
     for unit, p, m in zip(units, params, mstate, strict=True):
         x, _ = unit.apply(after(p, x), m, x, train=True)
     return x
 
 
 def output_shapes(
-    units: Sequence[Unit], params: Tree, mstate: Tree, input_shape: tuple[int, ...]
+    units: Sequence[Unit],
+    params: Tree,
+    mstate: Tree,
+    input_shape: tuple[int, ...],
+    dtype: Any = "float32",
 ) -> list[tuple[int, ...]]:
     """Shape of each unit's output for one example, without the batch axis."""
-    x = jax.ShapeDtypeStruct((1, *input_shape), "float32")
+    x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
     shapes = []
+    expect(units, params)
     for unit, p, m in zip(units, params, mstate, strict=True):
         x, _ = jax.eval_shape(functools.partial(unit.apply, train=False), p, m, x)
         shapes.append(x.shape[1:])

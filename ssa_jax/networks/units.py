@@ -1,16 +1,21 @@
-"""The one place that knows Flax's split and merge: an NNX model as units of pure functions."""
+"""Units of locality as pure functions; neighbours joined, and units in another precision."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 Array = jax.Array
 Tree = Any
+Entries = dict[str, Any]
+
+
+def _ignore(params: Tree) -> None:
+    del params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,68 +24,23 @@ class Unit:
 
     Attributes:
       apply: (params, mstate, x, *, train) -> (y, mstate), the unit and its new statistics.
-      linear: (params, mstate, x) -> y, its linear path (see `models.blocks`).
-      walk: (params, twins, mstate, x) -> y, equal to `apply` in training mode, but its
-        derivative with respect to x passes through the twins instead of the parameters.
+      walk: (params, twins, mstate, x) -> y, equal to `apply` in training mode, but its derivative
+        with respect to x passes through the twins' maps instead of those of the parameters.
+      expect: (params) -> None, tells shapes that are about to come. Units of one network that
+        know them all before the first `apply` are traced together, and not one by one.
+      shared: paths of parameters of which other units have copies.
     """
 
     apply: Callable[..., tuple[Array, Tree]]
-    linear: Callable[[Tree, Tree, Array], Array]
     walk: Callable[[Tree, Tree, Tree, Array], Array]
+    expect: Callable[[Tree], None] = _ignore
+    shared: frozenset[str] = frozenset()
 
 
-def _split(module: nnx.Module) -> tuple[Any, Tree, Tree]:
-    graph, params, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-
-
-def _make_unit(module: nnx.Module) -> tuple[Unit, Tree, Tree]:
-    module.train()
-    train_graph, params, mstate = _split(module)
-    module.eval()
-    eval_graph, _, _ = _split(module)
-
-    def merge(graph: Any, params: Tree, mstate: Tree) -> Any:
-        # Without the copy, statistics would be written to variables of an outer trace.
-        return nnx.merge(graph, params, mstate, copy=True)
-
-    def apply(params: Tree, mstate: Tree, x: Array, *, train: bool) -> tuple[Array, Tree]:
-        unit = merge(train_graph if train else eval_graph, params, mstate)
-        y = unit(x)
-        return y, _split(unit)[2]
-
-    def linear(params: Tree, mstate: Tree, x: Array) -> Array:
-        return merge(eval_graph, params, mstate).linear(x)
-
-    def walk(params: Tree, twins: Tree, mstate: Tree, x: Array) -> Array:
-        unit, twin = (merge(train_graph, p, mstate) for p in (params, twins))
-        return unit(x, twin)
-
-    return Unit(apply, linear, walk), params, mstate
-
-
-def split_units(model: nnx.Module) -> tuple[tuple[Unit, ...], Tree, Tree]:
-    """Splits a model into units, their parameters and their state.
-
-    Args:
-      model: an NNX module with an attribute `units`, a list of unit modules.
-
-    Returns:
-      units, and two tuples of one nested dict a unit: parameters (with `Factors` nodes) and
-      the rest of the state (batch statistics, counters, keys).
-
-    Raises:
-      ValueError: the model lists no units.
-    """
-    modules = list(getattr(model, "units", ()))
-    if not modules:
-        raise ValueError(f"{type(model).__name__} lists no units; give it a non-empty `units`")
-    split = [_make_unit(m) for m in modules]
-    return (
-        tuple(u for u, _, _ in split),
-        tuple(p for _, p, _ in split),
-        tuple(s for _, _, s in split),
-    )
+def expect(units: Sequence[Unit], params: Tree) -> None:
+    """Tells each unit the shapes of its parameters, so that all are traced together."""
+    for unit, p in zip(units, params, strict=True):
+        unit.expect(p)
 
 
 def group_units(
@@ -88,8 +48,8 @@ def group_units(
 ) -> tuple[tuple[Unit, ...], Tree, Tree]:
     """Joins `size` neighbours at a time into one unit; the last unit stays alone.
 
-    Inside the joined unit the gradient is exact. Its parameters and its state are the tuples
-    of its members'. Where the hidden units do not divide evenly, the first group is smaller.
+    Inside the joined unit the gradient is exact. Its parameters and its state are those of its
+    members in one dict. Where the hidden units do not divide evenly, the first group is smaller.
 
     Raises:
       ValueError: size below one.
@@ -99,40 +59,57 @@ def group_units(
     hidden = len(units) - 1
     if size == 1 or not hidden:
         return tuple(units), params, mstate
-    bounds = [0, *range(hidden % size or min(size, hidden), hidden + 1, size)]
+    bounds = [0, *range(hidden % size or min(size, hidden), hidden + 1, size), hidden + 1]
     groups = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-
-    def join(tree: Tree) -> Tree:
-        return (*(tuple(tree[g]) for g in groups), tree[-1])
-
-    joined = tuple(_join(units[g]) for g in groups)
-    return (*joined, units[-1]), join(params), join(mstate)
-
-
-def ungroup_units(tree: Tree) -> Tree:
-    """The parameters or the state of the single units from those of `group_units`."""
-    return tuple(x for group in tree for x in (group if isinstance(group, tuple) else (group,)))
+    return (
+        tuple(_join(units[g], params[g], mstate[g]) for g in groups),
+        tuple(_united(params[g]) for g in groups),
+        tuple(_united(mstate[g]) for g in groups),
+    )
 
 
-def _join(units: Sequence[Unit]) -> Unit:
-    def apply(params: Tree, mstate: Tree, x: Array, *, train: bool) -> tuple[Array, Tree]:
+def _united(dicts: Sequence[Entries]) -> Entries:
+    return {name: value for entries in dicts for name, value in entries.items()}
+
+
+def _join(units: Sequence[Unit], params: Sequence[Entries], mstate: Sequence[Entries]) -> Unit:
+    names = [(tuple(p), tuple(m)) for p, m in zip(params, mstate, strict=True)]
+
+    def members(params: Entries, mstate: Entries) -> list[tuple[Unit, Entries, Entries]]:
+        return [
+            (unit, {n: params[n] for n in p}, {n: mstate[n] for n in m})
+            for unit, (p, m) in zip(units, names, strict=True)
+        ]
+
+    def apply(params: Entries, mstate: Entries, x: Array, *, train: bool) -> tuple[Array, Entries]:
         states = []
-        for unit, p, m in zip(units, params, mstate, strict=True):
+        for unit, p, m in members(params, mstate):
             x, m = unit.apply(p, m, x, train=train)
             states.append(m)
-        return x, tuple(states)
+        return x, _united(states)
 
-    def linear(params: Tree, mstate: Tree, x: Array) -> Array:
-        for unit, p, m in zip(units, params, mstate, strict=True):
-            x = unit.linear(p, m, x)
+    def walk(params: Entries, twins: Entries, mstate: Entries, x: Array) -> Array:
+        for unit, p, m in members(params, mstate):
+            x = unit.walk(p, {n: twins[n] for n in p}, m, x)
         return x
 
-    def walk(params: Tree, twins: Tree, mstate: Tree, x: Array) -> Array:
-        for unit, p, t, m in zip(units, params, twins, mstate, strict=True):
-            x = unit.walk(p, t, m, x)
-        return x
+    def expect_all(params: Entries) -> None:
+        for unit, (p, _) in zip(units, names, strict=True):
+            unit.expect({n: params[n] for n in p})
 
-    return Unit(apply, linear, walk)
+    return Unit(apply, walk, expect_all, frozenset().union(*(u.shared for u in units)))
+
+
+def sum_shared(units: Sequence[Unit], gradients: Sequence[Entries]) -> tuple[Entries, ...]:
+    """The gradients, those of parameters that units share summed over their copies."""
+    shared = sorted(frozenset().union(*(unit.shared for unit in units)))
+    sums = {
+        name: functools.reduce(
+            functools.partial(jax.tree.map, jnp.add), [g[name] for g in gradients if name in g]
+        )
+        for name in shared
+    }
+    return tuple({name: sums.get(name, g) for name, g in own.items()} for own in gradients)
 
 
 def in_precision(units: Sequence[Unit], dtype: Any) -> tuple[Unit, ...]:
@@ -142,8 +119,7 @@ def in_precision(units: Sequence[Unit], dtype: Any) -> tuple[Unit, ...]:
     output is cast back: every array that leaves a unit stays float32, its gradients among them,
     and so do the model state, whose statistics `nnx.BatchNorm` takes in float32 whatever its
     input is, the signals and the losses. A cast up that meets a cast down costs nothing in a
-    compiled program. The last unit, which makes the logits, and every `linear` path stay as
-    they are.
+    compiled program. The last unit, which makes the logits, stays as it is.
 
     Args:
       units: the network, grouped as it is trained.
@@ -156,7 +132,10 @@ def in_precision(units: Sequence[Unit], dtype: Any) -> tuple[Unit, ...]:
 
 def _cast_unit(unit: Unit, dtype: Any) -> Unit:
     def cast(tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: x.astype(dtype), tree)
+        def one(x: Array) -> Array:
+            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return jax.tree.map(one, tree)
 
     def apply(params: Tree, mstate: Tree, x: Array, *, train: bool) -> tuple[Array, Tree]:
         y, new = unit.apply(cast(params), mstate, cast(x), train=train)
@@ -165,15 +144,4 @@ def _cast_unit(unit: Unit, dtype: Any) -> Unit:
     def walk(params: Tree, twins: Tree, mstate: Tree, x: Array) -> Array:
         return unit.walk(cast(params), cast(twins), mstate, cast(x)).astype(jnp.float32)
 
-    return Unit(apply, unit.linear, walk)
-
-
-def merge_units(model: Any, params: Tree, mstate: Tree) -> nnx.Module:
-    """The model in evaluation mode with the given parameters and state, as an NNX module."""
-    merged = nnx.clone(model)
-    merged.units = nnx.List(
-        nnx.merge(nnx.graphdef(m), p, s)
-        for m, p, s in zip(model.units, params, mstate, strict=True)
-    )
-    merged.eval()
-    return merged
+    return Unit(apply, walk, lambda params: unit.expect(cast(params)), unit.shared)

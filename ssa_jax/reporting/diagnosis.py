@@ -68,7 +68,7 @@ def tell(
 
 def _plateau(rows: Sequence[Row], config: Config) -> Finding | None:
     third = len(rows) // 3
-    if len(rows) < LEAST_EPOCHS:
+    if len(rows) < LEAST_EPOCHS or "train_accuracy" not in rows[-1]:
         return None
     before, after = (rows[i]["train_accuracy"] for i in (-third - 1, -1))
     hidden = [a for row in rows[-third:] for a in row["angles"][:-1] if a is not None]
@@ -128,7 +128,7 @@ def _rank_step(rows: Sequence[Row], config: Config) -> Finding | None:
         return Finding(name, worst["epoch"], _jump(worst), shown, flag)
     pairs = [pair for pair in itertools.pairwise(rows) if "truncations" in pair[1]]
     drop, before, after = max(
-        ((a["test_accuracy"] - b["test_accuracy"], a, b) for a, b in pairs),
+        ((a["test_accuracy"] - b["test_accuracy"], a, b) for a, b in pairs if _ACCURACY in a),
         key=lambda found: found[0],
         default=(0.0, {}, {}),
     )
@@ -139,6 +139,10 @@ def _rank_step(rows: Sequence[Row], config: Config) -> Finding | None:
         f"{100 * after['test_accuracy']:.1f} % in an epoch with {after['truncations']} truncations"
     )
     return Finding(name, after["epoch"], drop, shown, flag)
+
+
+# Of losses without one only jumps of the loss are judged.
+_ACCURACY = "test_accuracy"
 
 
 def _jump(row: Row) -> float:

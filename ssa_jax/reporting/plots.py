@@ -161,6 +161,17 @@ def figure(file: File, fill: Callable[[Any], None], height: float = 4.0) -> File
     return file
 
 
+def overview(rows: list[Row]) -> Any:
+    """A matplotlib figure of losses and accuracies by epoch, which a notebook shows."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.prop_cycle": _cycle()}):
+        made = Figure(figsize=(9, 4), layout="constrained")
+        _curves(made, rows)
+    return made
+
+
 def _cycle() -> Any:
     import matplotlib.style
 
@@ -178,12 +189,16 @@ def _axes(figure: Any, place: int, title: str, unit: str, rows: list[Row]) -> An
 
 def _curves(figure: Any, rows: list[Row]) -> None:
     epochs = [r["epoch"] for r in rows]
-    left = _axes(figure, 121, "Cross-entropy", "nats", rows)
-    right = _axes(figure, 122, "Accuracy", "%", rows)
+    has_accuracy = "test_accuracy" in rows[0]
+    left = _axes(figure, 121 if has_accuracy else 111, "Loss", "mean of the loss", rows)
     for split in ("train", "test"):
         left.plot(epochs, [r[f"{split}_loss"] for r in rows], marker=".", label=split)
-        right.plot(epochs, [100 * r[f"{split}_accuracy"] for r in rows], marker=".", label=split)
     left.legend()
+    if not has_accuracy:
+        return
+    right = _axes(figure, 122, "Accuracy", "%", rows)
+    for split in ("train", "test"):
+        right.plot(epochs, [100 * r[f"{split}_accuracy"] for r in rows], marker=".", label=split)
     right.legend()
 
 

@@ -1,5 +1,6 @@
 """The settings of a run: every flag, its default and its range, in one place."""
 
+import collections
 import dataclasses
 import os
 from typing import Any
@@ -13,11 +14,13 @@ from ssa_jax.methods.feedback import FORMS
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
+from ssa_jax.plugins import is_reference
 from ssa_jax.runs.budgets import KINDS
 from ssa_jax.training import record
 from ssa_jax.training.optim import OPTIMIZERS
 from ssa_jax.training.passes import MEMORY_MODES
 from ssa_jax.training.ranks import LINEAR_TARGET, SCHEDULES
+from ssa_jax.training.tasks import LOSSES
 
 # The largest integer that a step counter, a seed or a size can be: those of JAX have 32 bits.
 MOST = 2**31 - 1
@@ -25,6 +28,9 @@ MOST = 2**31 - 1
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """A field with its help and limits: choices, low, high, or above (an open bound).
+
+    Choices that are a table are read when they are checked; beside its names they may be
+    ``package.module:name`` where the field is ``open``.
 
     An integer without a high goes to `MOST`. A field that is a path says so by ``path=True``.
     """
@@ -39,9 +45,17 @@ class Config:
         "none",
         "Named settings, the defaults of the other flags; see experiments/recipes.",
     )
-    method: str = setting("ssa", "Learning method.", choices=tuple(METHODS))
-    model: str = setting("smallconv", "Network.", choices=tuple(MODELS))
-    dataset: str = setting("cifar10", "Data set.", choices=(*DATASETS, *STREAMS))
+    method: str = setting("ssa", "Learning method.", choices=METHODS, open=True)
+    model: str = setting("smallconv", "Network.", choices=MODELS, open=True)
+    dataset: str = setting(
+        "cifar10", "Data set.", choices=collections.ChainMap(DATASETS, STREAMS), open=True
+    )
+    loss: str = setting(
+        "cross_entropy",
+        "Loss of the outputs; its gradient is the error.",
+        choices=LOSSES,
+        open=True,
+    )
     data_dir: str | None = setting(
         None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.", path=True
     )
@@ -87,7 +101,13 @@ class Config:
         choices=("auto", *MEMORY_MODES),
     )
     batch_size: int = setting(128, "Examples in a step.", low=1)
-    optimizer: str = setting("adam", "Adaptive link of the chain.", choices=tuple(OPTIMIZERS))
+    optimizer: str = setting(
+        "adam",
+        "Adaptive link of the chain; an optax transformation by package.module:name has a rate of "
+        "its own.",
+        choices=OPTIMIZERS,
+        open=True,
+    )
     learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
     warmup_steps: int = setting(
         0, "Steps over which the rate rises to its peak; 0: 5 % of the schedule.", low=0
@@ -188,7 +208,6 @@ class Config:
     feedback_lookahead: int = setting(
         1, "Units that a direct signal of ssa is pulled back through exactly.", low=0
     )
-    mean_gates: bool = setting(False, "Composed paths carry the mean slope of activations.")
     unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
@@ -196,7 +215,7 @@ class Config:
     warmup_method: str = setting(
         "none",
         "Method of the first --warmup_epochs, on the same weights.",
-        choices=("none", *METHODS),
+        choices=collections.ChainMap({"none": None}, METHODS),
     )
     warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
     local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
@@ -226,7 +245,8 @@ class Config:
             wanted = None
             high = m.get("high", MOST if isinstance(value, int) else None)
             if "choices" in m and value not in m["choices"]:
-                wanted = "one of " + ", ".join(m["choices"])
+                if not (m.get("open") and is_reference(value)):
+                    wanted = "one of " + ", ".join(m["choices"])
             elif "low" in m and not value >= m["low"]:
                 wanted = f"at least {m['low']}"
             elif "above" in m and not value > m["above"]:

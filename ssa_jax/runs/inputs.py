@@ -4,12 +4,15 @@ import jax
 import numpy as np
 
 from ssa_jax import data as data_lib
-from ssa_jax.data import Dataset, Loader, streams
+from ssa_jax.data import Dataset, Images, Loader, streams
+from ssa_jax.data.batches import Batches, BatchLoader
 from ssa_jax.data.streams import Reading, Stream, StreamLoader
+from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.runs.config import Config
 
-Data = Dataset | Stream
+Data = Dataset | Stream | Batches
+AnyLoader = Loader | StreamLoader | BatchLoader
 
 
 def load(config: Config) -> Data:
@@ -35,20 +38,35 @@ def of_run(config: Config, data: Data | None = None) -> Data:
     """
     data = data or load(config)
     share, size = config.validation, config.train_size
+    if isinstance(data, Batches):
+        if share or size:
+            raise DataError("--validation and --train_size need data with a known order")
+        return data
     if isinstance(data, Stream):
         return streams.limited(streams.hold_out(data, share), size)
     return data_lib.limited(data_lib.hold_out(data, share), size)
 
 
-def moments(data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (C,) of pixels in [0, 255] by which images are normalised."""
-    if isinstance(data, Stream):
-        return streams.MEAN, streams.STD
-    return data_lib.channel_moments(data.train_images)
+def moments(data: Data) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and deviation by the last axis by which inputs are normalised; see `data.moments`."""
+    if isinstance(data, Batches):
+        return None
+    return (streams.MEAN, streams.STD) if isinstance(data, Stream) else data_lib.moments(data)
 
 
-def make_loader(config: Config, data: Data, layout: Layout = ONE_DEVICE) -> Loader | StreamLoader:
+def first_images(data: Images, n: int) -> np.ndarray:
+    """A few training images, normalised, float32 (n, H, W, C); of a stream, noise like them."""
+    if isinstance(data, Batches):
+        return data.first[0][:n]
+    if not isinstance(data, Dataset):
+        return np.random.default_rng(0).standard_normal((n, *data.image_shape), np.float32)
+    return data_lib.normalise(data.train_images[:n], moments(data))
+
+
+def make_loader(config: Config, data: Data, layout: Layout = ONE_DEVICE) -> AnyLoader:
     """What makes the batches of a run; every process reads its share of streamed ones."""
+    if isinstance(data, Batches):
+        return BatchLoader(data, layout)
     if not isinstance(data, Stream):
         return data_lib.make_loader(data, layout=layout)
     reading = Reading(

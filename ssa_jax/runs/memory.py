@@ -42,11 +42,18 @@ def choose(
     """
     if method.direct is None:
         return "taped"
+    held = held_bytes(units, method, params, mstate, images)
+    return "streamed" if held > device_bytes / 2 else "taped"
+
+
+def held_bytes(
+    units: Sequence[Unit], method: Method, params: Tree, mstate: Tree, images: Any
+) -> int:
+    """What a tape holds of a batch, in bytes; arguments as those of `choose`."""
     inputs = jax.eval_shape(
         lambda p, m, x: forward(units, p, m, x)[2].inputs, params, mstate, images
     )
-    held = sum(costs.activation_bytes(units, method, params, mstate, inputs))
-    return "streamed" if held > device_bytes / 2 else "taped"
+    return sum(costs.activation_bytes(units, method, params, mstate, inputs))
 
 
 def device_bytes() -> int:

@@ -5,10 +5,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from ssa_jax.errors import NotFiniteError
 from ssa_jax.reporting import plots, tensorboard
 from ssa_jax.reporting.progress import Progress
-from ssa_jax.runs import build, inputs, processes, summary, workdir
+from ssa_jax.runs import build, inputs, memory, processes, summary, workdir
+from ssa_jax.runs.build import NOTHING, Given
 from ssa_jax.runs.compiling import Compiling, leave_products_to_cublas, use_cache
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.environment import commit
@@ -43,13 +46,20 @@ def run(config: Config, data: Data | None = None) -> Row:
       KeyboardInterrupt: after Ctrl-C, and `Terminated` after SIGTERM: the state is saved, and the
         message says how to go on.
     """
+    return train_given(config, data)[0]
+
+
+def train_given(
+    config: Config, data: Data | None = None, given: Given = NOTHING
+) -> tuple[Row, Trainer]:
+    """`run`, with objects in place of names; also the trainer, with the state at the end."""
     data = prepare(config, data)
     layout = processes.layout(config)
-    built = build.build(config, data)
+    built = build.build(config, data, given=given)
     with interruptible() as interrupt, Compiling() as compiling, layout.active():
-        trainer = Trainer(config, data, built, compiling, layout)
+        trainer = Trainer(config, data, built, compiling, layout, given)
         with opened(config, trainer, interrupt) as one:
-            return one.go()
+            return one.go(), trainer
 
 
 def prepare(config: Config, data: Data | None) -> Data:
@@ -112,7 +122,7 @@ class Run:
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
         self.progress, self.at_once = progress, at_once
         self.position, self.saved, self.earlier = Position(), 0, Position()
-        self.dense = build.dense_costs(config, trainer.data)
+        self.dense = build.dense_costs(config, trainer.data, trainer.given)
         self.started = time.monotonic()
 
     def go(self) -> Row:
@@ -138,8 +148,20 @@ class Run:
         return self.finish()
 
     def tell(self) -> None:
-        """Prints what cannot be had of what was asked for, and what the feedback is."""
-        built = self.trainer.built
+        """Prints what the run is, and what cannot be had of what was asked for."""
+        config, built, state = self.config, self.trainer.built, self.trainer.state
+        size = build.network_costs(built.units, state.params, state.mstate, self.trainer.data)
+        shape = build.batch_shape(config, self.trainer.data)
+        held = memory.held_bytes(built.units, built.method, state.params, state.mstate, shape)
+        kept = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))
+        print(
+            f"{self.progress.name}{config.method}: {config.model} on {config.dataset}, "
+            f"{len(built.units)} units, {size.params:,} parameters ({self.dense.params:,} dense), "
+            f"on {jax.device_count()} {jax.default_backend()} device(s), about "
+            f"{(held + kept) / 2**20:.0f} MiB a step; results in {self.folder.path}\n"
+            f"{self.progress.name}compiling the first step",
+            flush=True,
+        )
         if (
             built.memory == "streamed"
             and unitwise.split(built.optimizer, built.state.params) is None
@@ -175,7 +197,7 @@ class Run:
 
     def _built(self, rollbacks: int) -> build.Built:
         """The run anew, at half the learning rate for every rollback."""
-        return build.build(self.config, self.trainer.data, 0.5**rollbacks)
+        return build.build(self.config, self.trainer.data, 0.5**rollbacks, given=self.trainer.given)
 
     def _epoch_or_rollback(self) -> bool:
         """Whether there is more to train."""
@@ -246,13 +268,15 @@ class Run:
         }
         self.folder.log(row)
         self.progress.epoch(row, self.trainer.state.params)
+        for callback in self.trainer.given.callbacks:
+            callback(row)
         if whole:
             self._save(
                 Position(
                     epoch=row["epoch"],
                     rollbacks=position.rollbacks,
                     wall_s=row["wall_s"],
-                    test_accuracy=row["test_accuracy"],
+                    score=summary.score(row),
                     compiles=row["compiles"],
                     compile_s=row["compile_s"],
                 )
@@ -281,7 +305,7 @@ class Run:
         position = self.position._replace(
             step_in_epoch=tally.steps,
             sums=dict(tally.sums),
-            test_accuracy=None,
+            score=None,
             **self._spent(),
         )
         self._save(position)

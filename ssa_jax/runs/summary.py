@@ -44,13 +44,25 @@ def line(row: Row, epochs: int) -> str:
     parts = [
         f"epoch {row['epoch']}/{epochs}",
         f"loss {row['train_loss']:.4f}",
-        f"test {100 * row['test_accuracy']:.2f} %",
+        f"test {shown_score(row)}",
         f"angle {sum(hidden) / max(1, len(hidden)):.1f}°",
         f"ranks {stored}" if stored else "",
         f"{row['images_per_second']:.0f} img/s",
         f"{row['wall_s']:.0f} s",
     ]
     return "  ".join(p for p in parts if p)
+
+
+def score(row: Row) -> float:
+    """By which the best epoch is chosen: test accuracy, or minus the test loss without one."""
+    return row.get("test_accuracy", -row["test_loss"])
+
+
+def shown_score(row: Row) -> str:
+    """Test accuracy in per cent, or the test loss."""
+    if "test_accuracy" in row:
+        return f"{100 * row['test_accuracy']:.2f} %"
+    return f"loss {row['test_loss']:.4g}"
 
 
 def settings(config: Config) -> Row:
@@ -73,6 +85,7 @@ def last_epoch(rows: Sequence[Row]) -> Row:
     names = (
         "test_accuracy",
         "test_top5_accuracy",
+        "test_loss",
         "train_loss",
         "angles",
         "weight_angles",
@@ -83,8 +96,8 @@ def last_epoch(rows: Sequence[Row]) -> Row:
 
 
 def best_epoch(rows: Sequence[Row]) -> Row:
-    """The whole epoch of best test accuracy, the later of equals, whose checkpoint is kept."""
-    best = max(rows, key=lambda row: (row["test_accuracy"], row["epoch"]), default={})
+    """The whole epoch of best `score`, the later of equals, whose checkpoint is kept."""
+    best = max(rows, key=lambda row: (score(row), row["epoch"]), default={})
     return {"best_epoch": best.get("epoch"), "best_test_accuracy": best.get("test_accuracy")}
 
 

@@ -14,6 +14,7 @@ _BEFORE, _AFTER = "loss_before_truncation", "loss_after_truncation"
 _COUNT = "truncations"
 # Records that a loader replaced.
 _SKIPPED = "skipped"
+_COUNTED = (_COUNT, _BEFORE, _AFTER, _SKIPPED)
 
 
 class Tally:
@@ -26,10 +27,14 @@ class Tally:
       sums: of the steps done before; with the number of steps that truncated, and the loss
         before and after where it rose most, once there is one.
       steps: their number.
+
+    Attributes:
+      loss: of the last step that was read; None before.
     """
 
     def __init__(self, sums: dict[str, float], steps: int):
         self.sums, self.steps = dict(sums), steps
+        self.loss: float | None = None
         self._latest: dict[str, Array] = {}
 
     def add(self, measured: dict[str, Array], steps: int) -> None:
@@ -53,6 +58,7 @@ class Tally:
     def _read(self, values: dict[str, float]) -> None:
         """Counts one step."""
         before, after = (values.pop(name, math.nan) for name in (_BEFORE, _AFTER))
+        self.loss = values.get("loss", self.loss)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         if not math.isnan(before):
@@ -70,16 +76,13 @@ class Tally:
         return all(map(math.isfinite, self.sums.values()))
 
     def row(self) -> dict[str, Any]:
-        """Mean loss and accuracy over the steps, what truncation did, and records skipped."""
+        """Mean loss and metrics over the steps, what truncation did, and records skipped."""
         self.flush()
         found = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
         if _SKIPPED in self.sums:
             found[_SKIPPED] = int(self.sums[_SKIPPED])
-        return {
-            "train_loss": self.sums["loss"] / self.steps,
-            "train_accuracy": self.sums["accuracy"] / self.steps,
-            **found,
-        }
+        means = {n: v / self.steps for n, v in self.sums.items() if n not in _COUNTED}
+        return {**{f"train_{name}": value for name, value in means.items()}, **found}
 
 
 class Tallies:
@@ -92,6 +95,11 @@ class Tallies:
     def __init__(self, tallies: Sequence[Tally]):
         self.tallies = tallies
         self._latest: dict[str, Array] = {}
+
+    @property
+    def loss(self) -> float | None:
+        """Of the last step of the first."""
+        return self.tallies[0].loss
 
     @property
     def steps(self) -> int:

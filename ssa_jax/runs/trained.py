@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from ssa_jax.networks.units import merge_units, ungroup_units
 from ssa_jax.runs import build, inputs, workdir
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.inputs import Data
@@ -32,12 +31,19 @@ class Trained(NamedTuple):
     test_accuracy: float | None
 
 
-def restore(path: Path, data_dir: str | None = None) -> Trained:
+def restore(
+    path: Path,
+    data_dir: str | None = None,
+    data: Data | None = None,
+    given: build.Given = build.NOTHING,
+) -> Trained:
     """Reads a run without changing its folder.
 
     Args:
       path: its workdir.
       data_dir: where its data set is, if no longer where the run found it.
+      data: its data set, where it is not one of a name.
+      given: the objects that the run was given in place of names.
 
     Raises:
       WorkdirError: no run there.
@@ -53,11 +59,13 @@ def restore(path: Path, data_dir: str | None = None) -> Trained:
     checkpoints = Checkpoints(folder.checkpoints, config=identity(config))
     if checkpoints.latest() is None:
         raise CheckpointError(f"{path} holds no checkpoint; train it first, with --resume")
-    data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
-    position, state = checkpoints.restore(build.build(config, data).state)
-    model = build.make_model(config, data, factorized=config.factorized)
-    model = merge_units(model, ungroup_units(state.params), ungroup_units(state.mstate))
-    accuracy = {row["step"]: row["test_accuracy"] for row in folder.rows()}
+    data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir), data)
+    built = build.build(config, data, given=given)
+    position, state = checkpoints.restore(built.state)
+    model = build.split_model(config, data, given, factorized=config.factorized).merge(
+        state.params, state.mstate
+    )
+    accuracy = {row["step"]: row.get("test_accuracy") for row in folder.rows()}
     return Trained(config, data, model, position.epoch, accuracy.get(int(state.step)))
 
 

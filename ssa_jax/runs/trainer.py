@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ssa_jax import data as data_lib
 from ssa_jax import factors
-from ssa_jax.data import DataError, Feed, Loader
-from ssa_jax.errors import NotFiniteError
+from ssa_jax.data import Feed, Loader
+from ssa_jax.errors import DataError, NotFiniteError
 from ssa_jax.methods import Method
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.runs import build, inputs, summary
@@ -70,6 +70,7 @@ class Trainer:
       built: from `build.build`, whose state is taken over.
       compiling: counts compilations of the step.
       layout: where the state lies and batches are spread.
+      given: the objects that the run was given in place of names.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Trainer:
         built: build.Built,
         compiling: Compiling,
         layout: Layout = ONE_DEVICE,
+        given: build.Given = build.NOTHING,
     ):
+        self.given = given
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
         self.loader = inputs.make_loader(config, data, layout)
         self.state = layout.place(built.state)
@@ -96,11 +99,13 @@ class Trainer:
             self._for_replicas(
                 replicas.vectorized_refresh, returning(keep, train.make_refresh(built.method))
             ),
-            returning(whole, train.make_eval(built.units)),
+            returning(whole, train.make_eval(built.units, built.task)),
             returning(whole, metrics.make_probe(built.units, built.method, built.weights)),
             self._for_replicas(
                 replicas.vectorized_measure,
-                returning(whole, train.make_truncation_losses(built.units, built.memory)),
+                returning(
+                    whole, train.make_truncation_losses(built.units, built.memory, built.task)
+                ),
             ),
         )
 
@@ -194,12 +199,19 @@ class Trainer:
                     self._dispatch(steps, next(feeds), step, count, tally)
                 _check_finite(tally.finite)
                 bar.update(count * size)
+                if tally.loss is not None:
+                    bar.set_postfix(loss=f"{tally.loss:.3f}", refresh=False)
         tally.flush()
         _check_finite(tally.finite)
         return {
             "images": tally.steps * size,
-            "learning_rate": float(self.built.learning_rate(first + tally.steps - 1)),
+            "learning_rate": self._rate(first + tally.steps - 1),
         }
+
+    def _rate(self, step: int) -> float | None:
+        """The learning rate at a step; None of an optimiser that has its own."""
+        schedule = self.built.learning_rate
+        return None if schedule is None else float(schedule(step))
 
     def _warming_up(self, epoch: int) -> bool:
         return epoch < self.built.warmup_epochs
@@ -254,9 +266,7 @@ class Trainer:
         n = sums["count"]
         if not n:
             raise DataError("no test image could be decoded; is this the right data set?")
-        names = {"loss": "test_loss", "correct": "test_accuracy",
-                 "correct_top5": "test_top5_accuracy"}  # fmt: skip
-        row = {names[name]: value / n for name, value in sums.items() if name in names}
+        row = {f"test_{name}": value / n for name, value in sums.items() if name != "count"}
         skipped = self.loader.test_size - int(n)
         return {**row, "test_skipped": skipped} if skipped else row
 
@@ -276,7 +286,7 @@ class Trainer:
         self._refreshed(self.state._replace(params=params))
         return {
             "drift_repaired": float(factors.orthogonality_error(params)),
-            "test_accuracy_before_repair": evaluated["test_accuracy"],
+            **_before("repair", evaluated),
             **self.evaluate(),
         }
 
@@ -291,10 +301,15 @@ class Trainer:
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
         self._refreshed(ranks.compact(self.state, chosen))
         return {
-            "test_accuracy_before_compaction": evaluated["test_accuracy"],
-            "test_loss_before_compaction": evaluated["test_loss"],
+            **_before("compaction", evaluated),
             **self.evaluate(),
         }
+
+
+def _before(change: str, evaluated: Row) -> Row:
+    """What a test measured before the state was changed, under names of its own."""
+    names = [name for name in ("test_accuracy", "test_loss") if name in evaluated]
+    return {f"{name}_before_{change}": evaluated[name] for name in names}
 
 
 def _check_finite(finite: bool) -> None:

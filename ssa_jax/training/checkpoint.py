@@ -115,8 +115,8 @@ class Checkpoints:
         try:
             writer = self._open()
             # Before the save, which decides what to keep.
-            if position.test_accuracy is not None:
-                self._accuracies[step] = position.test_accuracy
+            if position.score is not None:
+                self._accuracies[step] = position.score
             # Forced, since a save while another is running is otherwise skipped without a word.
             writer.save_checkpointables_async(
                 step, {"state": state}, custom_metadata=seal(record), force=True
@@ -210,7 +210,7 @@ class Checkpoints:
         accuracies = {}
         for step in self.steps():
             try:
-                accuracy = _record(self._directory / str(step))["position"]["test_accuracy"]
+                accuracy = _record(self._directory / str(step))["position"]["score"]
             except DamagedError:
                 continue
             if accuracy is not None:

@@ -12,7 +12,7 @@ import jax
 from ssa_jax.methods import Method
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import Unit
-from ssa_jax.training import losses
+from ssa_jax.training import tasks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.passes import local_gradients
 
@@ -214,7 +214,7 @@ def _passes(
     units: Sequence[Unit], method: Method, weights: LossWeights, state: Any, batch: Any
 ) -> tuple[Tree, Tree, Tree]:
     logits, _, tape = forward(units, state.params, state.mstate, batch.images)
-    _, error = losses.output_error(logits, batch.labels, weights.smoothing)
+    _, error = tasks.output_error(weights.task, logits, batch.labels)
     signals = tuple(method.signals(state.feedback, state.params, tape, error, batch))
     twins = method.twins(state.feedback)
     return tape.outputs, signals, local_gradients(state.params, twins, tape, signals, weights)

@@ -1,4 +1,4 @@
-"""Output losses, and the local loss of a unit, term by term.
+"""The local loss of a unit, term by term; losses of the outputs are `tasks`.
 
 The local loss of unit i with output h, teaching signal δ (constant), parameters W = {U, s, V}
 and feedback twin B is (arXiv 2510.25594, section 3; coefficients as in docs/design.md)
@@ -15,47 +15,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ssa_jax import factors
 from ssa_jax.factors import linalg
+from ssa_jax.training.tasks import CROSS_ENTROPY, Task
 
 Array = jax.Array
 Tree = Any
 
 
 class LossWeights(NamedTuple):
-    """Coefficients of the losses.
+    """The loss of the outputs, and coefficients of the local loss.
 
     Attributes:
       alpha: α, of the task term.
       beta: β, of the alignment with the twins.
       gamma: γ, of the orthogonality term.
       kappa: κ, of the cosine term; the last unit, whose signal is exact, has none.
-      smoothing: label smoothing of the output loss, in [0, 1).
+      task: the loss of the outputs, whose gradient by them is the error.
     """
 
     alpha: float = 1.0
     beta: float = 0.0
     gamma: float = 0.0
     kappa: float = 0.0
-    smoothing: float = 0.0
-
-
-def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
-    """Mean softmax cross-entropy of logits (batch, classes) and int labels (batch,).
-
-    Targets are (1 - smoothing) onehot + smoothing/classes (Szegedy et al. 2016).
-    """
-    if not smoothing:
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
-
-
-def output_error(logits: Array, labels: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
-    """The loss and its gradient e = (softmax(logits) - targets)/batch, (batch, classes)."""
-    return jax.value_and_grad(cross_entropy)(logits, labels, smoothing)
+    task: Task = CROSS_ENTROPY
 
 
 def task_term(h: Array, signal: Array) -> Array:

@@ -11,7 +11,7 @@ from ssa_jax.factors import linalg
 from ssa_jax.methods import Method, chain
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import Unit
-from ssa_jax.training import losses
+from ssa_jax.training import losses, tasks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.passes import local_gradients
 from ssa_jax.types import Batch, TrainState
@@ -64,7 +64,7 @@ def make_probe(
 
     def probe(state: TrainState, batch: Batch) -> Probe:
         logits, _, tape = forward(units, state.params, state.mstate, batch.images)
-        _, error = losses.output_error(logits, batch.labels, weights.smoothing)
+        _, error = tasks.output_error(weights.task, logits, batch.labels)
         signals = method.signals(state.feedback, state.params, tape, error, batch)
         twins = method.twins(state.feedback)
         local = local_gradients(state.params, twins, tape, signals, weights)

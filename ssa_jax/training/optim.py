@@ -38,7 +38,8 @@ class OptimizerConfig(NamedTuple):
       learning_rate: peak of the schedule.
       total_steps: length of training.
       steps_per_epoch: the energy rule cuts in the first step of an epoch.
-      optimizer: a name in `OPTIMIZERS`.
+      optimizer: a name in `OPTIMIZERS`, or a whole optax optimiser, which has a rate of its own:
+        `learning_rate` is not used then.
       first_rate: rate of the first unit over that of the last; see `scale_by_depth`.
       warmup: share of training over which the rate rises linearly from zero; a cosine takes
         it back to zero.
@@ -63,7 +64,7 @@ class OptimizerConfig(NamedTuple):
     learning_rate: float
     total_steps: int
     steps_per_epoch: int
-    optimizer: str = "adam"
+    optimizer: str | optax.GradientTransformation = "adam"
     first_rate: float = 1.0
     warmup: float = 0.05
     warmup_steps: int = 0
@@ -158,11 +159,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def target(count: Array) -> ranks.Target:
         return schedule(_fraction(config, count), config.energy, final)
 
-    adaptive = OPTIMIZERS[config.optimizer]()
+    whole = not isinstance(config.optimizer, str)
+    adaptive = config.optimizer if whole else OPTIMIZERS[config.optimizer]()
     if config.first_rate != 1:
         adaptive = optax.chain(adaptive, scale_by_depth(config.first_rate))
     chain = transforms.ssa(
-        learning_rate(config),
+        # The updates of a whole optimiser have their sign and length.
+        -1.0 if whole else learning_rate(config),
         optimizer=adaptive,
         hoyer=lambda count: config.hoyer * target(count).hoyer,
         clip=config.clip,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ssa_jax.methods import Method
 from ssa_jax.networks.forward import Pullback, Tape, after, forward, predict, predict_in_turn, visit
 from ssa_jax.networks.units import Unit
-from ssa_jax.training import losses
+from ssa_jax.training import losses, tasks
 from ssa_jax.training.losses import LossWeights
 
 Array = jax.Array
@@ -82,7 +82,7 @@ def taped(
 ) -> Pass:  # fmt: skip
     """One forward pass that keeps every unit's pullback until the error is known."""
     logits, mstate, tape = forward(units, params, mstate, batch.images)
-    loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
+    loss, error = tasks.output_error(weights.task, logits, batch.labels)
     if method.direct is None or method.ahead:
         signals = method.signals(feedback, params, tape, error, batch)
         gradients = local_gradients(params, method.twins(feedback), tape, signals, weights)
@@ -144,7 +144,7 @@ def streamed(
     if method.direct is None:
         raise ValueError("a streamed step needs a method whose signals need the error alone")
     logits = predict_in_turn(units, params, mstate, batch.images)
-    loss, error = losses.output_error(logits, batch.labels, weights.smoothing)
+    loss, error = tasks.output_error(weights.task, logits, batch.labels)
     twins, last = method.twins(feedback), len(units) - 1
     x, here = after(batch.images, error), error
     gradients: dict[int, Tree] = {}

@@ -37,7 +37,7 @@ class Position(NamedTuple):
       sums: of each training metric over those steps, in float64.
       rollbacks: one record for each return to an earlier state.
       wall_s: seconds trained so far.
-      test_accuracy: after the last epoch; None within one.
+      score: test accuracy after the last epoch, or minus the loss without one; None within one.
       compiles: compilations of the step so far.
       compile_s: seconds that all programs took to compile so far.
     """
@@ -47,7 +47,7 @@ class Position(NamedTuple):
     sums: dict[str, float] = {}  # noqa: RUF012, a default that nothing writes to
     rollbacks: Sequence[dict[str, Any]] = ()
     wall_s: float = 0.0
-    test_accuracy: float | None = None
+    score: float | None = None
     compiles: int = 0
     compile_s: float = 0.0
 

@@ -12,11 +12,12 @@ import optax
 from ssa_jax import factors, transforms
 from ssa_jax.methods import Method
 from ssa_jax.networks.forward import predict
-from ssa_jax.networks.units import Unit
+from ssa_jax.networks.units import Unit, sum_shared
 from ssa_jax.parallel.mesh import on_host
-from ssa_jax.training import losses, unitwise
+from ssa_jax.training import unitwise
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.passes import MEMORY_MODES, PREDICTIONS
+from ssa_jax.training.tasks import CROSS_ENTROPY, Task, mean_loss, top5_accuracy
 from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
@@ -71,8 +72,8 @@ def make_step(
         step updates each unit as soon as it has its gradient, where `unitwise.split` allows it.
 
     Returns:
-      (state, batch) -> (state, metrics), metrics being ``loss`` and ``accuracy`` at the
-      parameters before the step.
+      (state, batch) -> (state, metrics): ``loss`` and the means of the task's metrics, such as
+      ``accuracy``, at the parameters before the step.
 
     Raises:
       ValueError: an unknown memory mode; when first called, a streamed step of a method whose
@@ -87,9 +88,11 @@ def make_step(
         found = functools.partial(
             run, units, method, weights, state.params, state.mstate, state.feedback, batch
         )
-        chain = unitwise.split(optimizer, state.params) if memory == "streamed" else None
+        streamed = memory == "streamed" and not any(unit.shared for unit in units)
+        chain = unitwise.split(optimizer, state.params) if streamed else None
         if chain is None:
             logits, loss, mstate, gradients, tape = found()
+            gradients = sum_shared(units, gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         else:
@@ -97,23 +100,25 @@ def make_step(
             logits, loss, mstate, moved, tape = found(take=take)
             params, opt_state = chain.join(moved, state.opt_state)
         feedback = method.update(state.feedback, state.params, params, tape, batch)
-        metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == batch.labels)}
+        measured = {n: m(logits, batch.labels) for n, m in weights.task.metrics.items()}
+        metrics = {"loss": loss, **{name: jnp.mean(values) for name, values in measured.items()}}
         return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def make_truncation_losses(
-    units: Sequence[Unit], memory: str = "taped"
+    units: Sequence[Unit], memory: str = "taped", task: Task = CROSS_ENTROPY
 ) -> Callable[[TrainState, Batch], dict[str, Array]]:
     """The jitted measure of what the truncation of the last step does to the loss.
 
     Args:
       units: the network.
       memory: of the steps; a streamed pass holds one unit at a time here too.
+      task: whose loss is measured.
 
     Returns:
-      (state, batch) -> ``loss_before_truncation`` and ``loss_after_truncation``: cross-entropy of
+      (state, batch) -> ``loss_before_truncation`` and ``loss_after_truncation``: mean loss of
       the batch in training mode at the state's parameters without and with the truncation of the
       step that made them, both NaN where it truncated nothing; empty where the chain never
       truncates.
@@ -127,7 +132,7 @@ def make_truncation_losses(
 
         def loss(p: Tree) -> Array:
             logits = logits_of(units, p, state.mstate, batch.images)
-            return losses.cross_entropy(logits, batch.labels)
+            return mean_loss(task, logits, batch.labels)
 
         pairs = zip(factors.leaves(whole), factors.leaves(state.params), strict=True)
         cut = jnp.any(jnp.stack([jnp.any(a.s != b.s) for a, b in pairs]))
@@ -155,40 +160,45 @@ def make_refresh(method: Method) -> Callable[[TrainState], TrainState]:
     return jax.jit(refresh)
 
 
-def make_eval(units: Sequence[Unit]) -> Callable[[Tree, Tree, Batch], dict[str, Array]]:
-    """The jitted evaluation of one batch: number of examples, correct answers and summed loss.
+def make_eval(
+    units: Sequence[Unit], task: Task = CROSS_ENTROPY
+) -> Callable[[Tree, Tree, Batch], dict[str, Array]]:
+    """The jitted evaluation of one batch: number of examples, and sums of the loss and metrics.
 
-    Where there are more than five classes also those whose label is among the five largest
-    logits. Labels of -1 mark padding and count for nothing.
+    Of more than five classes also those whose label is among the five largest logits. Examples
+    of weight zero, and labels of -1 where there are no weights, are padding and count for nothing.
+
+    Args:
+      units: the network.
+      task: its loss and metrics.
     """
 
     def evaluate(params: Tree, mstate: Tree, batch: Batch) -> dict[str, Array]:
-        logits = predict(units, params, mstate, batch.images)
-        valid = batch.labels >= 0
-        loss = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(valid, batch.labels, 0)
-        )
-        correct = (jnp.argmax(logits, -1) == batch.labels) & valid
+        outputs = predict(units, params, mstate, batch.images)
+        targets = batch.labels
+        counts = targets >= 0 if batch.weight is None else batch.weight > 0
+        measures = {"loss": task.loss, **task.metrics}
+        if task.classes:
+            targets = jnp.where(counts, targets, 0) if targets.ndim == 1 else targets
+            if outputs.shape[-1] > _TOP:
+                measures["top5_accuracy"] = top5_accuracy
         found = {
-            "count": jnp.sum(valid),
-            "correct": jnp.sum(correct),
-            "loss": jnp.sum(jnp.where(valid, loss, 0.0)),
+            name: jnp.sum(jnp.where(counts, measure(outputs, targets), 0.0))
+            for name, measure in measures.items()
         }
-        if logits.shape[-1] > _TOP:
-            _, best = jax.lax.top_k(logits, _TOP)
-            among = jnp.any(best == batch.labels[:, None], axis=-1) & valid
-            found["correct_top5"] = jnp.sum(among)
-        return found
+        return {"count": jnp.sum(counts), **found}
 
     return jax.jit(evaluate)
 
 
-def true_gradients(units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch) -> Tree:
-    """jax.grad of the mean cross-entropy through the whole network in training mode."""
+def true_gradients(
+    units: Sequence[Unit], params: Tree, mstate: Tree, batch: Batch, task: Task = CROSS_ENTROPY
+) -> Tree:
+    """jax.grad of the mean loss through the whole network in training mode."""
 
     def loss(p: Tree) -> Array:
         logits = predict(units, p, mstate, batch.images, train=True)
-        return losses.cross_entropy(logits, batch.labels)
+        return mean_loss(task, logits, batch.labels)
 
     return jax.grad(loss)(params)
 
