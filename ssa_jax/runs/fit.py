@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +168,7 @@ def fit(
     crop: int = 0,
     flip: bool = False,
     size: int | None = None,
+    outputs: int | None = None,
     name: str = "data",
     steps_per_epoch: int | None = None,
     **settings: Any,
@@ -195,6 +197,8 @@ def fit(
       crop: augmentation shifts images by up to this many pixels.
       flip: augmentation mirrors images.
       size: side of the images of a folder.
+      outputs: number of classes, or of what the model gives for one example; None: as the data
+        tell it.
       name: of the data, kept with the run.
       steps_per_epoch: of an iterable without a length.
       settings: fields of `runs.config.Config`, such as ``seed``, ``learning_rate``, ``rank_init``,
@@ -213,13 +217,13 @@ def fit(
         moments = model.data.moments if isinstance(model, Run) else None
         if isinstance(model, Run):
             model = model.model
-        data, dataset = _data(train, test, loss, crop, flip, size, name, steps_per_epoch)
+        data, dataset = _data(train, test, loss, crop, flip, size, outputs, name, steps_per_epoch)
         if isinstance(data, Batches):
             batch_size = data.batch_size
         if moments is not None and isinstance(data, Dataset):
             data = data._replace(moments=moments)
-        kept = None if workdir else tempfile.TemporaryDirectory(prefix="ssa_jax-")
-        folder = Path(kept.name) / "run" if kept else Path(str(workdir)).expanduser()
+        kept = None if workdir else _Temporary()
+        folder = kept.path / "run" if kept else Path(str(workdir)).expanduser()
         names, given = _given(model, method, loss, optimizer, callbacks, folder)
         config = _config(
             settings, dataset=dataset, epochs=epochs, batch_size=batch_size,
@@ -307,27 +311,23 @@ def _config(settings: Mapping[str, Any], **fields: Any) -> Config:
 
 
 def _data(
-    train: Any,
-    test: Any,
-    loss: Any,
-    crop: int,
-    flip: bool,
-    size: int | None,
-    name: str,
-    steps: int | None,
-) -> tuple[Any, str]:
+    train: Any, test: Any, loss: Any, crop: int, flip: bool, size: int | None,
+    outputs: int | None, name: str, steps: int | None,
+) -> tuple[Any, str]:  # fmt: skip
     """The data, and their name in the config; None for data that the config names."""
     if isinstance(train, str) and not Path(train).expanduser().exists():
         return None, train
     labelled = loss == "cross_entropy" or getattr(loss, "classes", False)
-    options: dict[str, Any] = {"crop": crop, "flip": flip}
-    if isinstance(train, str | Path):
-        options |= {"size": size} if Path(train).is_dir() else {}
-    elif is_pair(train):
-        options |= {"name": name, "classes": labelled}
-    else:
-        data = from_batches(train, test, name=name, classes=labelled, steps_per_epoch=steps)
+    kinds: dict[str, Any] = {"classes": labelled, "outputs": outputs}
+    if not isinstance(train, str | Path | Dataset) and not is_pair(train):
+        data: Any = from_batches(train, test, name=name, steps_per_epoch=steps, **kinds)
         return data, f"{_GIVEN}:{re.sub(r'[^0-9a-zA-Z]+', '_', name)}"
+    options = {**kinds, "crop": crop, "flip": flip}
+    if isinstance(train, str | Path):
+        options = {n: v for n, v in options.items() if v is not None}
+        options |= {"size": size} if Path(train).expanduser().is_dir() else {}
+    else:
+        options["name"] = name
     data = open_data(train, test, **options)
     return data, f"{_GIVEN}:{data.name or 'data'}"
 
@@ -350,6 +350,14 @@ def _read(stored: Row) -> Described:
     moments = None if found is None else tuple(np.asarray(m, np.float32) for m in found)
     shape = tuple(stored["image_shape"])
     return Described(**{**stored, "image_shape": shape, "moments": moments})
+
+
+class _Temporary:
+    """A folder that is removed when nothing refers to it any more, and at the end."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="ssa_jax-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class _no_flags:

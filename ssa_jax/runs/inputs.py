@@ -4,11 +4,12 @@ import jax
 import numpy as np
 
 from ssa_jax import data as data_lib
-from ssa_jax.data import Dataset, Images, Loader, streams
+from ssa_jax.data import DATASETS, Dataset, Images, Loader, streams
 from ssa_jax.data.batches import Batches, BatchLoader
 from ssa_jax.data.streams import Reading, Stream, StreamLoader
 from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
+from ssa_jax.plugins import find
 from ssa_jax.runs.config import Config
 
 Data = Dataset | Stream | Batches
@@ -23,7 +24,9 @@ def load(config: Config) -> Data:
     """
     if config.dataset in streams.STREAMS:
         return streams.load(config.dataset, config.data_dir, config.image_size)
-    return data_lib.load(config.dataset, config.data_dir)
+    if config.dataset in DATASETS:
+        return data_lib.load(config.dataset, config.data_dir)
+    return find("dataset", config.dataset, DATASETS)(config.data_dir)
 
 
 def of_run(config: Config, data: Data | None = None) -> Data:
