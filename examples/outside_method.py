@@ -1,7 +1,7 @@
 """A learning method from outside: it makes one teaching signal a unit, and nothing else.
 
     python examples/outside_method.py
-    python -m experiments.cifar --dataset=digits --model=mlp --method=examples.outside_method:delayed
+    python -m experiments.cifar --method=examples.outside_method:delayed --model=mlp
 
 Here every hidden unit gets the signal that direct feedback alignment made for the batch before:
 the error need not have arrived yet when a unit learns.

@@ -1,4 +1,4 @@
-"""A model and data from outside, by name: flags take ``package.module:name`` too.
+r"""A model and data from outside, by name: flags take ``package.module:name`` too.
 
 python -m experiments.cifar --model=examples.outside_model:wide \\
         --dataset=examples.outside_model:halves

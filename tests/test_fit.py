@@ -288,7 +288,12 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         ((X, Y), {"loss": "cross"}, ConfigError, r"^loss must be one of cross_entropy"),
         ((X, Y), {"epoch": 3}, TypeError, r"fit has no setting epoch"),
         ("no_such_data", {}, ConfigError, r"^dataset must be one of"),
-        ((X, Y), {"model": nnx.Linear(16, 2, rngs=nnx.Rngs(0)), "method": "bp"}, ssa_jax.CutError, "has no cut"),
+        (
+            (X, Y),
+            {"model": nnx.Linear(16, 2, rngs=nnx.Rngs(0)), "method": "bp"},
+            ssa_jax.CutError,
+            "has no cut",
+        ),
         ((X, Y), {"model": 3}, TypeError, r"must be an nnx\.Module, a linen\.Module"),
     ],
 )
