@@ -28,7 +28,7 @@ GROUPS = {
         "retract_every", "drift_bound",
     ),
     "Local loss": (
-        "alpha", "beta", "gamma", "kappa", "label_smoothing", "hoyer", "local_weight", "readout",
+        "loss", "alpha", "beta", "gamma", "kappa", "label_smoothing", "hoyer", "local_weight", "readout",
         "readout_update", "readout_rate",
     ),
     "Feedback": (

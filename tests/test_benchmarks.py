@@ -239,9 +239,11 @@ def named_arrays(tree):
     """Arrays by their path without the wrappers of either side, as float32."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [[str(getattr(k, "key", getattr(k, "idx", ""))) for k in path] for path, _ in flat]
+    # Of ours a unit has its number and then whole paths.
+    parts = [part for name in names for part in [[p for n in name for p in n.split("/")]]]
     return {
-        tuple(n for n in name if n not in ("", "units", "value")): np.asarray(x)
-        for name, (_, x) in zip(names, flat, strict=True)
+        tuple(n for n in name[name.index("units") + 1 :] if n not in ("", "value")): np.asarray(x)
+        for name, (_, x) in zip(parts, flat, strict=True)
     }
 
 

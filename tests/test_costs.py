@@ -14,7 +14,9 @@ from ssa_jax.training.train import init_state, make_step
 
 
 def model_macs(name, rank):
-    units, params, mstate = apart(MODELS[name]((32, 32, 3), 10, rank=rank, rngs=nnx.Rngs(0)))
+    units, params, mstate = apart(
+        MODELS[name]((32, 32, 3), 10, rank=rank, rngs=nnx.Rngs(0)), (32, 32, 3)
+    )
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
     return costs.macs(lambda p, x: predict(units, p, mstate, x), params, image)
 
@@ -121,7 +123,7 @@ def test_costs_of_a_step_of_dense_layers():
 )
 def test_units_of_a_step_add_up_to_what_the_compiler_counts(name):
     units, params, mstate = apart(
-        MODELS["mlp"]((8, 8, 3), 10, rank=0.5, rngs=nnx.Rngs(0), hidden=(256, 256))
+        MODELS["mlp"]((8, 8, 3), 10, rank=0.5, rngs=nnx.Rngs(0), hidden=(256, 256)), (8, 8, 3)
     )
     method = make_method(name, units, params, mstate, shape=(8, 8, 3))
     optimizer = optax.sgd(1e-3)

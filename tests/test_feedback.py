@@ -21,6 +21,7 @@ from ssa_jax.networks.forward import forward, output_shapes, predict
 
 # On which paths are composed.
 INPUTS = 4
+SIGNS = jnp.array([1.0, -1.0] * (INPUTS // 2))
 FULL = feedback.Plan(per_channel=False, rows=CLASSES, size=0, full_size=0)
 
 
@@ -45,14 +46,15 @@ def jacobians(units, params, mstate, x):
 
 
 @pytest.mark.parametrize("name", first(["conv", "residual", "split_residual"], 1))
-def test_composed_path_is_the_mean_jacobian(name):
+def test_composed_path_is_the_mean_jacobian_of_inputs_of_both_signs(name):
     units, params, mstate, shapes = setup(name)
     x = make_batch(INPUTS).images
     paths = composed(units, params, mstate)
     for i, jacobian in enumerate(jacobians(units, params, mstate, x)):
         assert paths[i].shape == (CLASSES, *shapes[i])
         # A norm makes the outputs of one input depend on the other inputs too.
-        assert jnp.allclose(paths[i], jacobian.sum(0).mean(1), atol=1e-5)
+        own = jnp.einsum("n,ncm...,m->c...", SIGNS, jacobian, SIGNS) / INPUTS
+        assert jnp.allclose(paths[i], own, atol=1e-5)
 
 
 def test_composed_path_of_a_linear_network_is_the_jacobian_at_any_input():
@@ -72,11 +74,22 @@ def test_composed_path_is_the_mean_of_what_the_walk_makes_of_each_logit(name):
     logits, _, tape = forward(units, params, mstate, make_batch(INPUTS).images)
     paths = composed(units, params, mstate, twins)
     for c in range(CLASSES):
-        unit_vectors = jnp.broadcast_to(jnp.eye(CLASSES)[c], logits.shape)
+        unit_vectors = SIGNS[:, None] * jnp.broadcast_to(jnp.eye(CLASSES)[c], logits.shape)
         signals = feedback.walk(units, params, twins, tape, unit_vectors)
-        means = [signal.mean(0) for signal in signals[:-1]]
+        means = [jnp.tensordot(SIGNS, signal, 1) / INPUTS for signal in signals[:-1]]
         assert max_difference([path[c] for path in paths], means) < 1e-5
     assert max_difference(paths, composed(units, params, mstate)) > 1e-2
+
+
+def test_other_inputs_of_a_norm_are_left_out_of_a_path_but_for_what_their_signs_leave():
+    """What a batch norm makes of one input's output by another input is no path."""
+    units, params, mstate, _ = setup("conv")
+    x = make_batch(INPUTS).images
+    paths = composed(units, params, mstate)
+    for path, jacobian in zip(paths, jacobians(units, params, mstate, x), strict=True):
+        own = jnp.einsum("ncn...->c...", jacobian) / INPUTS
+        equal = jacobian.sum(0).mean(1)
+        assert jnp.linalg.norm(path - own) < jnp.linalg.norm(equal - own) + 1e-6
 
 
 def test_weights_as_twins_make_the_exact_paths():
@@ -109,9 +122,10 @@ def test_path_passes_an_identity_block_without_its_last_kernel_through_the_gate_
     above = jax.vjp(lambda h: predict(units[2:], params[2:], mstate[2:], h, train=True),
                     tape.outputs[1])[1]  # fmt: skip
     for c in range(CLASSES):
-        signal = above(jnp.broadcast_to(jnp.eye(CLASSES)[c], (INPUTS, CLASSES)))[0]
+        unit_vectors = jnp.broadcast_to(jnp.eye(CLASSES)[c], (INPUTS, CLASSES))
+        signal = above(SIGNS[:, None] * unit_vectors)[0]
         gated = jnp.where(tape.outputs[0] > 0, signal, 0)
-        assert jnp.allclose(paths[0][c], gated.mean(0), atol=1e-6)
+        assert jnp.allclose(paths[0][c], jnp.tensordot(SIGNS, gated, 1) / INPUTS, atol=1e-6)
     assert not jnp.allclose(paths[0], paths[1], atol=1e-3)
 
 
