@@ -1,11 +1,17 @@
 """The worked examples run, and reach what they promise."""
 
 import importlib.util
+import json
 import pathlib
+import subprocess
+import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from ssa_jax import transforms
 from ssa_jax.factors import linalg
@@ -13,11 +19,11 @@ from ssa_jax.factors import linalg
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-def run(name):
+def run(name, *arguments):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main()
+    return module.main(*arguments)
 
 
 def test_orthogonal_rnn_remembers():
@@ -70,3 +76,63 @@ def test_the_guide_to_exports_runs(tmp_path, monkeypatch):
         exec(block, names)
     assert names["chosen"].units[1].map.kernel.get_value().rank == 24
     assert (tmp_path / "smallconv-export" / "model.json").exists()
+
+
+@pytest.fixture
+def other_peoples_code():
+    """What Flax and users write broadcasts as it likes."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_peoples_code")
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("cnn_on_arrays", 0.9), ("linen_model", 0.9), ("vision_transformer", 0.8),
+        ("outside_method", 0.8),
+    ],
+)  # fmt: skip
+def test_models_and_methods_of_ones_own_learn_the_digits(name, least):
+    assert run(name).history[-1]["test_accuracy"] > least
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_peoples_code")
+def test_regression_learns_what_is_smooth():
+    # The mean absolute error of guessing the mean is 0.8.
+    assert run("regression").history[-1]["test_loss"] < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_peoples_code")
+def test_a_saved_run_goes_on_with_other_classes(tmp_path):
+    assert run("fine_tuning", tmp_path / "run").history[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_peoples_code")
+def test_a_folder_of_images_is_trained_on(tmp_path):
+    for i in range(60):
+        for label, shade in enumerate((40, 200)):
+            (tmp_path / str(label)).mkdir(exist_ok=True)
+            image = np.random.default_rng(i).integers(shade, shade + 40, (36, 40, 3), np.uint8)
+            Image.fromarray(image).save(tmp_path / str(label) / f"{i}.png")
+    found = run("image_folder", tmp_path)
+    assert found.history[-1]["test_accuracy"] == 1
+    assert found.data.image_shape == (32, 32, 3)
+
+
+@pytest.mark.slow
+def test_a_model_and_data_from_outside_are_named_by_flags(tmp_path):
+    names = [f"--{kind}=examples.outside_model:{name}"
+             for kind, name in (("model", "wide"), ("dataset", "halves"))]  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "experiments.cifar", *names, "--epochs=3",
+         f"--workdir={tmp_path / 'run'}"],
+        cwd=EXAMPLES.parent, check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test_accuracy"] > 0.8
+    assert summary["model"] == "examples.outside_model:wide"

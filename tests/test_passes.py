@@ -118,7 +118,7 @@ def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32):
         for _ in range(depth)
     ]  # fmt: skip
     last = Plain(dense(width, 10, rank=None, rngs=rngs), average=True, flatten=True)
-    units, params, mstate = apart(Feedforward([*first, *units, last]))
+    units, params, mstate = apart(Feedforward([*first, *units, last]), (size, size, 3))
     method = make_method("ssa", units, params, mstate, shape=(size, size, 3))
     optimizer = optax.sgd(1e-2)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))
@@ -144,14 +144,13 @@ def test_memory_is_flat_in_depth_when_streamed():
 
 def held_beside_the_state(depth, memory, optimizer, width=128):
     """Temporary memory of a step of equal dense units, in parameters of one of them."""
-    rngs = nnx.Rngs(0)
+    rngs, shape = nnx.Rngs(0), (width, 1, 1)
     units = [
         Plain(dense(width, width, rank=0.5, rngs=rngs), activation=nnx.relu, flatten=True)
         for _ in range(depth)
     ]
     last = Plain(dense(width, 10, rank=None, rngs=rngs), flatten=True)
-    units, params, mstate = apart(Feedforward([*units, last]))
-    shape = (width, 1, 1)
+    units, params, mstate = apart(Feedforward([*units, last]), shape)
     method = make_method("ssa", units, params, mstate, shape=shape)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))
     step = make_step(units, method, optimizer, WEIGHTS, memory=memory)
