@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-newest slow long lint types check clean
+.PHONY: demo test test-newest slow long wheel lint types check clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,14 @@ slow: $(INSTALLED)
 long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long -n 2
 
+# The built wheel in an environment of its own: it holds the library alone, which trains.
+wheel: $(INSTALLED)
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd dist && ../.venv-wheel/bin/python ../.ci/fit_from_wheel.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +47,4 @@ types: $(INSTALLED)
 check: lint types test
 
 clean:
-	rm -rf $(VENV) .venv-newest build *.egg-info .mypy_cache .pytest_cache .ruff_cache tests/.compiled
+	rm -rf $(VENV) .venv-newest .venv-wheel build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache tests/.compiled

@@ -185,37 +185,6 @@ def convolution(record: dict[str, Any]) -> str:
     )
 
 
-def _seeds_rows(rows: Sequence[Row]) -> str:
-    """A line for each network, method and number of seeds."""
-    table = [
-        [f"{r['model']}, {r['method']}" + (f" at {r['rank']}" if r["rank"] else ""),
-         str(r["seeds"]),
-         *(format_ms({"median_ms": r[f"{way}_ms"]}) for way in ("apart", "at_once")),
-         f"{r['ratio']:.2f}",
-         *(f"{r[f'{way}_compile_s']:.1f}" for way in ("apart", "at_once"))]
-        for r in rows
-    ]  # fmt: skip
-    header = ["network, method", "seeds", "one after another", "at once", "ratio",
-              "compile s, one", "compile s, at once"]  # fmt: skip
-    return markdown(header, table)
-
-
-def seeds(record: dict[str, Any]) -> str:
-    """The section of `benchmarks.seeds`."""
-    return "\n\n".join(
-        [
-            "## Several seeds, one after another and at once",
-            f"Milliseconds of a training step of every seed at batch {record['rows'][0]['batch']}, "
-            f"median of {min(r['rounds'] for r in record['rows'])} rounds in which both ways took "
-            "turns, compilation excluded. At once: one program in which the seeds are a leading "
-            "axis of every array, so that convolutions with kernels of their own become one of as "
-            "many groups. Below one it pays.",
-            setting(record, "python -m benchmarks.seeds --json benchmarks/records/seeds.json"),
-            _seeds_rows(record["rows"]),
-        ]
-    )
-
-
 def comm(record: dict[str, Any]) -> str:
     """The section of `benchmarks.comm`."""
     table = [
@@ -320,7 +289,6 @@ SECTIONS = {
     "convolution": convolution,
     "pair": pair,
     "stacked": stacked,
-    "seeds": seeds,
     "loader": loader,
 }
 

@@ -27,7 +27,7 @@ def main() -> None:
     if values.seeds != 1:
         if processes.several():
             raise ConfigError("--seeds is for one process; start a run a seed, with --seed")
-        run_seeds(config, values.seeds, values.seeds_at_once)
+        run_seeds(config, values.seeds)
         return
     summary = run(config)
     print()
@@ -35,13 +35,13 @@ def main() -> None:
     print(f"\nresults and plots: {summary['workdir']}")
 
 
-def run_seeds(config: Config, number: int, at_once: str) -> None:
+def run_seeds(config: Config, number: int) -> None:
     """Runs the configuration at several seeds and shows the table.
 
     Raises:
       NotFiniteError: at the end, if a seed was not finite.
     """
-    summary = seeds.run_seeds(config, number, at_once)
+    summary = seeds.run_seeds(config, number)
     folder = Path(summary["workdir"])
     print()
     print((folder / "table.md").read_text())

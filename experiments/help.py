@@ -28,8 +28,8 @@ GROUPS = {
         "retract_every", "drift_bound",
     ),
     "Local loss": (
-        "loss", "alpha", "beta", "gamma", "kappa", "label_smoothing", "hoyer", "local_weight", "readout",
-        "readout_update", "readout_rate",
+        "loss", "alpha", "beta", "gamma", "kappa", "label_smoothing", "hoyer", "local_weight",
+        "readout", "readout_update", "readout_rate",
     ),
     "Feedback": (
         "feedback", "feedback_update", "feedback_every", "feedback_rate", "feedback_form",

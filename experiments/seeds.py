@@ -1,11 +1,9 @@
 """One configuration with several seeds: a folder of ordinary runs, their mean and deviation.
 
 The folder holds a workdir for each seed (seed0/, seed1/, ...), summary.json with mean and sample
-deviation, and table.md. The seeds are trained at once where that pays (see `together`), else one
-after another, to the same numbers but for rounding.
+deviation, and table.md. The seeds are trained one after another.
 """
 
-import contextlib
 import dataclasses
 import functools
 import statistics
@@ -13,29 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags as absl_flags
 
 from experiments import study_table
-from experiments.cells import Cell, locked, result, run_cell, still_to_run
+from experiments.cells import Cell, result, run_cell
 from experiments.study_table import Column
-from ssa_jax.errors import ConfigError
 from ssa_jax.runs import inputs, summary, workdir
 from ssa_jax.runs.config import Config, check_seeds
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.interrupt import Terminated
-from ssa_jax.runs.together import ApartError, run_together, why_apart
 from ssa_jax.runs.workdir import WorkdirError, write_json, write_text
 
 Row = dict[str, Any]
-
-AT_ONCE = ("auto", "on", "off")
-
-# Models whose seeds are trained at once, by backend. On a CPU that takes about as long as one after
-# another for the mlp, and twice as long for convolutions (RECORDS.md). Elsewhere steps of small
-# networks should leave most of the device idle; that is not measured.
-_AT_ONCE_MODELS: dict[str, tuple[str, ...]] = {"cpu": ()}
-_AT_ONCE_MODELS_ELSE = ("mlp", "smallconv")
 
 # Of the summaries of the seeds, what has a mean and a deviation.
 _SPREAD = ("test_accuracy", "best_test_accuracy", "train_loss", "drift", "params", "params_ratio",
@@ -54,20 +41,15 @@ def define() -> None:
     absl_flags.DEFINE_integer(
         "seeds", 1, "Runs at --seed, --seed + 1, ...; more than one: mean and deviation."
     )
-    absl_flags.DEFINE_enum(
-        "seeds_at_once", "auto", AT_ONCE,
-        "Train the seeds in one program or one after another; auto: by backend and model.",
-    )  # fmt: skip
 
 
-def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | None = None) -> Row:
+def run_seeds(config: Config, seeds: int, data: Data | None = None) -> Row:
     """Trains one configuration at so many seeds, from `config.seed` on; returns the summary.
 
     Args:
       config: the run; its workdir is the folder of all, and with `resume` the seeds that the
         folder has are kept or gone on with.
       seeds: at least one.
-      at_once: a name in `AT_ONCE`.
       data: its data set, where the caller has it already.
 
     Returns:
@@ -76,13 +58,11 @@ def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | No
       summary.json. ``not_finite`` has the seeds whose loss or parameters were not.
 
     Raises:
-      ConfigError: also where `at_once` is ``"on"`` and that cannot be.
-      DataError, WorkdirError, CheckpointError: as `run.run`.
+      ConfigError, DataError, WorkdirError, CheckpointError: as `run.run`.
       KeyboardInterrupt: after Ctrl-C, and `Terminated` after SIGTERM, with how to go on.
     """
     config.validate()
     check_seeds(config.seed, seeds)
-    together = trains_at_once(config, at_once)
     folder = _open(config, seeds)
     cells = [_cell(config, folder, config.seed + i) for i in range(seeds)]
 
@@ -91,8 +71,6 @@ def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | No
         return data or inputs.load(config)
 
     try:
-        if together:
-            _run_at_once(cells, load())
         for cell in cells:
             if not result(cell):
                 run_cell(cell, load)
@@ -104,19 +82,6 @@ def run_seeds(config: Config, seeds: int, at_once: str = "auto", data: Data | No
             f"{what}; go on with the same flags and --workdir={folder} --resume"
         ) from None
     return _write(config, folder, cells)
-
-
-def trains_at_once(config: Config, at_once: str) -> bool:
-    """Whether seeds are trained in one program.
-
-    Raises:
-      ConfigError: they should, and cannot be.
-    """
-    why = why_apart(config)
-    if at_once == "on" and why:
-        raise ConfigError(f"--seeds_at_once=on cannot be: {why}; give auto or off")
-    models = _AT_ONCE_MODELS.get(jax.default_backend(), _AT_ONCE_MODELS_ELSE)
-    return at_once == "on" or (at_once == "auto" and not why and config.model in models)
 
 
 def _open(config: Config, seeds: int) -> Path:
@@ -144,23 +109,6 @@ def _cell(config: Config, folder: Path, seed: int) -> Cell:
     return Cell(path.name, one)
 
 
-def _run_at_once(cells: Sequence[Cell], data: Data) -> None:
-    """Runs what is not done of the cells together, as far as that goes."""
-    with contextlib.ExitStack() as stack:
-        for cell in cells:
-            cell.path.mkdir(exist_ok=True)
-            if not stack.enter_context(locked(cell.path, wait=False)):
-                print(f"{cell.path.name}: another process is running it", flush=True)
-                return
-        configs = [c for c in map(still_to_run, cells) if c]
-        if len(configs) < 2:
-            return
-        try:
-            run_together(configs, data)
-        except ApartError as e:
-            print(f"{e}; going on one seed after another", flush=True)
-
-
 def _write(config: Config, folder: Path, cells: Sequence[Cell]) -> Row:
     """Writes summary.json and table.md of the seeds that are done; returns the summary."""
     done = [found for cell in cells if (found := result(cell))]
@@ -173,7 +121,6 @@ def _write(config: Config, folder: Path, cells: Sequence[Cell]) -> Row:
         "statuses": [row["status"] for row in done],
         "not_finite": failed,
         **{name: _spread([r[name] for r in good if r[name] is not None]) for name in _SPREAD},
-        "at_once": [row["at_once"] for row in done],
         "workdir": str(folder),
     }
     write_json(folder / "summary.json", found)

@@ -20,7 +20,6 @@ from benchmarks import (
     records,
     reference,
     roofline,
-    seeds,
     stacked,
     step,
     torch_step,
@@ -441,13 +440,6 @@ def test_depth_and_scaling_quick_write_a_row_for_every_size(tmp_path, name):
     assert len({r[field] for r in record["rows"]}) == 2
     page = getattr(records, name)(record)
     assert "| mlp, ssa at 0.25" in page
-
-
-def test_seeds_are_compared_with_as_many_steps_one_after_another():
-    row = seeds.measure(Case("mlp", 4, depth=1), Entry("bp"), 2, rounds=1)
-    assert row["ratio"] == pytest.approx(row["at_once_ms"] / row["apart_ms"], abs=2e-3)
-    page = records.seeds({"hardware": "h", "versions": {}, "commit": "c", "rows": [row]})
-    assert f"| mlp, bp | 2 | {row['apart_ms']:.3g} | {row['at_once_ms']:.3g} |" in page
 
 
 @pytest.mark.long

@@ -55,14 +55,12 @@ def diagnose(rows: Sequence[Row], config: Config) -> list[Finding]:
     return [f for f in found if f is not None]
 
 
-def tell(
-    findings: Iterable[Finding], told: Iterable[Finding] = (), name: str = ""
-) -> list[Finding]:
-    """Prints a line a finding that was not told before, with the run's name; returns all."""
+def tell(findings: Iterable[Finding], told: Iterable[Finding] = ()) -> list[Finding]:
+    """Prints a line a finding that was not told before; returns all."""
     findings, told = list(findings), list(told)
     for finding in findings:
         if finding not in told:
-            print(f"{name}diagnosis: {finding}", flush=True)
+            print(f"diagnosis: {finding}", flush=True)
     return findings
 
 

@@ -21,11 +21,10 @@ class Progress:
     Args:
       config: the run.
       folder: its workdir, whose metrics.jsonl has every epoch before it is shown.
-      name: before every line, where several runs share a terminal.
     """
 
-    def __init__(self, config: Config, folder: Workdir, name: str = ""):
-        self.config, self.folder, self.name = config, folder, name
+    def __init__(self, config: Config, folder: Workdir):
+        self.config, self.folder = config, folder
         writes = config.tensorboard and folder.ours
         self.board = tensorboard.Board(folder.path / "tensorboard") if writes else None
         self._told: list[Finding] = []
@@ -39,7 +38,7 @@ class Progress:
 
     def epoch(self, row: Row, params: Tree) -> None:
         """Shows an epoch that is logged."""
-        print(self.name + summary.line(row, self.config.epochs), flush=True)
+        print(summary.line(row, self.config.epochs), flush=True)
         if self.config.watch:
             self.diagnose()
         if self.board:
@@ -49,5 +48,5 @@ class Progress:
     def diagnose(self) -> list[Finding]:
         """The failures so far; those that are new are printed."""
         found = diagnosis.diagnose(self.folder.rows(), self.config)
-        self._told = diagnosis.tell(found, self._told, self.name)
+        self._told = diagnosis.tell(found, self._told)
         return self._told

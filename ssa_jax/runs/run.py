@@ -73,19 +73,15 @@ def prepare(config: Config, data: Data | None) -> Data:
 
 
 @contextlib.contextmanager
-def opened(
-    config: Config, trainer: Trainer, interrupt: Interruptible, at_once: int = 1
-) -> Iterator["Run"]:
+def opened(config: Config, trainer: Trainer, interrupt: Interruptible) -> Iterator["Run"]:
     """A run in its workdir, which is closed at the end of the block, its checkpoints written.
 
     Args:
       config: the run.
       trainer: its state and programs.
       interrupt: of the process.
-      at_once: runs that share programs and time with it, itself included.
     """
     open_folder = workdir.reopen if config.resume else workdir.create
-    name = f"seed {config.seed}: " if at_once > 1 else ""
     with contextlib.ExitStack() as stack:
 
         def open_and_hold() -> Workdir:
@@ -96,8 +92,8 @@ def opened(
         folder = workdir.of_all(open_and_hold)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
         stack.enter_context(checkpoints)
-        progress = stack.enter_context(Progress(config, folder, name))
-        yield Run(config, trainer, folder, checkpoints, interrupt, progress, at_once)
+        progress = stack.enter_context(Progress(config, folder))
+        yield Run(config, trainer, folder, checkpoints, interrupt, progress)
 
 
 class Run:
@@ -116,11 +112,10 @@ class Run:
         checkpoints: Checkpoints,
         interrupt: Interruptible,
         progress: Progress,
-        at_once: int = 1,
     ):
         self.config, self.trainer, self.compiling = config, trainer, trainer.compiling
         self.folder, self.checkpoints, self.interrupt = folder, checkpoints, interrupt
-        self.progress, self.at_once = progress, at_once
+        self.progress = progress
         self.position, self.saved, self.earlier = Position(), 0, Position()
         self.dense = build.dense_costs(config, trainer.data, trainer.given)
         self.started = time.monotonic()
@@ -155,11 +150,11 @@ class Run:
         held = memory.held_bytes(built.units, built.method, state.params, state.mstate, shape)
         kept = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))
         print(
-            f"{self.progress.name}{config.method}: {config.model} on {config.dataset}, "
+            f"{config.method}: {config.model} on {config.dataset}, "
             f"{len(built.units)} units, {size.params:,} parameters ({self.dense.params:,} dense), "
             f"on {jax.device_count()} {jax.default_backend()} device(s), about "
             f"{(held + kept) / 2**20:.0f} MiB a step; results in {self.folder.path}\n"
-            f"{self.progress.name}compiling the first step",
+            f"compiling the first step",
             flush=True,
         )
         if (
@@ -347,13 +342,12 @@ class Run:
             "rollbacks": list(self.position.rollbacks),
             **summary.sizes(built.units, state, self.trainer.data, self.dense),
             **self._spent(),
-            "at_once": self.at_once,
             "commit": commit(),
             "workdir": str(self.folder.path),
         }
         self.folder.write_json("summary.json", result)
         print(
-            f"{self.progress.name}step compiled {result['compiles']} times; all programs took "
+            f"step compiled {result['compiles']} times; all programs took "
             f"{result['compile_s']:.1f} s to compile",
             flush=True,
         )

@@ -1,7 +1,6 @@
 """Means of training metrics over an epoch that may be left and gone on with."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -83,44 +82,3 @@ class Tally:
             found[_SKIPPED] = int(self.sums[_SKIPPED])
         means = {n: v / self.steps for n, v in self.sums.items() if n not in _COUNTED}
         return {**{f"train_{name}": value for name, value in means.items()}, **found}
-
-
-class Tallies:
-    """The tallies of replicas that are trained at once, as the training loop takes one.
-
-    Args:
-      tallies: one a replica, of equally many steps.
-    """
-
-    def __init__(self, tallies: Sequence[Tally]):
-        self.tallies = tallies
-        self._latest: dict[str, Array] = {}
-
-    @property
-    def loss(self) -> float | None:
-        """Of the last step of the first."""
-        return self.tallies[0].loss
-
-    @property
-    def steps(self) -> int:
-        """Steps done by each."""
-        return self.tallies[0].steps
-
-    def add(self, measured: dict[str, Array], steps: int) -> None:
-        """Like `Tally.add`, each metric (replicas, steps)."""
-        self.flush()
-        self._latest = measured
-        for tally in self.tallies:
-            tally.steps += steps
-
-    def flush(self) -> None:
-        """Reads the last dispatch."""
-        latest = jax.device_get(self._latest)
-        self._latest = {}
-        for i, tally in enumerate(self.tallies):
-            tally.read({name: values[i] for name, values in latest.items()})
-
-    @property
-    def finite(self) -> bool:
-        """Whether every value that was read is finite."""
-        return all(tally.finite for tally in self.tallies)

@@ -1,19 +1,17 @@
 """A network in training: its programs and its state, an epoch at a time. Knows no files."""
 
 import contextlib
-import copy
 import math
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from ssa_jax import data as data_lib
 from ssa_jax import factors
-from ssa_jax.data import Feed, Loader
+from ssa_jax.data import Feed
 from ssa_jax.errors import DataError, NotFiniteError
 from ssa_jax.methods import Method
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
@@ -21,8 +19,8 @@ from ssa_jax.runs import build, inputs, summary
 from ssa_jax.runs.compiling import Compiling
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.tally import Tallies, Tally
-from ssa_jax.training import metrics, ranks, replicas, train
+from ssa_jax.runs.tally import Tally
+from ssa_jax.training import metrics, ranks, train
 from ssa_jax.training.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
 from ssa_jax.types import Batch, TrainState
 
@@ -61,9 +59,6 @@ class Programs(NamedTuple):
 class Trainer:
     """The state of a run on the device, and what is done to it between two checkpoints.
 
-    A state of `replicas.stack` is trained by programs that step all replicas at once; to be
-    measured, each is taken `beside` it.
-
     Args:
       config: the run.
       data: its data set.
@@ -96,17 +91,10 @@ class Trainer:
         self.programs = Programs(
             self._steps(built.method),
             self._steps(built.warmup),
-            self._for_replicas(
-                replicas.vectorized_refresh, returning(keep, train.make_refresh(built.method))
-            ),
+            returning(keep, train.make_refresh(built.method)),
             returning(whole, train.make_eval(built.units, built.task)),
             returning(whole, metrics.make_probe(built.units, built.method, built.weights)),
-            self._for_replicas(
-                replicas.vectorized_measure,
-                returning(
-                    whole, train.make_truncation_losses(built.units, built.memory, built.task)
-                ),
-            ),
+            returning(whole, train.make_truncation_losses(built.units, built.memory, built.task)),
         )
 
     def _steps(self, method: Method) -> Steps:
@@ -122,42 +110,16 @@ class Trainer:
         )
         length = fitting_length(asked, (*periods, self.loader.steps_at_once))
         programs = {
-            n: self._for_replicas(
-                replicas.vectorized,
-                make_dispatch(step, self.loader.batch_at, n, self.compiling),
-            )
-            for n in {1, length}
+            n: make_dispatch(step, self.loader.batch_at, n, self.compiling) for n in {1, length}
         }
         return Steps(periods, length, programs)
 
-    def _for_replicas(self, vectorize: Callable[[T], T], program: T) -> T:
-        return vectorize(program) if replicas.is_stacked(self.state) else program
-
-    def beside(self, state: TrainState) -> "Trainer":
-        """A trainer of another state of the same shapes, or of several stacked; shares the data."""
-        other = copy.copy(self)
-        other.state = state
-        if replicas.is_stacked(state) != replicas.is_stacked(self.state):
-            other.use(self.built)
-        return other
-
     @property
     def step(self) -> int:
-        """Steps done, by every replica."""
-        return int(np.max(jax.device_get(self.state.step)))
+        """Steps done."""
+        return int(jax.device_get(self.state.step))
 
-    def _feeds(self, epoch: int, done: int) -> Generator[Feed]:
-        """What the programs are fed with from a step of an epoch on."""
-        loader, key, size = self.loader, self.state.key, self.config.batch_size
-        if not replicas.is_stacked(self.state):
-            return loader.feeds(key, epoch, size, done)
-        # Runs on streamed data are never trained at once (`together.why_apart`).
-        assert isinstance(loader, Loader)
-        return data_lib.repeated(replicas.epoch(lambda k: loader.epoch(k, epoch, size), key))
-
-    def train_epoch(
-        self, epoch: int, tally: Tally | Tallies, between: Callable[[int], None]
-    ) -> Row:
+    def train_epoch(self, epoch: int, tally: Tally, between: Callable[[int], None]) -> Row:
         """The rest of an epoch, in the order that seed and epoch give; all metrics are tallied.
 
         Args:
@@ -170,7 +132,7 @@ class Trainer:
           NotFiniteError: the loss is not finite.
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
-        feeds = self._feeds(epoch, tally.steps)
+        feeds = self.loader.feeds(self.state.key, epoch, size, tally.steps)
         steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
@@ -216,9 +178,7 @@ class Trainer:
     def _warming_up(self, epoch: int) -> bool:
         return epoch < self.built.warmup_epochs
 
-    def _dispatch(
-        self, steps: Steps, feed: Feed, step: int, count: int, tally: Tally | Tallies
-    ) -> None:
+    def _dispatch(self, steps: Steps, feed: Feed, step: int, count: int, tally: Tally) -> None:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
         # Paths of the method that takes over may be old.
