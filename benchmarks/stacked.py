@@ -8,7 +8,7 @@ units; projection and retraction of all factors; both with Adam, which is the wh
 arguments are stacked beforehand, as a program that keeps its state so would have them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,11 +57,16 @@ def whole() -> optax.GradientTransformation:
     return transforms.stiefel_adam(1e-3)
 
 
+def alike(units: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Equal units, all with the names of the first, which say where in the model it is."""
+    return [dict(zip(units[0], unit.values(), strict=True)) for unit in units]
+
+
 def measure(case: Case, rounds: int) -> list[Row]:
     """The rows of one chain. Its first unit, whose input is an image, and its last stay out."""
     built = build(case, ENTRY)
     unit, units = built.units[1], slice(1, -1)
-    params, mstate = (list(t[units]) for t in (built.state.params, built.state.mstate))
+    params, mstate = (alike(t[units]) for t in (built.state.params, built.state.mstate))
     shapes = output_shapes(*built[:1], built.state.params, built.state.mstate, case.input_shape)
     keys = jax.random.split(jax.random.key(0), 2 * len(params)).reshape(2, -1)
     xs, signals = (

@@ -198,7 +198,7 @@ def test_forms_quick_writes_every_form_of_every_part(name, tmp_path):
 @pytest.mark.slow
 def test_a_stacked_update_is_the_update_of_each_unit():
     built = contestants.build(Case("mlp", 2, depth=3), stacked.ENTRY)
-    params = list(built.state.params[1:-1])
+    params = stacked.alike(built.state.params[1:-1])
     chain, together = stacked.whole(), stacked.stack(params)
     gradients = jax.tree.map(jnp.sin, params)
     apart, _ = chain.update(gradients, chain.init(params), params)

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(whole, tmp_path, caps
         os.truncate(file, 10)
     capsys.readouterr()
     run.run(at(SMALL, folder, resume=True))
-    told = [x for x in capsys.readouterr().out.splitlines() if "damaged" in x]
+    told = [x for x in capsys.readouterr().out.splitlines() if " is damaged" in x]
     assert len(told) == 1
     assert told[0].startswith(f"checkpoint {newest} is damaged (")
     assert told[0].endswith("going back to checkpoint 24")
@@ -227,8 +227,8 @@ def test_a_rollback_halves_the_rate_until_the_loss_is_finite(tmp_path, monkeypat
     """Poisoned gradients stand for a rate that is too high: they end once it was halved twice."""
     make = build.build
 
-    def poisoned(config, data, rate_scale=1.0):
-        built = make(config, data, rate_scale)
+    def poisoned(config, data, rate_scale=1.0, **given):
+        built = make(config, data, rate_scale, **given)
         if rate_scale > 0.3:
             update = built.optimizer.update
 

@@ -121,7 +121,7 @@ def test_mean_squared_error_falls(method):
         learning_rate=1e-2,
     )  # fmt: skip
     losses = [row["test_loss"] for row in run.history]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert "test_accuracy" not in run.history[-1]
     assert run.history[-1]["test_mean_absolute_error"] > 0
     assert run.summary["best_epoch"] == 1 + int(np.argmin(losses))

@@ -71,13 +71,14 @@ def moved(conv, pays, monkeypatch, *args):
     """Entries of maps that the convolutions of `local_pass` read and write."""
     sizes = []
 
-    def recorded(x, *rest):
-        y = lowering.conv(x, *rest)
+    def recorded(x, *rest, **options):
+        y = lowering.conv_general_dilated(x, *rest, **options)
         sizes.append(x.size + y.size)
         return y
 
     with monkeypatch.context() as patch:
         patch.setattr(layers, "conv", recorded)
+        patch.setattr(layers.products, "conv_general_dilated", recorded)
         jax.eval_shape(local_pass(conv, pays, patch), *args)
     # Each goes forward and has a gradient of its kernel, and all but the first one of their input.
     return 3 * sum(sizes) - sizes[0]

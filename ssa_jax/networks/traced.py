@@ -89,7 +89,11 @@ class Traced:
         dtype = jnp.result_type(*floats) if floats else jnp.dtype(jnp.float32)
         in_dtype = functools.partial(_cast, dtype=dtype)
         shapes = jax.tree.map(in_dtype, self._shapes) | _shapes(params)
-        state = self._state_shapes | _shapes(mstate)
+        # Statistics are never of less precision than what they are of, and at least as they were.
+        state = jax.tree.map(
+            lambda s: _cast(s, jnp.promote_types(s.dtype, dtype)) if _is_float(s.dtype) else s,
+            self._state_shapes,
+        ) | _shapes(mstate)
         batch = len(arrays[0])
         full = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), in_dtype(a).dtype), self._x
