@@ -18,6 +18,7 @@ from ssa_jax.training import tasks
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (64, 4, 4, 1), np.uint8)
 Y = (X[:, :2].mean((1, 2, 3)) > X[:, 2:].mean((1, 2, 3))).astype(int)
+RNGS = nnx.Rngs(0)
 OPTIONS = {"epochs": 2, "batch_size": 8}
 
 
@@ -290,7 +291,12 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         ("no_such_data", {}, ConfigError, r"^dataset must be one of"),
         (
             (X, Y),
-            {"model": nnx.Linear(16, 2, rngs=nnx.Rngs(0)), "method": "bp"},
+            {
+                "model": nnx.Sequential(
+                    lambda x: x.reshape(len(x), -1), nnx.Linear(16, 2, rngs=RNGS)
+                ),
+                "method": "bp",
+            },
             ssa_jax.CutError,
             "has no cut",
         ),

@@ -441,3 +441,17 @@ def test_gap_from_the_command_line(tmp_path):
     _, bp, ahead = table_lines(folder)
     # Two units ahead of a perceptron's first one is its output: the same training.
     assert bp[1:4] == ahead[1:4]
+
+
+def test_the_table_of_exact_paths_is_its_record():
+    record = json.loads((ROOT / "results/exact_paths/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    groups = {}
+    for row in record["rows"]:
+        groups.setdefault((row["model"], row["paths"]), []).append(row)
+    for (model, paths), rows in groups.items():
+        accuracies = [r["test_accuracy"] for r in rows]
+        shown = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %"
+        angle = statistics.mean(r["hidden_angle"] for r in rows)
+        assert f"| {model} | {paths} | {shown} |" in page
+        assert f"| {angle:.1f}° | {len(rows)} |" in page

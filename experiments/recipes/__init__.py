@@ -3,8 +3,9 @@
 Those of streamed data sets are for `python -m experiments.imagenet` in its place.
 
 The docstring of a recipe has its command, hardware, time and expected accuracy, and says so where
-these are not measured; its FIELDS are fields of `ssa_jax.runs.config.Config`. They become the
-defaults of the flags, so a flag that is given overrides them.
+these are not measured; those of ssa were measured up to commit b9ffb74, with linear paths (see
+"Exact paths" in docs/research.md). Its FIELDS are fields of `ssa_jax.runs.config.Config`. They
+become the defaults of the flags, so a flag that is given overrides them.
 """
 
 from typing import Any

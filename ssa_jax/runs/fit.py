@@ -1,5 +1,6 @@
 """Training as a function: any model, any loss, any data; what comes back is a run."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -20,6 +21,7 @@ from ssa_jax.data.batches import Batches, from_batches
 from ssa_jax.errors import ConfigError
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.models import start
+from ssa_jax.networks.units import Unit
 from ssa_jax.plugins import find
 from ssa_jax.reporting import plots
 from ssa_jax.reporting.callbacks import CALLBACKS
@@ -125,7 +127,7 @@ class Run:
         x, y = (np.asarray(a) for a in test)
         outputs = jnp.asarray(self.predict(x))
         targets = jnp.asarray(y if np.issubdtype(y.dtype, np.floating) else y.astype(np.int32))
-        measure = train.make_eval((_identity(),), self.built.task)
+        measure = train.make_eval((_IDENTITY,), self.built.task)
         found = measure(({},), ({},), Batch(outputs, targets, jnp.ones(len(y))))
         return {name: float(v) / len(y) for name, v in found.items() if name != "count"}
 
@@ -146,10 +148,8 @@ class Run:
         return plots.overview(self.history)
 
 
-def _identity() -> Any:
-    from ssa_jax.networks.units import Unit
-
-    return Unit(lambda p, m, x, train: (x, m), lambda p, t, m, x: x)
+# What `train.make_eval` takes for a network where outputs are there already.
+_IDENTITY = Unit(lambda p, m, x, train: (x, m), lambda p, t, m, x: x)
 
 
 def fit(
@@ -213,7 +213,7 @@ def fit(
       NotFiniteError: the loss or a parameter became NaN or infinite.
       KeyboardInterrupt: after Ctrl-C; in a workdir the state is kept, and ``resume=True`` goes on.
     """
-    with _no_flags():
+    with _without_dashes():
         moments = model.data.moments if isinstance(model, Run) else None
         if isinstance(model, Run):
             model = model.model
@@ -257,7 +257,7 @@ def load(
       WorkdirError: there is no such run, or an object is missing; the line says which.
       CheckpointError: the run has no checkpoint that can be read.
     """
-    with _no_flags():
+    with _without_dashes():
         folder = Path(path).expanduser()
         stored = stored_config(folder)
         described = read_json(folder / _DATA)
@@ -360,12 +360,10 @@ class _Temporary:
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-class _no_flags:
-    """Errors of settings without the dashes of flags, which no caller of a function has."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ConfigError):
-            raise ConfigError(re.sub(r"--(?=\w)", "", str(error))) from error
+@contextlib.contextmanager
+def _without_dashes() -> Iterator[None]:
+    """Errors of settings name arguments: a caller of a function has no flags."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(re.sub(r"--(?=\w)", "", str(e))) from e
