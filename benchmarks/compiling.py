@@ -12,9 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Iterator
-from typing import Any
 
 from benchmarks.programs import Row, main
 
@@ -37,6 +35,7 @@ def once(model: str, dataset: str, method: str, schedule: str) -> Row:
 
     from ssa_jax.runs import build
     from ssa_jax.runs.config import Config
+    from ssa_jax.runs.fit import Described
     from ssa_jax.training import train
     from ssa_jax.types import Batch
 
@@ -44,7 +43,7 @@ def once(model: str, dataset: str, method: str, schedule: str) -> Row:
     config = Config(
         model=model, dataset=dataset, method=method, rank_schedule=schedule, feedback_lookahead=1
     )
-    data: Any = types.SimpleNamespace(train_size=50_000, image_shape=SHAPES[dataset], classes=10)
+    data = Described(SHAPES[dataset], 10, 50_000, "float32", None)
     begun = time.perf_counter()
     built = jax.block_until_ready(build.build(config, data))
     ready = time.perf_counter()

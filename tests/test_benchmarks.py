@@ -443,18 +443,6 @@ def test_depth_and_scaling_quick_write_a_row_for_every_size(tmp_path, name):
 
 
 @pytest.mark.long
-def test_seeds_quick_writes_a_row_for_every_method(tmp_path):
-    file = tmp_path / "rows.json"
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.seeds", "--quick", "--json", str(file)],
-        cwd=ROOT, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    record = json.loads(file.read_text())
-    assert [r["method"] for r in record["rows"]] == ["bp", "dfa", "ssa"]
-    assert "| mlp, ssa at 0.5 | 2 |" in records.seeds(record)
-
-
-@pytest.mark.long
 def test_compiling_quick_writes_a_row_of_a_fresh_process(tmp_path):
     file = tmp_path / "compiling.json"
     subprocess.run(
