@@ -6,17 +6,23 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from helpers import max_difference
 
 from ssa_jax import CutError, Functional, cut, factors
-from ssa_jax.methods.bp import chain
+from ssa_jax.methods import METHODS, FeedbackOptions, Network
+from ssa_jax.methods.bp import chain as pulled_back
 from ssa_jax.methods.feedback import walk
 from ssa_jax.networks.cut import Packing
 from ssa_jax.networks.forward import forward, predict
 from ssa_jax.networks.models import LinenModel, split, start
 from ssa_jax.networks.units import sum_shared
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.optim import scale_by_depth
+from ssa_jax.training.train import init_state, make_step
+from ssa_jax.types import Batch
 
 CLASSES = 3
 X = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
@@ -140,7 +146,7 @@ def test_units_in_a_row_are_the_model_and_their_pullbacks_its_gradient(name):
     assert jnp.allclose(predict(units, params, mstate, x), model(x), atol=1e-5)
     outputs, _, tape = forward(units, params, mstate, x)
     weights = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
-    signals = chain(tape, weights)
+    signals = pulled_back(tape, weights)
     own = tuple(p(s)[0] for p, s in zip(tape.pullbacks, signals, strict=True))
 
     def loss(params):
@@ -165,7 +171,7 @@ def test_gradients_and_statistics_are_those_of_the_model_itself():
             return jnp.vdot(merged(x), weights), nnx.state(merged, nnx.Not(nnx.Param))
 
         true, after = jax.grad(loss, has_aux=True)(state)
-        signals = chain(tape, weights)
+        signals = pulled_back(tape, weights)
         own = [p(s)[0] for p, s in zip(tape.pullbacks, signals, strict=True)]
         # What units share, such as a table at both ends, has the sum.
         found = {n: g for unit in sum_shared(units, own) for n, g in unit.items()}
@@ -196,7 +202,7 @@ def test_a_walk_through_the_weights_is_backpropagation_and_through_twins_is_not(
     units, params, mstate, _ = split(make(), x[:1])
     outputs, _, tape = forward(units, params, mstate, x)
     error = jnp.cos(outputs)
-    true = chain(tape, error)
+    true = pulled_back(tape, error)
     copies = jax.tree.map(jnp.copy, params)
     assert max_difference(walk(units, params, copies, tape, error), true) < 1e-5
     twins = jax.tree.map(lambda p: -p if p.ndim > 1 else p, params)
@@ -208,7 +214,21 @@ def test_twins_stand_in_for_maps_alone_and_biases_and_norms_are_the_weights():
     outputs, _, tape = forward(units, params, mstate, X)
     error = jnp.cos(outputs)
     other = jax.tree.map(lambda p: p if p.ndim > 1 else p + 3, params)
-    assert max_difference(walk(units, params, other, tape, error), chain(tape, error)) < 1e-5
+    assert max_difference(walk(units, params, other, tape, error), pulled_back(tape, error)) < 1e-5
+
+
+def test_copies_of_shared_weights_stay_equal_under_rates_that_differ_by_unit():
+    units, params, mstate, _ = split(MODELS["attention"][0](), TOKENS[:1])
+    method = METHODS["bp"](Network(units, (), TOKENS), FeedbackOptions())
+    chain = optax.chain(optax.adam(1e-2), scale_by_depth(0.1))
+    state = init_state(method, chain, params, mstate, jax.random.key(0))
+    step = make_step(units, method, chain, LossWeights())
+    for _ in range(3):
+        state, _ = step(state, Batch(TOKENS, jnp.array([0, 1, 2])))
+    name = "table/embedding"
+    first, last = (state.params[i][name] for i in (0, -1))
+    assert jnp.array_equal(first, last)
+    assert not jnp.allclose(first, params[0][name], atol=1e-4)
 
 
 def test_cut_is_the_identity_in_every_transformation():

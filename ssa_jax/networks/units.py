@@ -100,16 +100,28 @@ def _join(units: Sequence[Unit], params: Sequence[Entries], mstate: Sequence[Ent
     return Unit(apply, walk, expect_all, frozenset().union(*(u.shared for u in units)))
 
 
-def sum_shared(units: Sequence[Unit], gradients: Sequence[Entries]) -> tuple[Entries, ...]:
+def sum_shared(units: Sequence[Unit], gradients: Sequence[Entries]) -> Sequence[Entries]:
     """The gradients, those of parameters that units share summed over their copies."""
+    add = functools.partial(jax.tree.map, jnp.add)
+    return _of_copies(units, gradients, lambda copies: functools.reduce(add, copies))
+
+
+def first_copies(units: Sequence[Unit], params: Sequence[Entries]) -> Sequence[Entries]:
+    """The parameters, of those that units share everywhere the copy of the first.
+
+    Copies get one gradient, but a rate that differs by unit, or rounding, would take them apart.
+    """
+    return _of_copies(units, params, lambda copies: copies[0])
+
+
+def _of_copies(
+    units: Sequence[Unit], trees: Sequence[Entries], one_of: Callable[[Sequence[Any]], Any]
+) -> Sequence[Entries]:
     shared = sorted(frozenset().union(*(unit.shared for unit in units)))
-    sums = {
-        name: functools.reduce(
-            functools.partial(jax.tree.map, jnp.add), [g[name] for g in gradients if name in g]
-        )
-        for name in shared
-    }
-    return tuple({name: sums.get(name, g) for name, g in own.items()} for own in gradients)
+    ones = {name: one_of([tree[name] for tree in trees if name in tree]) for name in shared}
+    if not ones:
+        return trees
+    return tuple({name: ones.get(name, x) for name, x in tree.items()} for tree in trees)
 
 
 def in_precision(units: Sequence[Unit], dtype: Any) -> tuple[Unit, ...]:

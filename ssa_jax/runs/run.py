@@ -157,13 +157,10 @@ class Run:
             f"compiling the first step",
             flush=True,
         )
-        if (
-            built.memory == "streamed"
-            and unitwise.split(built.optimizer, built.state.params) is None
-        ):
+        if built.memory == "streamed" and (why := _whole_updates(built)):
             print(
-                "memory: streamed, but the optimiser looks at all units together, so the gradients "
-                "of all are held at once; activations are not",
+                f"memory: streamed, but {why}, so the gradients of all are held at once; "
+                "activations are not",
                 flush=True,
             )
         if note := built.method.note:
@@ -354,3 +351,11 @@ class Run:
         if rows and self.folder.ours:
             plots.draw(rows, self.folder.plots)
         return result
+
+
+def _whole_updates(built: build.Built) -> str:
+    """Why a streamed step cannot update one unit at a time; empty where it can."""
+    if any(unit.shared for unit in built.units):
+        return "units share parameters"
+    alone = unitwise.split(built.optimizer, built.state.params)
+    return "" if alone else "the optimiser looks at all units together"

@@ -12,7 +12,7 @@ import optax
 from ssa_jax import factors, transforms
 from ssa_jax.methods import Method
 from ssa_jax.networks.forward import predict
-from ssa_jax.networks.units import Unit, sum_shared
+from ssa_jax.networks.units import Unit, first_copies, sum_shared
 from ssa_jax.parallel.mesh import on_host
 from ssa_jax.training import unitwise
 from ssa_jax.training.losses import LossWeights
@@ -94,7 +94,7 @@ def make_step(
             logits, loss, mstate, gradients, tape = found()
             gradients = sum_shared(units, gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params = first_copies(units, optax.apply_updates(state.params, updates))
         else:
             take = functools.partial(chain.update, opt_state=state.opt_state)
             logits, loss, mstate, moved, tape = found(take=take)
