@@ -18,7 +18,7 @@ GROUPS = {
     ),
     "A run": (
         "recipe", "resume", "max_steps", "save_every", "keep_checkpoints", "on_nan", "watch",
-        "tensorboard", "compile_cache",
+        "callbacks", "tensorboard", "compile_cache",
     ),
     "Data": (
         "data_dir", "train_size", "validation", "image_size", "crop_area", "workers", "on_corrupt",

@@ -1,5 +1,7 @@
 """`fit`: any model, any loss, any data; what comes back is a run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ import ssa_jax
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.methods import METHODS, Method
+from ssa_jax.runs.run import run as by_config
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training import tasks
+from ssa_jax.training.ranks import Target
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (64, 4, 4, 1), np.uint8)
@@ -188,6 +192,35 @@ def test_callbacks_see_every_epoch_and_csv_has_its_numbers():
     assert len(rows) == 2
     at = header.split(",").index("test_loss")
     assert float(rows[-1].split(",")[at]) == run.history[-1]["test_loss"]
+
+
+def half(share, energy, final):
+    """Half of the ranks from the first step on."""
+    return Target(jnp.float32(0.5), jnp.float32(1), jnp.float32(0))
+
+
+@pytest.mark.parametrize("schedule", [half, f"{__name__}:half"])
+def test_a_rank_schedule_from_outside_cuts_as_it_says(schedule):
+    run = ssa_jax.fit(Net(width=64), (X, Y), rank_schedule=schedule, rank_init=1.0, **OPTIONS)
+    # A first layer that widens keeps its rank.
+    assert run.summary["ranks"] == {"0/a/kernel": 16, "1/b/kernel": 32}
+
+
+def tells(folder):
+    """A callback by name: a line an epoch in a file of the run's folder."""
+    return lambda row: (folder / "told").write_text(f"{row['epoch']}\n")
+
+
+def test_callbacks_are_named_by_a_setting_too():
+    run = ssa_jax.fit(Net(), (X, Y), **{**OPTIONS, "callbacks": ()}, seed=1)
+    assert not (run.folder / "told").exists()
+    config = dataclasses.replace(
+        run.config, model="mlp", dataset="digits", epochs=1, max_steps=2, method="bp",
+        workdir=str(run.folder.parent / "named"), callbacks=f"csv, {__name__}:tells",
+    )  # fmt: skip
+    by_config(config)
+    assert (run.folder.parent / "named/told").read_text() == "1\n"
+    assert (run.folder.parent / "named/metrics.csv").exists()
 
 
 class InLinen(linen.Module):

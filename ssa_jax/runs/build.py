@@ -27,6 +27,7 @@ from ssa_jax.runs.config import MOST, Config
 from ssa_jax.training import costs, optim, ranks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import OPTIMIZERS, OptimizerConfig
+from ssa_jax.training.ranks import SCHEDULES
 from ssa_jax.training.tasks import LOSSES, Task, cross_entropy, from_function
 from ssa_jax.training.train import init_state
 from ssa_jax.types import TrainState
@@ -46,6 +47,7 @@ class Given(NamedTuple):
       model: an NNX or a Linen module, or a `networks.models.Functional`.
       method: (network, options) -> Method.
       optimizer: a whole optax optimiser.
+      rank_schedule: (share of training, energy, final) -> `ranks.Target`.
       loss: a `Task`, or a function (outputs, targets) -> scalar.
       callbacks: called with the row of each epoch.
     """
@@ -53,6 +55,7 @@ class Given(NamedTuple):
     model: Any = None
     method: Any = None
     optimizer: Any = None
+    rank_schedule: Any = None
     loss: Any = None
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = ()
 
@@ -126,6 +129,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup_steps=config.warmup_steps,
         hoyer=config.hoyer,
         rank_schedule=config.rank_schedule,
+        schedule=given.rank_schedule or find("rank_schedule", config.rank_schedule, SCHEDULES),
         rank_target=config.rank_target,
         rank_floor=config.rank_floor,
         rank_cuts=config.rank_cuts,

@@ -159,6 +159,11 @@ class Config:
         low=0.0,
     )
     watch: bool = setting(False, "Diagnose after every epoch, not at the end alone.")
+    callbacks: str = setting(
+        "",
+        "Called with the row of each epoch: csv, wandb, or package.module:name of a function that "
+        "makes one for the run's folder; several by commas.",
+    )
     tensorboard: bool = setting(
         False, "Write events for TensorBoard to tensorboard/ in the workdir, every epoch."
     )
@@ -170,7 +175,7 @@ class Config:
     hoyer: float = setting(
         1e-4, "Coefficient of the Hoyer term, where the schedule has it.", low=0.0
     )
-    rank_schedule: str = setting("none", "How ranks fall.", choices=tuple(SCHEDULES))
+    rank_schedule: str = setting("none", "How ranks fall.", choices=SCHEDULES, open=True)
     rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
     rank_target: float = setting(
         LINEAR_TARGET,
@@ -277,7 +282,7 @@ class Config:
 # which settings were given.
 _NOT_IDENTITY = (
     "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
-    "on_nan", "compile_cache", "watch", "tensorboard", "workers", "on_corrupt",
+    "on_nan", "compile_cache", "watch", "callbacks", "tensorboard", "workers", "on_corrupt",
     "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 

@@ -162,7 +162,7 @@ def fit(
     optimizer: Any = "adam",
     epochs: int = 10,
     batch_size: int = 128,
-    rank_schedule: str = "none",
+    rank_schedule: Any = "none",
     callbacks: Sequence[Any] = (),
     workdir: str | Path | None = None,
     crop: int = 0,
@@ -191,7 +191,8 @@ def fit(
       optimizer: ``"adam"``, ``"momentum"``, or an optax optimiser with a rate of its own.
       epochs: passes over the training examples.
       batch_size: examples in a step; the rest of an epoch is left out.
-      rank_schedule: how ranks fall, such as ``"hybrid"``.
+      rank_schedule: how ranks fall, such as ``"hybrid"``, or a function (share of training, energy,
+        final) -> `training.ranks.Target`.
       callbacks: called with the row of each epoch; or names: csv, wandb, ``package.module:name``.
       workdir: where results go; None: a folder that is removed with the run.
       crop: augmentation shifts images by up to this many pixels.
@@ -224,10 +225,13 @@ def fit(
             data = data._replace(moments=moments)
         kept = None if workdir else _Temporary()
         folder = kept.path / "run" if kept else Path(str(workdir)).expanduser()
-        names, given = _given(model, method, loss, optimizer, callbacks, folder)
+        names, given = _given(
+            folder, callbacks, model=model, method=method, loss=loss, optimizer=optimizer,
+            rank_schedule=rank_schedule,
+        )  # fmt: skip
         config = _config(
             settings, dataset=dataset, epochs=epochs, batch_size=batch_size,
-            rank_schedule=rank_schedule, workdir=str(folder), **names,
+            workdir=str(folder), **names,
         )  # fmt: skip
         if given.model is not None and data is not None:
             given = given._replace(model=start(given.model, data.example, config.seed))
@@ -244,6 +248,7 @@ def load(
     method: Any = None,
     loss: Any = None,
     optimizer: Any = None,
+    rank_schedule: Any = None,
 ) -> Run:
     """Reads a run of `fit`, at its newest checkpoint.
 
@@ -251,7 +256,7 @@ def load(
       path: its folder.
       model: where the run was given an object for its model, one of the same structure; its
         values do not matter.
-      method, loss, optimizer: where the run was given objects, the same ones.
+      method, loss, optimizer, rank_schedule: where the run was given objects, the same ones.
 
     Raises:
       WorkdirError: there is no such run, or an object is missing; the line says which.
@@ -264,7 +269,10 @@ def load(
         if stored is None or described is None:
             raise WorkdirError(f"{folder} holds no run of ssa_jax.fit")
         config = Config(**stored)
-        objects = {"model": model, "method": method, "loss": loss, "optimizer": optimizer}
+        objects = {
+            "model": model, "method": method, "loss": loss, "optimizer": optimizer,
+            "rank_schedule": rank_schedule,
+        }  # fmt: skip
         for field, value in objects.items():
             if value is None and getattr(config, field).startswith(f"{_GIVEN}:"):
                 raise WorkdirError(
@@ -290,11 +298,8 @@ def _named(value: Any) -> str:
     return f"{_GIVEN}:{re.sub(r'[^0-9a-zA-Z]+', '_', name).strip('_') or 'object'}"
 
 
-def _given(
-    model: Any, method: Any, loss: Any, optimizer: Any, callbacks: Sequence[Any], folder: Path
-) -> tuple[dict[str, str], Given]:
+def _given(folder: Path, callbacks: Sequence[Any], **asked: Any) -> tuple[dict[str, str], Given]:
     """Names for the config, and the objects that were not given by name."""
-    asked = {"model": model, "method": method, "loss": loss, "optimizer": optimizer}
     names = {n: v if isinstance(v, str) else _named(v) for n, v in asked.items()}
     objects = {n: v for n, v in asked.items() if not isinstance(v, str)}
     called = tuple(

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 
 from ssa_jax.errors import NotFiniteError
+from ssa_jax.plugins import find
 from ssa_jax.reporting import plots, tensorboard
+from ssa_jax.reporting.callbacks import CALLBACKS
 from ssa_jax.reporting.progress import Progress
 from ssa_jax.runs import build, inputs, memory, processes, summary, workdir
 from ssa_jax.runs.build import NOTHING, Given
@@ -119,6 +121,9 @@ class Run:
         self.position, self.saved, self.earlier = Position(), 0, Position()
         self.dense = build.dense_costs(config, trainer.data, trainer.given)
         self.started = time.monotonic()
+        names = [name.strip() for name in config.callbacks.split(",") if name.strip()]
+        named = [find("callbacks", name, CALLBACKS)(folder.path) for name in names]
+        self.callbacks = [*trainer.given.callbacks, *named]
 
     def go(self) -> Row:
         """Trains to the end and writes the summary, whatever the end is."""
@@ -260,7 +265,7 @@ class Run:
         }
         self.folder.log(row)
         self.progress.epoch(row, self.trainer.state.params)
-        for callback in self.trainer.given.callbacks:
+        for callback in self.callbacks:
             callback(row)
         if whole:
             self._save(

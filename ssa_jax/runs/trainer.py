@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ssa_jax import factors
 from ssa_jax.data import Feed
@@ -145,7 +145,7 @@ class Trainer:
                 initial=tally.steps * size,
                 unit="img",
                 desc=f"epoch {epoch + 1}/{self.config.epochs}",
-                disable=not sys.stderr.isatty(),
+                disable=not _is_watched(),
                 leave=False,
             ) as bar,
         ):
@@ -264,6 +264,11 @@ class Trainer:
             **_before("compaction", evaluated),
             **self.evaluate(),
         }
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees a bar: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def _before(change: str, evaluated: Row) -> Row:

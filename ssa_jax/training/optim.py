@@ -46,7 +46,9 @@ class OptimizerConfig(NamedTuple):
       warmup_steps: the same in steps; 0 for the share.
       clip: largest RMS of one gradient array; local, unlike a global norm.
       hoyer: η, coefficient of the Hoyer term.
-      rank_schedule: a name in `ranks.SCHEDULES`.
+      rank_schedule: a name in `ranks.SCHEDULES`, or one of another package.
+      schedule: (share of training, energy, final) -> `ranks.Target`, in place of the one of that
+        name.
       rank_floor: lowest rank of any rule but `adaptive`, as a fraction of the initial one.
       rank_target: what the linear phase leaves, as a fraction of the initial rank; never less
         than the floor.
@@ -71,6 +73,7 @@ class OptimizerConfig(NamedTuple):
     clip: float = 1.0
     hoyer: float = 0.0
     rank_schedule: str = "none"
+    schedule: Callable[..., ranks.Target] | None = None
     rank_floor: float = 0.3
     rank_target: float = ranks.LINEAR_TARGET
     rank_cuts: int = 0
@@ -153,7 +156,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     Raises:
       ValueError: an unknown name or a value out of range, from the transforms.
     """
-    schedule = ranks.SCHEDULES[config.rank_schedule]
+    schedule = config.schedule or ranks.SCHEDULES[config.rank_schedule]
     final = max(config.rank_target, config.rank_floor)
 
     def target(count: Array) -> ranks.Target:
