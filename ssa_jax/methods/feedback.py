@@ -117,7 +117,8 @@ def composed_paths(
     def signs(x: Array) -> Array:
         return jnp.where(jnp.arange(len(x)) % 2, -1, 1).reshape((-1,) + (1,) * (x.ndim - 1))
 
-    rows = max(1, plan.rows // len(outputs))
+    # Full paths weigh as much as all their rows at a time; a bound is for per-channel ones.
+    rows = max(1, plan.rows // len(outputs)) if plan.per_channel else classes
     identity = jnp.eye(classes, dtype=outputs.dtype)
     if rows >= classes:
         return jax.vmap(push)(identity)

@@ -169,7 +169,9 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
 
 def examples(config: Config, data: Images) -> np.ndarray:
     """The first few training images, normalised, on which a feedback may be measured."""
-    return inputs.first_images(data, min(EXAMPLES, config.batch_size))
+    # Evenly many, so that their signs balance (see `feedback.composed_paths`).
+    number = min(EXAMPLES, config.batch_size)
+    return inputs.first_images(data, max(1, number - number % 2))
 
 
 def make_tasks(config: Config, given: Given = NOTHING) -> tuple[Task, Task]:
