@@ -132,6 +132,7 @@ def test_mean_squared_error_falls(method):
     assert run.summary["best_epoch"] == 1 + int(np.argmin(losses))
 
 
+@pytest.mark.slow
 def test_several_labels_and_a_loss_of_ones_own():
     labels = np.stack([Y, 1 - Y, X[:, 0, 0, 0] > 128], 1)
     run = ssa_jax.fit(Net(3), (X, labels), loss="binary_cross_entropy", **OPTIONS)
@@ -147,6 +148,7 @@ def test_several_labels_and_a_loss_of_ones_own():
     )
 
 
+@pytest.mark.slow
 def test_any_optax_optimiser_has_its_own_rate():
     still = ssa_jax.fit(Net(), (X, Y), optimizer=optax.sgd(0.0), method="bp", **OPTIONS)
     assert all(
@@ -184,6 +186,7 @@ def test_methods_from_outside_by_object_by_name_and_by_a_table_that_grows(monkey
         hidden("no_such_package:x")
 
 
+@pytest.mark.slow
 def test_callbacks_see_every_epoch_and_csv_has_its_numbers():
     seen = []
     run = ssa_jax.fit(Net(), (X, Y), callbacks=["csv", seen.append], **OPTIONS)
@@ -199,7 +202,9 @@ def half(share, energy, final):
     return Target(jnp.float32(0.5), jnp.float32(1), jnp.float32(0))
 
 
-@pytest.mark.parametrize("schedule", [half, f"{__name__}:half"])
+@pytest.mark.parametrize(
+    "schedule", [half, pytest.param(f"{__name__}:half", marks=pytest.mark.slow)]
+)
 def test_a_rank_schedule_from_outside_cuts_as_it_says(schedule):
     run = ssa_jax.fit(Net(width=64), (X, Y), rank_schedule=schedule, rank_init=1.0, **OPTIONS)
     # A first layer that widens keeps its rank.
@@ -211,6 +216,7 @@ def tells(folder):
     return lambda row: (folder / "told").write_text(f"{row['epoch']}\n")
 
 
+@pytest.mark.slow
 def test_callbacks_are_named_by_a_setting_too():
     run = ssa_jax.fit(Net(), (X, Y), **{**OPTIONS, "callbacks": ()}, seed=1)
     assert not (run.folder / "told").exists()
@@ -275,6 +281,7 @@ def test_batches_are_taken_in_the_order_in_which_they_come():
         ssa_jax.fit(Net(), [*batches[:7], (X[:8], 0 * Y[:8] + 9)], test=(X, Y))
 
 
+@pytest.mark.slow
 def test_an_iterable_resumes_by_passing_over_what_was_done(tmp_path):
     batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 64, 8)]
     options = {"test": (X, Y), "epochs": 2}
