@@ -29,11 +29,7 @@ X = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
 TOKENS = jnp.array([[3, 1, 4, 0], [1, 5, 0, 0], [2, 6, 5, 3]])
 
 
-@pytest.fixture(autouse=True)
-def other_peoples_code():
-    """What Flax and users write broadcasts as it likes."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("other_peoples_code")
 
 
 class Residual(nnx.Module):

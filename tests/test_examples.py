@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,13 +75,6 @@ def test_the_guide_to_exports_runs(tmp_path, monkeypatch):
         exec(block, names)
     assert names["chosen"].units[1].map.kernel.get_value().rank == 24
     assert (tmp_path / "smallconv-export" / "model.json").exists()
-
-
-@pytest.fixture
-def other_peoples_code():
-    """What Flax and users write broadcasts as it likes."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.slow

@@ -15,11 +15,7 @@ from ssa_jax.networks.models import Functional, split, start
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 16))
 
 
-@pytest.fixture(autouse=True)
-def other_peoples_code():
-    """What Flax and users write broadcasts as it likes."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("other_peoples_code")
 
 
 class Convs(nnx.Module):

@@ -26,11 +26,7 @@ RNGS = nnx.Rngs(0)
 OPTIONS = {"epochs": 2, "batch_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def other_peoples_code():
-    """What Flax and users write broadcasts as it likes."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("other_peoples_code")
 
 
 class Net(nnx.Module):
@@ -328,6 +324,7 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         ((X, Y), {"epochs": 0}, ConfigError, r"^epochs must be at least 1"),
         ((X, Y), {"loss": "cross"}, ConfigError, r"^loss must be one of cross_entropy"),
         ((X, Y), {"epoch": 3}, TypeError, r"fit has no setting epoch"),
+        ("digits", {"test": (X, Y)}, DataError, r"a name, a path or a Dataset has its own"),
         ("no_such_data", {}, ConfigError, r"^dataset must be one of"),
         (
             (X, Y),

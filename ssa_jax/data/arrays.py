@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssa_jax.data import Dataset
+from ssa_jax.data import Dataset, held_out
 from ssa_jax.errors import DataError
 
 Pair = tuple[Any, Any]
@@ -107,9 +107,7 @@ def _narrow(x: np.ndarray) -> np.ndarray:
 def _held_out(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
     if len(x) < 2:
         raise DataError("train has one example, and none can be held out to test on")
-    order = np.random.default_rng(0).permutation(len(x))
-    held, kept = np.split(order, [max(1, round(TEST_SHARE * len(x)))])
-    held, kept = np.sort(held), np.sort(kept)
+    kept, held = held_out(len(x), TEST_SHARE)
     return x[kept], y[kept], x[held], y[held]
 
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 _MARK = "ssa_jax.cut"
 # How the call of a jitted function is named in a traced program, by versions of JAX.
-_CALLS = ("jit", "pjit")
+CALLS = ("jit", "pjit")
 
 
 class CutError(ValueError):
@@ -104,7 +104,7 @@ class Flat:
             if mark := _mark_of(eqn):
                 self._meet(mark, operands[0])
                 outputs = operands
-            elif eqn.primitive.name in _CALLS:
+            elif eqn.primitive.name in CALLS:
                 inner = eqn.params["jaxpr"]
                 outputs = self._flatten(inner.jaxpr, inner.consts, operands)
             else:

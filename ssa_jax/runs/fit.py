@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,11 @@ from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
 from ssa_jax.data.arrays import is_pair, open_data
 from ssa_jax.data.batches import Batches, from_batches
-from ssa_jax.errors import ConfigError
+from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.models import start
 from ssa_jax.networks.units import Unit
-from ssa_jax.plugins import find
 from ssa_jax.reporting import plots
-from ssa_jax.reporting.callbacks import CALLBACKS
 from ssa_jax.runs import build, inputs
 from ssa_jax.runs.build import Built, Given
 from ssa_jax.runs.config import Config, identity
@@ -107,12 +106,16 @@ class Run:
                 f"the model takes inputs (n, {', '.join(map(str, self.data.image_shape))}), got "
                 f"{x.shape}"
             )
-        program = jax.jit(lambda p, m, x: predict(self.built.units, p, m, x))
         found = [
-            np.asarray(program(self.state.params, self.state.mstate, rows))[:count]
+            np.asarray(self._outputs(self.state.params, self.state.mstate, rows))[:count]
             for rows, count in self._rows(x)
         ]
         return np.concatenate(found)
+
+    @functools.cached_property
+    def _outputs(self) -> Callable[[Any, Any, Any], Array]:
+        """The compiled (params, mstate, rows) -> outputs, one for all calls."""
+        return jax.jit(functools.partial(predict, self.built.units))
 
     def _rows(self, x: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         size = min(_ROWS, len(x))
@@ -226,7 +229,7 @@ def fit(
         kept = None if workdir else _Temporary()
         folder = kept.path / "run" if kept else Path(str(workdir)).expanduser()
         names, given = _given(
-            folder, callbacks, model=model, method=method, loss=loss, optimizer=optimizer,
+            callbacks, model=model, method=method, loss=loss, optimizer=optimizer,
             rank_schedule=rank_schedule,
         )  # fmt: skip
         config = _config(
@@ -298,13 +301,13 @@ def _named(value: Any) -> str:
     return f"{_GIVEN}:{re.sub(r'[^0-9a-zA-Z]+', '_', name).strip('_') or 'object'}"
 
 
-def _given(folder: Path, callbacks: Sequence[Any], **asked: Any) -> tuple[dict[str, str], Given]:
+def _given(callbacks: Sequence[Any], **asked: Any) -> tuple[dict[str, str], Given]:
     """Names for the config, and the objects that were not given by name."""
     names = {n: v if isinstance(v, str) else _named(v) for n, v in asked.items()}
     objects = {n: v for n, v in asked.items() if not isinstance(v, str)}
-    called = tuple(
-        find("callbacks", c, CALLBACKS)(folder) if isinstance(c, str) else c for c in callbacks
-    )
+    # Those by name are found by the run.
+    names["callbacks"] = ",".join(c for c in callbacks if isinstance(c, str))
+    called = tuple(c for c in callbacks if not isinstance(c, str))
     return names, Given(**objects, callbacks=called)
 
 
@@ -320,6 +323,10 @@ def _data(
     outputs: int | None, name: str, steps: int | None,
 ) -> tuple[Any, str]:  # fmt: skip
     """The data, and their name in the config; None for data that the config names."""
+    if test is not None and isinstance(train, str | Path | Dataset):
+        raise DataError(
+            "test goes with arrays and batches; a name, a path or a Dataset has its own"
+        )
     if isinstance(train, str) and not Path(train).expanduser().exists():
         return None, train
     labelled = loss == "cross_entropy" or getattr(loss, "classes", False)

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from ssa_jax.networks.cut import CALLS
 from ssa_jax.networks.forward import after
 from ssa_jax.transforms import NothingToActOn
 
 Array = jax.Array
 Tree = Any
 Leaves = dict[str, Any]
-
-# How the call of a jitted function is named in a traced program, by versions of JAX.
-_CALLS = ("jit", "pjit")
 
 
 class Moved(NamedTuple):
@@ -155,7 +153,7 @@ def _reach_through(eqn: Any, inputs: Sequence[int]) -> list[int]:
         index, *operands = inputs
         branches = [_reach(branch.jaxpr, operands) for branch in eqn.params["branches"]]
         return [_union([index, *of_branches]) for of_branches in zip(*branches, strict=True)]
-    if eqn.primitive.name in _CALLS:
+    if eqn.primitive.name in CALLS:
         return _reach(eqn.params["jaxpr"].jaxpr, inputs)
     return [_union(inputs)] * len(eqn.outvars)
 
