@@ -48,7 +48,7 @@ def manifold() -> optax.GradientTransformation:
     return optax.chain(
         transforms.project_to_tangent("stiefel"),
         optax.scale(-1e-3),
-        transforms.retract("newton_schulz"),
+        transforms.retract(),
     )
 
 

@@ -33,7 +33,7 @@ Matrices = dict[str, np.ndarray]
 SHAPES = [(576, 64), (1152, 128), (2304, 256)]
 VGG13_CHANNELS = [3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
 RATES = {"sgd": 1e-2, "momentum": 1e-2, "adam": 1e-3, "muon": 1e-2}
-RETRACTIONS = ["newton_schulz", "cholesky_qr2", "qr", "polar", "cayley"]
+RETRACTIONS = ["series", "newton_schulz", "cholesky_qr2", "qr", "polar", "cayley"]
 
 
 class Contestant(NamedTuple):

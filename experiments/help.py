@@ -33,7 +33,7 @@ GROUPS = {
     ),
     "Feedback": (
         "feedback", "feedback_update", "feedback_every", "feedback_rate", "feedback_form",
-        "feedback_limit_mib", "feedback_lookahead", "unit_size", "warmup_method",
+        "feedback_limit_mib", "feedback_lookahead", "feedback_rank", "unit_size", "warmup_method",
         "warmup_epochs",
     ),
     "Ranks": (

@@ -22,9 +22,10 @@ def label(summary: Row) -> str:
     parts = [summary["method"]]
     if summary["method"] == "ssa":
         # Runs stored before there was a choice to tell were direct, and looked at no unit ahead.
-        sequential = summary.get("feedback") == "sequential"
+        share = summary.get("feedback_rank") or 1
+        sequential = "sequential" if share == 1 else f"walking through {share:g} of its directions"
         ahead = f"direct, {n} ahead" if (n := summary.get("feedback_lookahead")) else "direct"
-        parts.append("sequential" if sequential else ahead)
+        parts.append(sequential if summary.get("feedback") == "sequential" else ahead)
     if summary["factorized"] != (summary["method"] in ON_FACTORS):
         parts.append("on factors" if summary["factorized"] else "(dense)")
     if summary["rank_schedule"] != "none" and summary["factorized"]:

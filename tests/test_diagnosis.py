@@ -83,7 +83,7 @@ def test_drift_above_the_bound_in_use():
     rows[3]["drift"], rows[4]["drift"] = 0.02, 0.5
     (found,) = diagnose(rows, Config(retraction="none"))
     assert (found.name, found.epoch, found.value) == ("orthogonality lost", 4, 0.02)
-    assert found.flag == "--retraction=newton_schulz"
+    assert found.flag == "--retraction=series"
     assert diagnose(rows, Config(retract_every=10))[0].flag == "--retract_every=1"
     assert diagnose(rows, Config(drift_bound=0.1))[0].epoch == 5
     assert diagnose(rows, Config(drift_bound=1.0)) == []
@@ -159,7 +159,7 @@ def test_a_run_without_retraction_is_told_so_while_it_runs(tmp_path, capsys):
     )  # fmt: skip
     (found,) = run(config)["diagnosis"]
     assert (found["name"], found["epoch"]) == ("orthogonality lost", 1)
-    assert found["flag"] == "--retraction=newton_schulz"
+    assert found["flag"] == "--retraction=series"
     lines = capsys.readouterr().out.splitlines()
     (told,) = [i for i, line in enumerate(lines) if line.startswith("diagnosis: ")]
     assert lines[told - 1].startswith("epoch 1/2")

@@ -32,7 +32,7 @@ def train(config, steps=10, rank=0.5, network="conv"):
 @pytest.mark.parametrize(
     ("retraction", "optimizer"),
     [
-        *[("newton_schulz", optimizer) for optimizer in OPTIMIZERS],
+        *[("series", optimizer) for optimizer in OPTIMIZERS],
         *[
             pytest.param(retraction, "adam", marks=pytest.mark.slow)
             for retraction in ("cholesky_qr2", "qr", "cayley")

@@ -67,7 +67,7 @@ def problem():
 
 def pair(name, retraction):
     """A case of the grid; slow where optimiser and retraction both differ from the usual."""
-    usual = name == "sgd" or retraction == "newton_schulz"
+    usual = name == "sgd" or retraction == "series"
     return pytest.param(name, retraction, marks=() if usual else pytest.mark.long)
 
 

@@ -1,5 +1,6 @@
 """Theorems of the retractions: they land, agree to first order, and survive any step."""
 
+import itertools
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 from stiefel_cases import RETRACTIONS, SHAPES, drift, normal, orthonormal
 
-from ssa_jax import transforms
+from ssa_jax import factors, transforms
 from ssa_jax.factors import linalg
 
 COMPILED = {name: jax.jit(linalg.RETRACTIONS[name]) for name in RETRACTIONS}
@@ -142,9 +143,60 @@ def test_the_polar_factor_does_not_depend_on_the_scale(scale):
     )
 
 
-def test_newton_schulz_shows_a_nan():
-    y = jnp.ones((4, 2)).at[0, 0].set(jnp.nan)
-    assert np.isnan(COMPILED["newton_schulz"](jnp.zeros((4, 2)), y)).any()
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 1e4, 1e30])
+@pytest.mark.parametrize("shape", [(40, 8), (6, 6), (3, 30, 5)])
+def test_a_series_is_the_polar_factor_of_the_tangent_part_shortened_if_need_be(shape, size):
+    rng = np.random.default_rng(11)
+    x = orthonormal(rng, shape)
+    step = normal(rng, shape)
+    step *= size / np.linalg.norm(step, 2, axis=(-2, -1)).max()
+    landed = COMPILED["series"](x, step)
+    assert drift(landed) < 1e-6
+    # It lies on the curve through x along the tangent part: some length of it gives the same.
+    tangent = np.asarray(linalg.project_stiefel(x, step / size), np.float64)
+
+    def at(length):
+        u, _, vt = np.linalg.svd(np.asarray(x, np.float64) + length * tangent, full_matrices=False)
+        return u @ vt
+
+    tall = np.asarray(landed, np.float64)
+    if size <= 0.1:
+        np.testing.assert_allclose(tall, at(size), atol=1e-6)
+    elif len(shape) == 2:
+        assert min(np.abs(at(length) - tall).max() for length in np.linspace(0, 1, 1001)) < 1e-3
+
+
+def test_a_series_takes_back_a_drift():
+    rng = np.random.default_rng(12)
+    x = np.float32(1.3) * orthonormal(rng, (30, 6)) + np.float32(0.05) * normal(rng, (30, 6))
+    drifts = [drift(x)]
+    for _ in range(12):
+        x = COMPILED["series"](x, jnp.zeros_like(x))
+        drifts.append(drift(x))
+    assert drifts[0] > 0.5
+    assert all(b < a for a, b in itertools.pairwise(drifts[:4]))
+    assert drifts[-1] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["series", "newton_schulz"])
+def test_products_alone_show_a_nan(name):
+    x = orthonormal(np.random.default_rng(13), (4, 2))
+    assert np.isnan(COMPILED[name](x, jnp.ones((4, 2)).at[0, 0].set(jnp.nan))).any()
+
+
+def test_the_default_chain_has_neither_loop_nor_conditional_and_few_products():
+    """Ten layers of one shape take as many products as one."""
+    f = factors.Factors(jnp.eye(12, 4), jnp.ones(4), jnp.eye(20, 4))
+
+    def program(layers):
+        params = {str(i): f for i in range(layers)}
+        chain = transforms.ssa(1e-3)
+        return str(jax.make_jaxpr(chain.update)(params, chain.init(params), params))
+
+    ten = program(10)
+    assert "while" not in ten
+    assert "cond[" not in ten
+    assert 0 < ten.count("dot_general") == program(1).count("dot_general")
 
 
 def test_small_steps_take_one_iteration(monkeypatch):

@@ -107,8 +107,8 @@ def test_works_in_the_wrappers_of_optax(name):
         }
 
     for updates in step(states).values():
-        # Injected decays are float32, which leaves 1 - b₂ five digits.
-        chex.assert_trees_all_close(updates, expected, atol=2e-5)
+        # Injected decays are float32, which leaves 1 - b₂ five digits; Muon enlarges rounding.
+        chex.assert_trees_all_close(updates, expected, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

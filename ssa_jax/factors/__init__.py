@@ -31,6 +31,18 @@ class Factors(NamedTuple):
         return self.s.shape[-1]
 
 
+class WithFeedback(NamedTuple):
+    """Factors of a layer whose input's cotangent passes through others, of any rank.
+
+    Attributes:
+      forward: the weights; their own gradient is exact.
+      backward: of the same d_out and d_in.
+    """
+
+    forward: Factors
+    backward: Factors
+
+
 def is_factors(node: Any) -> bool:
     """True for a `Factors` node; the `is_leaf` of every map below."""
     return isinstance(node, Factors)
@@ -67,6 +79,16 @@ def map_factors(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(
         lambda x, *r: fn(x, *r) if is_factors(x) else x, tree, *rest, is_leaf=is_factors
     )
+
+
+def leading(f: Factors, rank: int) -> Array:
+    """Places (rank,) of the singular values of largest modulus, largest first."""
+    return jax.lax.top_k(jnp.abs(f.s), rank)[1]
+
+
+def taken(f: Factors, places: Array) -> Factors:
+    """The singular triplets at some places (q,), as factors of rank q."""
+    return Factors(f.u[:, places], f.s[places], f.v[:, places])
 
 
 def leaves(tree: Any) -> list[Factors]:

@@ -224,18 +224,32 @@ class SVDConv(nnx.Module):
 
     def _convolve(self, x: Array) -> Array:
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
-        weights = self.kernel.get_value()
-        sizes, groups = (self.kernel_size, self.strides), self.feature_group_count
+        y = products.forward_and_back(self._product, self.kernel.get_value(), x, self._pair)
+        if self.bias is not None:
+            y = y + self.bias.get_value().reshape(1, 1, 1, -1)
+        return y
+
+    def _product(self, weights: Factors, x: Array) -> Array:
+        """The layer without its bias, by whichever form takes less work."""
+        sizes = self.kernel_size, self.strides
         if self.is_plain and not self.deterministic and kernel_pays(weights, x.shape, *sizes):
             pad_h, pad_w = split_padding(self.padding)
             kernel = matrix_to_kernel(factors.to_dense(weights), self.kernel_size)
             both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
-            y = conv(x, kernel, self.strides, both)
-        else:
-            y = products.convolution(weights, x, *sizes, self.padding, self.kernel_dilation, groups)
-        if self.bias is not None:
-            y = y + self.bias.get_value().reshape(1, 1, 1, -1)
-        return y
+            return conv(x, kernel, self.strides, both)
+        return self._pair(weights, x)
+
+    def _pair(self, weights: Factors, x: Array) -> Array:
+        """The two convolutions after one another."""
+        return products.convolution(
+            weights,
+            x,
+            self.kernel_size,
+            self.strides,
+            self.padding,
+            self.kernel_dilation,
+            self.feature_group_count,
+        )
 
 
 def kernel_pays(

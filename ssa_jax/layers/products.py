@@ -1,27 +1,67 @@
 """What layers on factors compute, as functions of the factors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ssa_jax.factors import Factors
+from ssa_jax.factors import Factors, WithFeedback
 from ssa_jax.layers.lowering import DIMENSIONS, conv_general_dilated
 
 Array = jax.Array
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-def dense(weights: Factors, x: Array) -> Array:
+def forward_and_back(
+    product: Callable[[Factors, Array], Array],
+    weights: Factors | WithFeedback,
+    x: Array,
+    back: Callable[[Factors, Array], Array] | None = None,
+) -> Array:
+    """A layer's product with its factors, whose cotangent of x has those of its feedback, if any.
+
+    What goes back then takes the products of their rank, and none of those of the weights.
+
+    Args:
+      product: of factors with x, linear in x.
+      weights: the layer's.
+      x: its input.
+      back: the same map in a form that suits a low rank; the product itself by default.
+    """
+    if not isinstance(weights, WithFeedback):
+        return product(weights, x)
+    thin = back or product
+
+    @jax.custom_vjp
+    def apply(weights: WithFeedback, x: Array) -> Array:
+        return product(weights.forward, x)
+
+    def forward(weights: WithFeedback, x: Array) -> tuple[Array, Any]:
+        return product(weights.forward, x), (weights, x)
+
+    def backward(kept: Any, cotangent: Array) -> tuple[WithFeedback, Array]:
+        weights, x = kept
+        (own,) = jax.vjp(lambda f: product(f, x), weights.forward)[1](cotangent)
+        (back,) = jax.vjp(lambda a: thin(weights.backward, a), x)[1](cotangent)
+        return WithFeedback(own, jax.tree.map(jnp.zeros_like, weights.backward)), back
+
+    apply.defvjp(forward, backward)
+    return apply(weights, x)
+
+
+def dense(weights: Factors | WithFeedback, x: Array) -> Array:
     """((x V) ⊙ s) Uᵀ for x (..., d_in), u (d_out, r), s (r,), v (d_in, r): (..., d_out)."""
+    if isinstance(weights, WithFeedback):
+        return forward_and_back(dense, weights, x)
     u, s, v = weights
     # s is folded into V: one pass over the weights instead of one over the batch.
     return (x @ (v * s[None, :])) @ u.T
 
 
 def convolution(
-    weights: Factors, x: Array, kernel_size: tuple[int, int], strides: tuple[int, int],
+    weights: Factors | WithFeedback, x: Array, kernel_size: tuple[int, int],
+    strides: tuple[int, int],
     padding: Padding, dilation: tuple[int, int] = (1, 1), groups: int = 1,
 ) -> Array:  # fmt: skip
     """A vertical convolution by V diag(s), then a horizontal one by U.
@@ -41,6 +81,12 @@ def convolution(
     Returns:
       (batch, H', W', N).
     """
+    if isinstance(weights, WithFeedback):
+
+        def product(f: Factors, x: Array) -> Array:
+            return convolution(f, x, kernel_size, strides, padding, dilation, groups)
+
+        return forward_and_back(product, weights, x)
     dtype = jnp.result_type(x, *weights)
     x, u, s, v = (a.astype(dtype) for a in (x, *weights))
     (kh, kw), (sh, sw), (dh, dw) = kernel_size, strides, dilation

@@ -96,6 +96,7 @@ class FeedbackOptions(NamedTuple):
       form: form of direct paths, a name in `feedback.FORMS`.
       limit: bytes that full paths may take under the form ``"auto"``.
       lookahead: units that a direct signal of ssa is pulled back through exactly.
+      rank: share of each layer's singular directions that a sequential walk goes through.
       readout: ``"pred"``, ``"sim"`` or ``"predsim"`` (see `methods.local`).
       readout_update: ``"learned"`` or ``"fixed"``.
       readout_rate: Adam's rate of learned readouts.
@@ -108,6 +109,7 @@ class FeedbackOptions(NamedTuple):
     form: str = "auto"
     limit: int = 256 * 2**20
     lookahead: int = 0
+    rank: float = 1.0
     readout: str = "predsim"
     readout_update: str = "learned"
     readout_rate: float = 2e-3

@@ -196,6 +196,7 @@ def walk(
     to the weights this is backpropagation.
     """
     signals = [error]
+    expect(units, params, twins)
     for i in range(len(units) - 1, 0, -1):
 
         def walk_unit(x: Array, i: int = i) -> Array:

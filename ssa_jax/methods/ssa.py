@@ -16,6 +16,7 @@ from ssa_jax.methods.base import (
     all_direct,
     require_choice,
 )
+from ssa_jax.methods.walk import low_rank_walk
 from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
@@ -54,14 +55,25 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     term at `options.rate`; ``tracked`` take the weights' values every `options.every` steps.
     What truncation zeroes in the weights is zeroed in the twins.
 
+    With `options.rank` below one the sequential walk goes through that share of each layer's own
+    singular directions instead (see `walk.low_rank_walk`).
+
     Raises:
-      ValueError: an unknown path, update or form, or `every` below one.
+      ValueError: an unknown path, update or form, `every` below one, or a rank of feedback that
+        does not walk or does not track.
     """
     require_choice("feedback", options.path, PATHS)
     require_choice("feedback_update", options.update, UPDATES)
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
     has_paths = options.path != "sequential"
+    if options.rank != 1:
+        if has_paths or options.update != "tracked":
+            raise ValueError(
+                "feedback_rank is of feedback=sequential with feedback_update=tracked, got "
+                f"{options.path} and {options.update}"
+            )
+        return low_rank_walk(network, options)
     units, shapes, examples = network.units, network.shapes, network.inputs
     plan = fb.plan(shapes, options.form, options.limit)
     tracked, composed = options.update == "tracked", options.path == "composed"

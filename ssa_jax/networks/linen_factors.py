@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from ssa_jax.factors import Factors, is_factors
+from ssa_jax.factors import Factors, WithFeedback, is_factors
 from ssa_jax.layers import products
 from ssa_jax.layers.products import kernel_to_matrix
 
@@ -27,7 +27,7 @@ def _run(following: Any, args: Any, kwargs: Any, context: linen.module.Intercept
     apply = _LAYERS.get(type(module))
     if apply and context.method_name == "__call__" and module.has_variable("params", "kernel"):
         kernel: Any = module.get_variable("params", "kernel")
-        if is_factors(kernel):
+        if is_factors(kernel) or isinstance(kernel, WithFeedback):
             return apply(module, kernel, *args, **kwargs)
     return following(*args, **kwargs)
 

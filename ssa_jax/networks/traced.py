@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssa_jax.factors import is_factors
+from ssa_jax.factors import WithFeedback, is_factors
 from ssa_jax.networks.cut import CutError, Flat, Packing, Program, Segment
 from ssa_jax.networks.units import Unit
 
@@ -74,10 +74,12 @@ class Traced:
             return self._typed(i, params, mstate, x, train).run(i, params, mstate, x)
 
         def walk(params: Entries, twins: Entries, mstate: Entries, x: Tree) -> Array:
-            return self._typed(i, params, mstate, x, True).run(i, params, mstate, x, twins)[0]
+            given = _with_feedback(params, twins)
+            maps = {n: x for n, x in twins.items() if given[n] is params[n]}
+            return self._typed(i, given, mstate, x, True).run(i, given, mstate, x, maps)[0]
 
-        def expect(params: Entries) -> None:
-            self._shapes |= _shapes(params)
+        def expect(params: Entries, twins: Entries | None = None) -> None:
+            self._shapes |= _shapes(_with_feedback(params, twins or {}))
 
         return Unit(apply, walk, expect, self.shared.intersection(self.params[i]))
 
@@ -166,6 +168,20 @@ class _Typed:
         if i == len(self._packings):
             return jax.tree.unflatten(self._outputs, outputs), new
         return self._packings[i].pack(outputs), new
+
+
+def _with_feedback(params: Entries, twins: Entries) -> Entries:
+    """The parameters, factors that have a twin of another rank in one value with it.
+
+    A layer has to pass the error back through such a twin as a whole. One of the same rank may
+    stand in for each of its arrays, wherever the model uses them.
+    """
+    return {
+        n: WithFeedback(p, twins[n])
+        if is_factors(p) and n in twins and twins[n].rank != p.rank
+        else p
+        for n, p in params.items()
+    }
 
 
 class _Structure(NamedTuple):

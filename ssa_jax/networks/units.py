@@ -14,8 +14,8 @@ Tree = Any
 Entries = dict[str, Any]
 
 
-def _ignore(params: Tree) -> None:
-    del params
+def _ignore(params: Tree, twins: Tree | None = None) -> None:
+    del params, twins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +26,22 @@ class Unit:
       apply: (params, mstate, x, *, train) -> (y, mstate), the unit and its new statistics.
       walk: (params, twins, mstate, x) -> y, equal to `apply` in training mode, but its derivative
         with respect to x passes through the twins' maps instead of those of the parameters.
-      expect: (params) -> None, tells shapes that are about to come. Units of one network that
-        know them all before the first `apply` are traced together, and not one by one.
+      expect: (params, twins=None) -> None, tells shapes that are about to come. Units of one
+        network that know them all before the first `apply`, or `walk`, are traced together, and
+        not one by one.
       shared: paths of parameters of which other units have copies.
     """
 
     apply: Callable[..., tuple[Array, Tree]]
     walk: Callable[[Tree, Tree, Tree, Array], Array]
-    expect: Callable[[Tree], None] = _ignore
+    expect: Callable[..., None] = _ignore
     shared: frozenset[str] = frozenset()
 
 
-def expect(units: Sequence[Unit], params: Tree) -> None:
-    """Tells each unit the shapes of its parameters, so that all are traced together."""
-    for unit, p in zip(units, params, strict=True):
-        unit.expect(p)
+def expect(units: Sequence[Unit], params: Tree, twins: Tree | None = None) -> None:
+    """Tells each unit the shapes of its parameters, and twins, so that all are traced together."""
+    for unit, p, t in zip(units, params, twins or params, strict=True):
+        unit.expect(p, t)
 
 
 def group_units(
@@ -93,9 +94,10 @@ def _join(units: Sequence[Unit], params: Sequence[Entries], mstate: Sequence[Ent
             x = unit.walk(p, {n: twins[n] for n in p}, m, x)
         return x
 
-    def expect_all(params: Entries) -> None:
+    def expect_all(params: Entries, twins: Entries | None = None) -> None:
+        twins = twins or params
         for unit, (p, _) in zip(units, names, strict=True):
-            unit.expect({n: params[n] for n in p})
+            unit.expect({n: params[n] for n in p}, {n: twins[n] for n in p})
 
     return Unit(apply, walk, expect_all, frozenset().union(*(u.shared for u in units)))
 
@@ -156,4 +158,4 @@ def _cast_unit(unit: Unit, dtype: Any) -> Unit:
     def walk(params: Tree, twins: Tree, mstate: Tree, x: Array) -> Array:
         return unit.walk(cast(params), cast(twins), mstate, cast(x)).astype(jnp.float32)
 
-    return Unit(apply, walk, lambda params: unit.expect(cast(params)), unit.shared)
+    return Unit(apply, walk, lambda *trees: unit.expect(*map(cast, trees)), unit.shared)

@@ -104,7 +104,7 @@ def _drift(rows: Sequence[Row], config: Config) -> Finding | None:
     if lost is None:
         return None
     if config.retraction == "none":
-        flag = "--retraction=newton_schulz"
+        flag = "--retraction=series"
     elif config.retract_every > 1:
         flag = "--retract_every=1"
     else:

@@ -213,6 +213,9 @@ class Config:
     feedback_lookahead: int = setting(
         1, "Units that a direct signal of ssa is pulled back through exactly.", low=0
     )
+    feedback_rank: float = setting(
+        1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
+    )
     unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
@@ -225,7 +228,7 @@ class Config:
     warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
     local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
     projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
-    retraction: str = setting("newton_schulz", "Retraction.", choices=tuple(RETRACTIONS))
+    retraction: str = setting("series", "Retraction.", choices=tuple(RETRACTIONS))
     retract_every: int = setting(1, "Steps between retractions.", low=1)
 
     def __post_init__(self) -> None:

@@ -76,6 +76,7 @@ def settings(config: Config) -> Row:
         "rank_schedule": config.rank_schedule,
         "feedback": config.feedback if config.method == "ssa" else None,
         "feedback_lookahead": config.feedback_lookahead if config.method == "ssa" else None,
+        "feedback_rank": config.feedback_rank if config.method == "ssa" else None,
     }
 
 

@@ -82,7 +82,7 @@ class OptimizerConfig(NamedTuple):
     rank_budget: tuple[float, float] = (0.0, 0.0)
     energy: float = 0.95
     projection: str = "stiefel"
-    retraction: str = "newton_schulz"
+    retraction: str = "series"
     retract_every: int = 1
 
 

@@ -14,6 +14,7 @@ from jax.extend import core
 from ssa_jax.networks.cut import CALLS
 from ssa_jax.networks.forward import after
 from ssa_jax.transforms import NothingToActOn
+from ssa_jax.transforms.selection import STACKED
 
 Array = jax.Array
 Tree = Any
@@ -146,13 +147,15 @@ def _reach(jaxpr: Any, inputs: Sequence[int]) -> list[int]:
 
 
 def _reach_through(eqn: Any, inputs: Sequence[int]) -> list[int]:
-    """The same of one equation: of a choice branch by branch, of a call by its body, of all others
-    in one.
+    """The same of one equation: of a choice branch by branch, of arrays that are stacked for one
+    operation by place, of a call by its body, of all others in one.
     """
     if eqn.primitive.name == "cond":
         index, *operands = inputs
         branches = [_reach(branch.jaxpr, operands) for branch in eqn.params["branches"]]
         return [_union([index, *of_branches]) for of_branches in zip(*branches, strict=True)]
+    if eqn.params.get("name") == STACKED and len(inputs) % len(eqn.outvars) == 0:
+        return [_union(inputs[i :: len(eqn.outvars)]) for i in range(len(eqn.outvars))]
     if eqn.primitive.name in CALLS:
         return _reach(eqn.params["jaxpr"].jaxpr, inputs)
     return [_union(inputs)] * len(eqn.outvars)

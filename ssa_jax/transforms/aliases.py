@@ -21,7 +21,7 @@ def stiefel_sgd(
     nesterov: bool = False,
     *,
     metric: str = "stiefel",
-    retraction: str = "newton_schulz",
+    retraction: str = "series",
     every: int = 1,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,7 +77,7 @@ def stiefel_adam(
     second_moment: str = "elementwise",
     *,
     metric: str = "stiefel",
-    retraction: str = "newton_schulz",
+    retraction: str = "series",
     every: int = 1,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -125,7 +125,7 @@ def stiefel_muon(
     nesterov: bool = True,
     *,
     metric: str = "stiefel",
-    retraction: str = "newton_schulz",
+    retraction: str = "series",
     every: int = 1,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -175,7 +175,7 @@ def ssa(
     truncate_every: int = 1,
     least_rank: int = 1,
     metric: str = "stiefel",
-    retraction: str = "newton_schulz",
+    retraction: str = "series",
     retract_every: int = 1,
     mask: Mask | None = None,
     rank_mask: Mask | None = None,
@@ -184,7 +184,8 @@ def ssa(
 
     The chain of SSA (arXiv 2510.25594) for trees with `Factors`. Projected before the adaptive
     step, so that its moments see tangent gradients, and after it, since an elementwise
-    rescaling leaves the tangent space. Truncation changes s alone, so the retraction of U
+    rescaling leaves the tangent space: by a link of its own where the retraction does not
+    do that, as ``series`` does. Truncation changes s alone, so the retraction of U
     and V may follow it.
 
     Args:
@@ -221,6 +222,8 @@ def ssa(
     tangent = project_to_tangent(metric, mask=mask)
     rank_mask = mask if rank_mask is None else rank_mask
     keeps_ranks = isinstance(target, int | float) and target == 1
+    # This retraction takes out itself what is not tangent.
+    projects = retraction == "series" and retract_every == 1 and metric == "stiefel"
     # Made in any case, so that a wrong floor is always refused.
     truncation = truncate_rank(target, floor, truncate_every, least_rank, mask=rank_mask)
     links: list[Any] = [
@@ -228,7 +231,7 @@ def ssa(
         optax.clip_by_block_rms(clip),
         tangent,
         optax.scale_by_adam() if optimizer is None else optimizer,
-        tangent,
+        *([] if projects else [tangent]),
         optax.scale_by_learning_rate(learning_rate),
         *([] if keeps_ranks else [truncation]),
         retract(retraction, retract_every, mask=mask),

@@ -102,7 +102,7 @@ def project_to_tangent(
 
 
 def retract(
-    method: str = "newton_schulz",
+    method: str = "series",
     every: int = 1,
     *,
     mask: Mask | None = None,
@@ -111,14 +111,16 @@ def retract(
 
     u <- R_x(u) - x, the last link of a chain: `optax.apply_updates` adds x back. R_x(u) is
 
-    ``newton_schulz``: the polar factor of x + u by matrix products alone, in as many steps as
-    the distance asks for (one or two in training);
+    ``series``: the polar factor of x + P_x(u) by a fixed number of matrix products, with a u that
+    turns the columns by more than about 20 degrees shortened to that;
+    ``newton_schulz``: the polar factor of x + u by matrix products in a loop, from any x;
     ``polar``: the same by an eigendecomposition of the Gram matrix;
     ``qr``, ``cholesky_qr2``: the Q factor of x + u, by Householder or by Cholesky;
     ``cayley``: (I - A/2)⁻¹(I + A/2) x with the skew A that u defines;
     ``none``: x + u.
 
-    All agree with x + u to first order in a tangent u, and land for a u of any size.
+    All agree with x + u to first order in a tangent u, and land for a u of any size. Where
+    `every` is above one, more drifts than a series takes back: ``newton_schulz`` stands in for it.
 
     Args:
       method: a name in `linalg.RETRACTIONS`.
@@ -147,6 +149,8 @@ def retract(
     """
     retraction = choose(linalg.RETRACTIONS, method, "retraction method")
     check_every(every, "retract")
+    if every > 1 and method == "series":
+        retraction = linalg.retract_newton_schulz
 
     def init(params: optax.Params) -> RetractState:
         kinds_at_init("retract", params, mask)

@@ -238,21 +238,56 @@ def compute_dtype(*arrays: Array) -> Any:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
+# Calls of this name in a traced program: the i-th result depends on the i-th arguments alone.
+STACKED = "stacked_by_shape"
+
+
+def map_stacked(fn: Callable[..., Array], *columns: list[Array]) -> list[Array]:
+    """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
+
+    So an update is few large operations instead of many small ones. Each group is a call that a
+    traced program shows under the name `STACKED`.
+
+    Args:
+      fn: takes arrays with one more axis in front, and treats what lies along it alone.
+      *columns: lists of one length.
+
+    Returns:
+      A list with fn's result at every place.
+    """
+
+    def stacked_by_shape(columns: tuple[list[Array], ...]) -> list[Array]:
+        return list(fn(*(jnp.stack(column) for column in columns)))
+
+    alike: dict[Any, list[int]] = {}
+    for i, row in enumerate(zip(*columns, strict=True)):
+        alike.setdefault(tuple((x.shape, x.dtype) for x in row), []).append(i)
+    out = list(columns[0])
+    for places in alike.values():
+        done = jax.jit(stacked_by_shape)(tuple([column[i] for i in places] for column in columns))
+        for place, new in zip(places, done, strict=True):
+            out[place] = new
+    return out
+
+
 def map_matrices(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:
     """Replaces the update g of every orthonormal matrix x by fn(x, g); keeps the others.
 
-    fn sees tall matrices (..., n, r) in at least float32; the result has g's dtype.
+    fn sees tall matrices (..., n, r) in at least float32, those of one shape stacked, and treats
+    each alone; the result has g's dtype.
     """
+    structure, kinds = jax.tree.structure(kinds), jax.tree.leaves(kinds)
+    out, xs = jax.tree.leaves(updates), jax.tree.leaves(params)
+    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
 
-    def one(kind: str, g: Array, x: Array) -> Array:
-        if not is_matrix(kind):
-            return g
-        dtype = compute_dtype(g, x)
-        if kind == ROWS:
-            return fn(x.mT.astype(dtype), g.mT.astype(dtype)).mT.astype(g.dtype)
-        return fn(x.astype(dtype), g.astype(dtype)).astype(g.dtype)
+    def tall(i: int, arrays: list[Array]) -> Array:
+        x = arrays[i].astype(compute_dtype(out[i], xs[i]))
+        return x.mT if kinds[i] == ROWS else x
 
-    return jax.tree.map(one, kinds, updates, params)
+    done = map_stacked(fn, [tall(i, xs) for i in places], [tall(i, out) for i in places])
+    for i, new in zip(places, done, strict=True):
+        out[i] = (new.mT if kinds[i] == ROWS else new).astype(out[i].dtype)
+    return jax.tree.unflatten(structure, out)
 
 
 def map_spectra(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:

@@ -1,0 +1,166 @@
+"""Sequential feedback through a few singular directions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import (
+    CLASSES,
+    IMAGE,
+    NETWORKS,
+    apart,
+    make_batch,
+    make_method,
+    max_difference,
+    output_error,
+    split,
+)
+
+import ssa_jax
+from ssa_jax import factors
+from ssa_jax.factors import Factors, WithFeedback, linalg
+from ssa_jax.layers import products
+from ssa_jax.methods import feedback as fb
+from ssa_jax.models.feedforward import mlp
+from ssa_jax.networks.forward import forward
+from ssa_jax.networks.units import group_units, in_precision
+from ssa_jax.training import costs
+
+
+def signals(units, params, mstate, name="ssa", **options):
+    method = make_method(name, units, params, mstate, **options)
+    batch = make_batch()
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = output_error(logits, batch.labels)
+    state = method.init(jax.random.key(0), params, mstate)
+    return method.signals(state, params, tape, error, batch), tape, error
+
+
+def spread_spectra(params):
+    """Spectra whose order of size is not that of the places."""
+
+    def one(f):
+        s = 0.2 + jnp.abs(jnp.sin(1 + 3.0 * jnp.arange(f.rank)))
+        return f._replace(s=jnp.where(jnp.arange(f.rank) % 2, -1, 1) * s)
+
+    return factors.map_factors(one, params)
+
+
+def masked(params, share):
+    """The same shapes, with all but the largest singular values at zero: another way to cut."""
+
+    def one(f):
+        least = np.sort(np.abs(f.s))[::-1][int(np.ceil(share * f.rank)) - 1]
+        return f._replace(s=jnp.where(jnp.abs(f.s) >= least, f.s, 0))
+
+    return factors.map_factors(one, params)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_directions_are_backpropagation_to_the_last_bit(network):
+    units, params, mstate = split(network, 0.5)
+    ours, *_ = signals(units, params, mstate, path="sequential", rank=0.999)
+    exact, *_ = signals(units, params, mstate, name="svd_bp")
+    for a, b in zip(ours, exact, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_share_is_the_walk_through_weights_without_their_small_singular_values(network, share):
+    units, params, mstate = split(network, 0.5)
+    params = spread_spectra(params)
+    ours, tape, error = signals(units, params, mstate, path="sequential", rank=share)
+    cut = fb.walk(units, params, masked(params, share), tape, error)
+    assert max_difference(ours, cut) < 1e-6
+    exact, *_ = signals(units, params, mstate, name="svd_bp")
+    assert max_difference(ours[0], exact[0]) > 1e-4
+
+
+def test_the_way_back_takes_two_thin_products_a_layer():
+    model = mlp(IMAGE, CLASSES, rank=1.0, rngs=nnx.Rngs(0), hidden=(12, 9))
+    units, params, mstate = apart(model)
+    batch = len(make_batch().images)
+
+    def work(share):
+        return costs.macs(
+            lambda p: signals(units, p, mstate, path="sequential", rank=share)[0], params
+        )
+
+    def thin(share):
+        layers = [f for unit in params[1:] for f in unit.values() if factors.is_factors(f)]
+        ends = [(int(np.ceil(share * f.rank)), f.u.shape[0] + f.v.shape[0]) for f in layers]
+        return batch * sum(q * width for q, width in ends)
+
+    assert work(0.5) - work(0.25) == thin(0.5) - thin(0.25) > 0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_groups_of_units_walk_alike(size):
+    units, params, mstate = split("conv", 0.5)
+    alone, *_ = signals(units, params, mstate, path="sequential", rank=0.5)
+    grouped, *_ = signals(*group_units(units, params, mstate, size), path="sequential", rank=0.5)
+    assert len(grouped) < len(alone)
+    for ours in grouped:
+        assert any(a.shape == ours.shape and max_difference(a, ours) < 1e-6 for a in alone)
+
+
+def test_in_bfloat16_it_is_near():
+    units, params, mstate = split("conv", 0.5)
+    full, *_ = signals(units, params, mstate, path="sequential", rank=0.5)
+    half, *_ = signals(
+        in_precision(units, jnp.bfloat16), params, mstate, path="sequential", rank=0.5
+    )
+    assert all(float(linalg.angle(a, b)) < 5 for a, b in zip(full, half, strict=True))
+
+
+def test_a_layer_gives_its_own_gradient_and_the_twins_input_gradient():
+    rng = np.random.default_rng(0)
+
+    def draw(rank):
+        shapes = ((5, rank), (rank,), (7, rank))
+        return Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+
+    weights, back = draw(4), draw(2)
+    x, g = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (7, 5))
+    y, pull = jax.vjp(products.dense, WithFeedback(weights, back), x)
+    own, through = pull(g)
+    np.testing.assert_array_equal(y, products.dense(weights, x))
+    np.testing.assert_allclose(through, g @ factors.to_dense(back), rtol=1e-5)
+    exact = jax.vjp(lambda f: products.dense(f, x), weights)[1](g)[0]
+    for a, b in zip(own.forward, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "composed", "rank": 0.5}, "feedback_rank is of feedback=sequential"),
+        ({"path": "sequential", "update": "fixed", "rank": 0.5}, "feedback_update=tracked"),
+        ({"path": "sequential", "rank": 0.0}, r"feedback_rank must lie in \(0, 1\], got 0"),
+        ({"path": "sequential", "rank": 1.5}, r"feedback_rank must lie in \(0, 1\]"),
+    ],
+)
+def test_a_share_that_cannot_be_walked_is_refused(options, message):
+    units, params, mstate = split("conv", 0.5)
+    with pytest.raises(ValueError, match=message):
+        make_method("ssa", units, params, mstate, **options)
+
+
+def test_a_model_without_factors_is_refused():
+    units, params, mstate = split("conv", None)
+    method = make_method("ssa", units, params, mstate, path="sequential", rank=0.5)
+    with pytest.raises(ValueError, match="this model has none"):
+        method.init(jax.random.key(0), params, mstate)
+
+
+def test_a_run_with_falling_ranks_walks_through_a_share_of_what_is_left(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 256)
+    images = rng.normal(size=(256, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
+    run = ssa_jax.fit(
+        "mlp", (images, labels), feedback="sequential", feedback_rank=0.25, epochs=4,
+        batch_size=32, rank_schedule="hybrid", rank_init=1.0, workdir=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
