@@ -3,8 +3,8 @@
     python -m experiments.gap
     python -m experiments.gap --quick --dataset=digits --model=mlp
 
-The reference is `svd_bp`; every other variant is direct SSA with one thing changed: how often the
-path follows the weights, how fine it is, how far a unit's gradient reaches, what is added to the
+The reference is `svd_bp`. Three variants walk through a share of each layer's singular directions;
+every other one is direct SSA with one thing changed: how often the path follows the weights, how fine it is, how far a unit's gradient reaches, what is added to the
 signal, what comes before, and how the weights are moved. `experiments.study` says what the folder
 holds and how a study goes on.
 """
@@ -23,8 +23,16 @@ def _direct(name: str, label: str, **changes: Any) -> Variant:
     return Variant(name, label, {"method": "ssa", "feedback_lookahead": 0, **changes})
 
 
+def _walk(name: str, share: str, rank: float) -> Variant:
+    label = f"walking through {share} of each layer's directions"
+    return Variant(name, label, {"method": "ssa", "feedback": "sequential", "feedback_rank": rank})
+
+
 VARIANTS = (
     Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
+    _walk("walk_half", "half", 1 / 2),
+    _walk("walk_quarter", "a quarter", 1 / 4),
+    _walk("walk_eighth", "an eighth", 1 / 8),
     _direct("direct", "ssa direct"),
     _direct("every_1", "path follows in every step", feedback_every=1),
     _direct("every_100", "path follows every 100 steps", feedback_every=100),
