@@ -4,9 +4,9 @@
     python -m experiments.gap --quick --dataset=digits --model=mlp
 
 The reference is `svd_bp`. Three variants walk through a share of each layer's singular directions;
-every other one is direct SSA with one thing changed: how often the path follows the weights, how fine it is, how far a unit's gradient reaches, what is added to the
-signal, what comes before, and how the weights are moved. `experiments.study` says what the folder
-holds and how a study goes on.
+every other one is direct SSA with one thing changed: how often the path follows the weights, how
+fine it is, how far a unit's gradient reaches, what is added to the signal, what comes before, and
+how the weights are moved. `experiments.study` says what the folder holds and how a study goes on.
 """
 
 import functools
