@@ -71,7 +71,10 @@ def distance(state, other):
 def main():
     model, method, size, dtype, rank = *sys.argv[1:3], int(sys.argv[3]), *sys.argv[4:]
     jax.config.update("jax_enable_x64", dtype == "float64")
-    ranks = {"rank_schedule": "hybrid", "rank_init": float(rank)} if method == "ssa" else {}
+    # Falling far enough for a compaction to pay after the first epoch.
+    ranks = {"rank_schedule": "hybrid", "rank_init": float(rank), "rank_target": 0.3,
+             "rank_floor": 0.3}  # fmt: skip
+    ranks = ranks if method == "ssa" else {}
     # Adam's first step divides every entry by its own size, and so magnifies its rounding.
     config = Config(
         method=method, model=model, batch_size=BATCH, epochs=6, optimizer="momentum",

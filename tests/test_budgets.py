@@ -190,7 +190,7 @@ def test_a_hundred_epochs_compile_the_step_once_a_change_of_buckets(data, tmp_pa
     summary = run(config, data)
     stored = [(64, 512), *(tuple(r["ranks"].values()) for r in rows(folder))]
     changes = sum(a != b for a, b in itertools.pairwise(stored))
-    assert changes > 3
+    assert 1 < changes <= 4
     assert summary["compiles"] <= 1 + changes
 
 

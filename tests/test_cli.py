@@ -203,6 +203,14 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path):
     assert losses("c", seed=1) != first
 
 
+def test_a_run_that_stops_within_an_epoch_tells_what_it_reached(tmp_path):
+    summary = run(dataclasses.replace(SMALL, max_steps=3, workdir=str(tmp_path / "run")))
+    (last,) = rows(tmp_path / "run")
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("stopped", 0, 3)
+    for name in ("test_accuracy", "train_loss", "angles"):
+        assert summary[name] == last[name] is not None
+
+
 @pytest.mark.slow
 def test_resume_equals_an_uninterrupted_run(tmp_path):
     change = {"rank_schedule": "hybrid", "rank_init": 1.0, "epochs": 4}
@@ -215,6 +223,10 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     assert first["status"] == "stopped"
     resumed = dataclasses.replace(parts, resume=True)
     second = run(dataclasses.replace(resumed, max_steps=2 * steps + 3))
+    # What was trained of an epoch was measured, and the summary tells it.
+    last = rows(tmp_path / "parts")[-1]
+    assert (second["status"], second["test_accuracy"]) == ("stopped", last["test_accuracy"])
+    assert second["angles"] == last["angles"]
     summary = run(resumed)
     assert summary["status"] == "finished"
     timed = {"images_per_second", "wall_s", "compiles", "compile_s"}

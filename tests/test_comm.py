@@ -1,6 +1,7 @@
 """What devices send each other is counted from the compiled program, and is factors for SSA."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks import comm, records
 from benchmarks.collectives import Collective
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network
+from ssa_jax.runs.build import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 HALF = {"model": "mlp", "method": "ssa", "rank": 0.5, "batch": 8, "devices": 2}
@@ -57,5 +59,7 @@ def test_factors_are_summed_and_no_kernels(tmp_path):
         trained = 4 * sum(x.size for x in jax.tree.leaves(params))
         # Without s, whose gradient is made of that of V diag(s); with the statistics of batches.
         assert 0.98 * trained < row["all_reduce_bytes"] < 1.02 * trained, row
-        assert row["other_bytes"] == 0, row
+        # The images on which paths are measured are kept everywhere; nothing else is sent.
+        images = 4 * EXAMPLES * math.prod(case.input_shape) if row["method"] == "ssa" else 0
+        assert row["other_bytes"] <= images, row
         assert (row["kernel_sums"] == 0) == (row["method"] == "ssa"), row

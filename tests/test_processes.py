@@ -22,7 +22,7 @@ from ssa_jax.runs.workdir import Elsewhere, WorkdirError
 ROOT = Path(__file__).parent.parent
 # Ranks fall in the first epoch, and are compacted at its end.
 SMALL = ("--dataset=digits", "--model=mlp", "--batch_size=128", "--rank_schedule=hybrid",
-         "--rank_init=1.0")  # fmt: skip
+         "--rank_init=1.0", "--rank_target=0.3")  # fmt: skip
 EPOCHS = 2
 # Cheap to compile, and of many epochs, so that there is time to end one process in.
 LONG = ("--dataset=digits", "--model=mlp", "--batch_size=64", "--method=bp", "--save_every=5")

@@ -330,7 +330,9 @@ class Run:
         """
         if status is None:
             status = "stopped" if self.position.epoch < self.config.epochs else "finished"
-        rows = [row for row in self.folder.rows() if row["epoch"] <= self.position.epoch]
+        # A run that stops within an epoch has measured what it trained of that.
+        reached = self.position.epoch + bool(self.position.step_in_epoch)
+        rows = [row for row in self.folder.rows() if row["epoch"] <= reached]
         built, state = self.trainer.built, self.trainer.state
         result: Row = {
             "status": status,
