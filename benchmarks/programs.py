@@ -51,14 +51,21 @@ def compare(
     return rows
 
 
-def main(doc: str, measure: Callable[[bool], Iterable[list[Row]]]) -> None:
+def main(
+    doc: str,
+    measure: Callable[..., Iterable[list[Row]]],
+    add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
     """The program of such a benchmark: its flags, its record, which grows as it goes, its table.
 
     Args:
       doc: of the program.
-      measure: (quick) -> rows, a part at a time.
+      measure: (quick) -> rows, a part at a time; with flags of its own (the parsed flags) -> rows.
+      add_flags: adds those flags.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if add_flags:
+        add_flags(parser)
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument(
         "--json", type=os.path.expanduser, help="write versions and rows to this file"
@@ -66,7 +73,7 @@ def main(doc: str, measure: Callable[[bool], Iterable[list[Row]]]) -> None:
     parser.add_argument("--notes", help="what else the record should say, such as other load")
     args = parser.parse_args()
     rows: list[Row] = []
-    for part in measure(args.quick):
+    for part in measure(args if add_flags else args.quick):
         rows += part
         if args.json:
             notes = {"notes": args.notes} if args.notes else {}

@@ -3,16 +3,17 @@
     python -m experiments.cifar --method=ssa --rank_schedule=hybrid
     python -m experiments.cifar --recipe=cifar10_smallconv_ssa --seeds=5
 
-`--help` lists every flag. Results go to the workdir: config.json, metrics.jsonl, summary.json,
-checkpoints/ and plots/; of several seeds each has a folder with these, beside a summary.json and a
-table.md of their mean and deviation.
+`--help` lists every flag; `--plan=h100` tells what the run would be on a GPU, and trains nothing.
+Results go to the workdir: config.json, metrics.jsonl, summary.json, checkpoints/ and plots/; of
+several seeds each has a folder with these, beside a summary.json and a table.md of their mean and
+deviation.
 """
 
 from pathlib import Path
 
 from absl import flags as absl_flags
 
-from experiments import flags, seeds
+from experiments import flags, plan, seeds
 from experiments.table import table
 from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.runs import processes
@@ -23,6 +24,8 @@ from ssa_jax.runs.run import run
 def main() -> None:
     """Runs the configuration that the flags give."""
     config, values = flags.config_from_flags(), absl_flags.FLAGS
+    if plan.shown(config):
+        return
     processes.join(config)
     if values.seeds != 1:
         if processes.several():
@@ -56,4 +59,5 @@ def run_seeds(config: Config, number: int) -> None:
 if __name__ == "__main__":
     flags.define({})
     seeds.define()
+    plan.define()
     flags.run_program(main)

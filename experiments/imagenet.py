@@ -6,7 +6,7 @@
 whole path. `--help` lists every flag; results are those of `experiments.cifar`.
 """
 
-from experiments import cifar, flags, seeds
+from experiments import cifar, flags, plan, seeds
 
 DEFAULTS = {
     "dataset": "imagenet2012",
@@ -20,4 +20,5 @@ DEFAULTS = {
 if __name__ == "__main__":
     flags.define(DEFAULTS)
     seeds.define()
+    plan.define()
     flags.run_program(cifar.main)

@@ -14,7 +14,7 @@ ALLOWED = {
     "types": set(),
     "plugins": {"errors"},
     "factors": set(),
-    "parallel": {"factors"},
+    "parallel": {"errors", "factors"},
     "layers": {"factors"},
     "models": {"layers", "networks"},
     "networks": {"factors", "layers"},

@@ -11,9 +11,9 @@ import pytest
 from helpers import apart
 
 from benchmarks import comm, records
-from benchmarks.collectives import Collective
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network
+from ssa_jax.parallel.collectives import Collective
 from ssa_jax.runs.build import EXAMPLES
 
 ROOT = Path(__file__).parent.parent

@@ -34,10 +34,11 @@ def collectives(hlo: str) -> list[Collective]:
       hlo: as `jax.stages.Compiled.as_text` gives it.
     """
     found = []
-    for match in _COLLECTIVE.finditer(hlo):
+    # Layouts may have brackets of their own, as a TPU's tiles.
+    for match in _COLLECTIVE.finditer(re.sub(r"\{[^{}]*\}", "", hlo)):
         arrays = tuple(
             (m["dtype"], tuple(int(d) for d in m["dims"].split(",") if d))
-            for m in _SHAPE.finditer(re.sub(r"\{[^}]*\}", "", match["result"]))
+            for m in _SHAPE.finditer(match["result"])
         )
         found.append(Collective(match["kind"], arrays))
     return found

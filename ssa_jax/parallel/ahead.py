@@ -1,0 +1,199 @@
+"""Programs compiled for accelerators that this machine does not have, and what they hold.
+
+XLA compiles from a description of a device. What a program is, its kernels, loops, collectives
+and memory, is then known without one; how long it takes is not, but for a bound from its rates.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ssa_jax.errors import ConfigError
+from ssa_jax.parallel.collectives import collectives
+from ssa_jax.parallel.mesh import AXIS, Layout
+
+Tree = Any
+
+
+class Rates(NamedTuple):
+    """What a device does at most, by its maker.
+
+    Attributes:
+      memory: bytes.
+      bandwidth: of that, bytes a second.
+      products: multiply-accumulates a second of float32 arrays as jax multiplies them by default
+        (TF32 on a GPU, one pass of bfloat16 on a TPU).
+    """
+
+    memory: float
+    bandwidth: float
+    products: float
+
+
+# NVIDIA's data sheet of the H100 SXM (dense TF32); Google Cloud's pages on TPU v5e and v5p.
+RATES = {
+    "h100": Rates(80e9, 3.35e12, 495e12 / 2),
+    "v5e": Rates(16e9, 819e9, 197e12 / 2),
+    "v5p": Rates(95e9, 2765e9, 459e12 / 2),
+}
+
+# What XLA asks a GPU about itself: its limits, from CUDA's tables for compute capability 9.0.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Target(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+      name: as it was asked for.
+      layout: of a mesh of them.
+      rates: of one.
+      options: of the compiler. On a GPU products are not tuned, which needs the device; a run
+        that tunes them compiles longer.
+    """
+
+    name: str
+    layout: Layout
+    rates: Rates
+    options: dict[str, Any]
+
+
+def target(name: str) -> Target:
+    """The devices of a name: ``"h100"``, or a TPU slice such as ``"v5e:4x4"`` or ``"v5p:4x4x4"``.
+
+    Raises:
+      ConfigError: an unknown name, or a compiler that is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in RATES or bool(shape) == (kind == "h100"):
+        raise ConfigError(f"a target is h100, v5e:AxB or v5p:AxBxC, got {name!r}")
+    # A plug-in asks for its device before it compiles for one, unless another platform is chosen.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        devices = _gpu(name) if kind == "h100" else _tpu(name)
+    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as e:
+        extra = "aot-cuda" if kind == "h100" else "aot-tpu"
+        raise ConfigError(
+            f"jax cannot compile for {name} here ({str(e).splitlines()[0][:120]}); the compiler "
+            f"comes with pip install '.[{extra}]', and the device is not needed"
+        ) from e
+    mesh = topologies.make_mesh(devices, (len(devices.devices),), (AXIS,))
+    mesh = jax.sharding.Mesh(mesh.devices, (AXIS,), axis_types=(AxisType.Auto,))
+    options = {"xla_gpu_autotune_level": 0} if kind == "h100" else {}
+    return Target(name, Layout(mesh), RATES[kind], options)
+
+
+def _gpu(name: str) -> Any:
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=name, target_config=_H100, topology="1x1x1"
+    )
+
+
+def _tpu(name: str) -> Any:
+    # libtpu looks for the machine that it is in, and has to be told that it is in none.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    return topologies.get_topology_desc(platform="tpu", topology_name=name)
+
+
+class Compiled(NamedTuple):
+    """What a program for a target is.
+
+    Attributes:
+      trace_s: seconds to trace and lower it here.
+      compile_s: seconds to compile it here.
+      kernels: fusions, calls of libraries and copies of a step, launched one by one.
+      products: shapes of matrix products and convolutions that differ, each of which a GPU tunes.
+      loops: while loops; each turn of one waits for its condition.
+      conditionals: choices between programs.
+      collectives: operations between devices.
+      collective_bytes: of their results on a device.
+      bytes: that a device holds while it runs: arguments, results and what lies between.
+    """
+
+    trace_s: float
+    compile_s: float
+    kernels: int
+    products: int
+    loops: int
+    conditionals: int
+    collectives: int
+    collective_bytes: int
+    bytes: int
+
+
+_KERNEL = re.compile(r" (fusion|custom-call|copy|dot|convolution)(-start)?\(")
+_PRODUCT = re.compile(
+    r" = (\S+) (?:dot|convolution|custom-call)\(([^)]*)\)[^\n]*"
+    r"(?:contracting_dims|window=|cublas|cudnn|gemm)"
+)
+
+
+def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled:
+    """Compiles a jitted function for a target and reads off what came out.
+
+    Args:
+      program: jitted.
+      args: its arguments, of arrays or shapes with shardings; see `shaped`.
+      where: the target.
+    """
+    several = where.layout.devices > 1
+    begun = time.perf_counter()
+    with where.layout.active() if several else Layout().active():
+        lowered = program.lower(*args)  # type: ignore[attr-defined]
+        traced = time.perf_counter()
+        done = lowered.compile(compiler_options=where.options)
+    seconds = time.perf_counter() - traced
+    text = done.as_text()
+    entry = text[text.index("ENTRY") :]
+    sent = collectives(text)
+    memory = done.memory_analysis()
+    return Compiled(
+        round(traced - begun, 2),
+        round(seconds, 2),
+        len(_KERNEL.findall(entry)),
+        len(set(_PRODUCT.findall(text))),
+        len(re.findall(r" while\(", text)),
+        len(re.findall(r" conditional\(", text)),
+        len(sent),
+        sum(c.bytes for c in sent),
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    )
+
+
+def shaped(tree: Tree, where: Target, *, rows: bool = False) -> Tree:
+    """Shapes of the arrays of a tree as they lie on a target: whole, or spread by their rows."""
+    mesh = where.layout.mesh
+    assert mesh is not None
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, P(AXIS) if rows else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)

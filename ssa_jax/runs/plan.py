@@ -1,0 +1,105 @@
+"""What a run would be on devices that this machine does not have: its programs, compiled."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssa_jax.errors import ConfigError
+from ssa_jax.parallel import ahead
+from ssa_jax.parallel.ahead import Compiled, Target
+from ssa_jax.runs.build import Built, build
+from ssa_jax.runs.config import Config
+from ssa_jax.training import costs, train
+from ssa_jax.types import Batch
+
+Tree = Any
+
+
+class Planned(NamedTuple):
+    """One program of a run on a target.
+
+    Attributes:
+      program: ``"initialisation"``, ``"step"``, ``"refresh"`` or ``"evaluation"``.
+      compiled: what the compiler made of it.
+      macs: multiply-accumulates of all devices together.
+      best_s: seconds that the rates of a device allow at best: of its share of the products, or of
+        reading and writing what it holds, whichever is longer.
+    """
+
+    program: str
+    compiled: Compiled
+    macs: int
+    best_s: float
+
+
+def planned(built: Built, example: Any, batch_size: int, where: Target) -> Iterator[Planned]:
+    """The programs of a run, compiled one after the other; trains nothing.
+
+    Args:
+      built: the run.
+      example: shape and dtype of one input, (1, ...).
+      batch_size: examples in a step of all devices, which divide it.
+      where: the target.
+
+    Raises:
+      ConfigError: a batch that the devices do not divide.
+    """
+    if batch_size % where.layout.devices:
+        raise ConfigError(
+            f"--batch_size must be a multiple of the {where.layout.devices} devices of "
+            f"{where.name}, got {batch_size}"
+        )
+
+    def examples() -> Batch:
+        images = jnp.zeros((batch_size, *example.shape[1:]))
+        return Batch(images, jnp.zeros(batch_size, jnp.int32))
+
+    state = ahead.shaped(built.state, where)
+    rows = ahead.shaped(jax.eval_shape(examples), where, rows=True)
+    step = train.make_step(
+        built.units, built.method, built.optimizer, built.weights, memory=built.memory
+    )
+
+    def initialisation(params: Tree, mstate: Tree, key: jax.Array) -> Any:
+        feedback = built.method.init(key, params, mstate)
+        return feedback, built.optimizer.init(params)
+
+    programs: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("initialisation", jax.jit(initialisation), (state.params, state.mstate, state.key)),
+        ("step", step, (state, rows)),
+        ("refresh", train.make_refresh(built.method), (state,)),
+        (
+            "evaluation",
+            train.make_eval(built.units, built.task),
+            (state.params, state.mstate, rows),
+        ),
+    ]
+    for name, program, args in programs:
+        if name == "refresh" and not built.method.refresh_every:
+            continue
+        made = ahead.compiled(program, args, where)
+        macs = costs.macs(program, *args)
+        share = macs / where.layout.devices / where.rates.products
+        yield Planned(name, made, macs, max(share, made.bytes / where.rates.bandwidth))
+
+
+def lines(config: Config, data: Any, name: str) -> Iterator[str]:
+    """The plan of a run on a target in words, a program a line.
+
+    Raises:
+      ConfigError: a target that there is not, or cannot be compiled for here.
+    """
+    where = ahead.target(name)
+    built = build(config, data)
+    fits = where.rates.memory
+    for one in planned(built, data.example, config.batch_size, where):
+        c = one.compiled
+        held = f"{c.bytes / 2**30:.2f} GiB of {fits / 2**30:.0f} a device"
+        yield (
+            f"{one.program}: {'fits in' if c.bytes <= fits else 'DOES NOT FIT:'} {held}, "
+            f"{c.kernels} kernels, {c.loops} loops, {c.conditionals} conditionals, "
+            f"{c.collectives} collectives of {c.collective_bytes / 2**20:.1f} MiB, "
+            f"{c.trace_s + c.compile_s:.0f} s to compile here, at best {1e3 * one.best_s:.2f} ms"
+        )

@@ -1,0 +1,143 @@
+"""Programs compiled for devices that are not here, and the plan of a run on them."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ssa_jax.errors import ConfigError
+from ssa_jax.parallel import ahead
+from ssa_jax.parallel.collectives import collectives
+from ssa_jax.parallel.mesh import AXIS, Layout
+from ssa_jax.runs import plan
+from ssa_jax.runs.build import build
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.fit import Described
+from ssa_jax.training import train
+from ssa_jax.types import Batch
+
+ROOT = Path(__file__).parent.parent
+DIGITS = Described((8, 8, 1), 10, 1_400, "float32", None)
+INSTALLED = {
+    "h100": importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    if importlib.util.find_spec("jax_plugins")
+    else False,
+    "v5e:2x2": importlib.util.find_spec("libtpu") is not None,
+}
+
+
+def here():
+    """A target that is this machine's own CPU, for what needs no other compiler."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], (AXIS,))
+    return ahead.Target("here", Layout(mesh), ahead.Rates(1e9, 1e10, 1e10), {})
+
+
+@pytest.mark.parametrize("name", ["a100", "h100:2", "v5e", "", "v5p:"])
+def test_an_unknown_target_is_told_with_those_there_are(name):
+    with pytest.raises(ConfigError, match="a target is h100, v5e:AxB or v5p:AxBxC, got"):
+        ahead.target(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("h100", "aot-cuda"), ("v5e:2x2", "aot-tpu")])
+def test_a_compiler_that_is_missing_is_named(name, extra):
+    if INSTALLED[name]:
+        pytest.skip(f"the compiler for {name} is installed here")
+    with pytest.raises(ConfigError, match=rf"pip install '\.\[{extra}\]', and the device is not"):
+        ahead.target(name)
+
+
+def test_a_program_is_counted():
+    x = jnp.ones((8, 8))
+
+    def looping(x):
+        return jax.lax.while_loop(lambda c: jnp.sum(c) < 1e3, lambda c: c @ c, x)
+
+    plain = ahead.compiled(jax.jit(lambda x: x @ x), ahead.shaped((x,), here()), here())
+    looped = ahead.compiled(jax.jit(looping), ahead.shaped((x,), here()), here())
+    assert (plain.loops, plain.conditionals, plain.collectives) == (0, 0, 0)
+    assert plain.kernels >= 1
+    assert looped.loops == 1
+    assert plain.bytes >= 2 * x.nbytes
+
+
+def test_collectives_are_read_through_tiled_layouts():
+    hlo = (
+        "  %a = (f32[8,128]{1,0:T(8,128)}, bf16[16]{0:T(512)S(1)}) all-reduce(%x, %y), "
+        "replica_groups={{0,1}}\n  %b = f32[4]{0:T(128)} all-gather(%z), dimensions={0}\n"
+    )
+    found = collectives(hlo)
+    assert [c.kind for c in found] == ["all-reduce", "all-gather"]
+    assert [c.bytes for c in found] == [4 * 8 * 128 + 2 * 16, 16]
+
+
+def test_the_step_of_ssa_has_no_loop_and_no_conditional_that_backpropagation_has_not():
+    def programs(method, schedule):
+        config = Config(
+            model="mlp", dataset="digits", method=method, rank_schedule=schedule, batch_size=32
+        )
+        made = plan.planned(build(config, DIGITS), DIGITS.example, 32, here())
+        return {p.program: p for p in made}
+
+    bp, ssa = programs("bp", "none"), programs("ssa", "hybrid")
+    assert bp.keys() == {"initialisation", "step", "evaluation"}
+    assert ssa.keys() == bp.keys() | {"refresh"}
+    # A platform may run a gather of its own in a loop, in both alike.
+    assert ssa["step"].compiled.loops == bp["step"].compiled.loops
+    assert ssa["step"].compiled.conditionals == bp["step"].compiled.conditionals == 0
+    for found in (bp, ssa):
+        assert found["step"].macs > found["evaluation"].macs > 0
+        assert found["step"].best_s > 0
+
+
+def test_a_step_of_the_default_has_neither_before_it_is_compiled():
+    built = build(Config(model="mlp", dataset="digits", rank_schedule="hybrid"), DIGITS)
+    step = train.make_step(built.units, built.method, built.optimizer, built.weights)
+    batch = Batch(jnp.zeros((32, 8, 8, 1)), jnp.zeros(32, jnp.int32))
+    program = str(jax.make_jaxpr(step)(built.state, batch))
+    assert "while[" not in program
+    assert "cond[" not in program
+
+
+def test_the_plan_says_what_does_not_fit_and_what_does_not_divide(monkeypatch):
+    small = here()._replace(rates=ahead.Rates(1e3, 1e10, 1e10))
+    monkeypatch.setattr(ahead, "target", lambda name: small)
+    config = Config(model="mlp", dataset="digits", batch_size=32)
+    text = list(plan.lines(config, DIGITS, "here"))
+    assert len(text) == 4
+    assert all("DOES NOT FIT" in line for line in text if line.startswith("step"))
+
+    class Two(Layout):
+        devices = 3
+
+    built = build(config, DIGITS)
+    with pytest.raises(ConfigError, match="must be a multiple of the 3 devices of here, got 32"):
+        next(plan.planned(built, DIGITS.example, 32, small._replace(layout=Two(None))))
+
+
+def test_a_plan_trains_nothing_and_says_in_a_line_what_is_missing():
+    if INSTALLED["h100"]:
+        pytest.skip("the compiler for h100 is installed here")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.cifar", "--dataset=digits", "--plan=h100"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "pip install '.[aot-cuda]'" in done.stderr
+    assert "epoch" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h100", "v5e:2x2"])
+def test_a_run_is_planned_for_a_device_that_is_not_here(name):
+    if not INSTALLED[name]:
+        pytest.skip(f"the compiler for {name} is not installed here")
+    config = Config(model="mlp", dataset="digits", batch_size=32)
+    text = list(plan.lines(config, DIGITS, name))
+    assert [line.split(":")[0] for line in text] == [
+        "initialisation", "step", "refresh", "evaluation",
+    ]  # fmt: skip
+    assert all("fits in" in line for line in text)
