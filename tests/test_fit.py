@@ -325,6 +325,11 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         ((X, Y), {"loss": "cross"}, ConfigError, r"^loss must be one of cross_entropy"),
         ((X, Y), {"epoch": 3}, TypeError, r"fit has no setting epoch"),
         ("digits", {"test": (X, Y)}, DataError, r"a name, a path or a Dataset has its own"),
+        ("digits", {"crop": 2}, DataError, r"^crop is for arrays and files"),
+        ("digits", {"flip": True}, DataError, r"^flip is for arrays and files"),
+        ("digits", {"outputs": 3}, DataError, r"^outputs is for data that do not tell it"),
+        ((X, Y), {"steps_per_epoch": 3}, DataError, r"^steps_per_epoch is for an iterable"),
+        ([(X, Y)], {"size": 4, "steps_per_epoch": 1}, DataError, r"^size is for arrays and files"),
         ("no_such_data", {}, ConfigError, r"^dataset must be one of"),
         (
             (X, Y),

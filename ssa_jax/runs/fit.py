@@ -327,11 +327,22 @@ def _data(
         raise DataError(
             "test goes with arrays and batches; a name, a path or a Dataset has its own"
         )
-    if isinstance(train, str) and not Path(train).expanduser().exists():
+    named = isinstance(train, str) and not Path(train).expanduser().exists()
+    batches = not named and not isinstance(train, str | Path | Dataset) and not is_pair(train)
+    _refuse_unused(
+        {"crop": crop, "flip": flip, "size": size},
+        named or batches or isinstance(train, Dataset),
+        "is for arrays and files; a named data set, a Dataset and batches come as they are",
+    )
+    _refuse_unused(
+        {"outputs": outputs}, named, "is for data that do not tell it; a named data set does"
+    )
+    _refuse_unused({"steps_per_epoch": steps}, not batches, "is for an iterable of batches")
+    if named:
         return None, train
     labelled = loss == "cross_entropy" or getattr(loss, "classes", False)
     kinds: dict[str, Any] = {"classes": labelled, "outputs": outputs}
-    if not isinstance(train, str | Path | Dataset) and not is_pair(train):
+    if batches:
         data: Any = from_batches(train, test, name=name, steps_per_epoch=steps, **kinds)
         return data, f"{_GIVEN}:{re.sub(r'[^0-9a-zA-Z]+', '_', name)}"
     options = {**kinds, "crop": crop, "flip": flip}
@@ -342,6 +353,13 @@ def _data(
         options["name"] = name
     data = open_data(train, test, **options)
     return data, f"{_GIVEN}:{data.name or 'data'}"
+
+
+def _refuse_unused(arguments: dict[str, Any], unused: bool, why: str) -> None:
+    """Raises DataError for an argument that is given and would do nothing."""
+    for name, value in arguments.items():
+        if unused and value not in (0, None):
+            raise DataError(f"{name} {why}")
 
 
 def _described(data: Any) -> Described:
