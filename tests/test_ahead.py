@@ -61,6 +61,14 @@ def test_a_program_is_counted():
     assert (plain.loops, plain.conditionals, plain.collectives) == (0, 0, 0)
     assert plain.kernels >= 1
     assert looped.loops == 1
+    assert (plain.products, looped.products) == (1, 1)
+
+    def three(x, y):
+        return (x @ x) @ (x @ x), y @ x
+
+    # Of one shape and another: equal products are one, whatever they multiply.
+    args = ahead.shaped((x, jnp.ones((3, 8))), here())
+    assert ahead.compiled(jax.jit(three), args, here()).products == 2
     assert plain.bytes >= 2 * x.nbytes
 
 

@@ -146,10 +146,20 @@ class Compiled(NamedTuple):
 
 
 _KERNEL = re.compile(r" (fusion|custom-call|copy|dot|convolution)(-start)?\(")
-_PRODUCT = re.compile(
-    r" = (\S+) (?:dot|convolution|custom-call)\(([^)]*)\)[^\n]*"
-    r"(?:contracting_dims|window=|cublas|cudnn|gemm)"
-)
+_DEFINED = re.compile(r"^ *(?:ROOT )?(?P<name>%[\w.-]+) = (?P<rest>.*)$", re.MULTILINE)
+_PRODUCT = re.compile(r" (?:dot|convolution)\(|custom_call_target=\"__(?:cublas|cudnn)")
+
+
+def _products(text: str) -> set[str]:
+    """Matrix products and convolutions of a program, each as what it does to which shapes."""
+    # Without layouts, and without what says where an operation comes from.
+    plain = re.sub(r"(?<=\])\{[^{}]*\}|, metadata=.*|, backend_config=.*", "", text)
+    made = {match["name"]: match["rest"] for match in _DEFINED.finditer(plain)}
+
+    def shape(name: re.Match[str]) -> str:
+        return made.get(name[0], "").split(" ")[0]
+
+    return {re.sub(r"%[\w.-]+", shape, rest) for rest in made.values() if _PRODUCT.search(rest)}
 
 
 def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled:
@@ -175,7 +185,7 @@ def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled
         round(traced - begun, 2),
         round(seconds, 2),
         len(_KERNEL.findall(entry)),
-        len(set(_PRODUCT.findall(text))),
+        len(_products(text)),
         len(re.findall(r" while\(", text)),
         len(re.findall(r" conditional\(", text)),
         len(sent),
