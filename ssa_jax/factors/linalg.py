@@ -267,24 +267,34 @@ def retract_series(x: Array, xi: Array) -> Array:
       Björck & Bowie, An iterative algorithm for computing the best estimate of an orthogonal
       matrix, 1971: the family of series.
     """
+    y, e = series_start(x, xi)
+    return series_end(y, inverse_root_series(e))
+
+
+def series_start(x: Array, xi: Array) -> tuple[Array, Array]:
+    """Y = X + P_x(ξ), shortened, and E = I - YᵀY (..., r, r) of `retract_series`."""
     # No step with an entry above one stays as long as it is, and its square may not overflow.
     xi = xi / jnp.maximum(1, jnp.max(jnp.abs(xi), axis=(-2, -1), keepdims=True))
     xi = project_stiefel(x, xi)
-    # YᵀY - I is ξᵀξ, so half of the length leaves a quarter of it.
     g = gram(x + xi)
     e = _eye_like(g) - g
+    # YᵀY - I is ξᵀξ, so half of the length leaves a quarter of it.
     share = _SERIES_ENDS / jnp.maximum(_row_sum(e), _SERIES_ENDS)
-    y = x + jnp.sqrt(share) * xi
-    return y + _mm(y, _inverse_root_series(share * e))
+    return x + jnp.sqrt(share) * xi, share * e
 
 
-def _inverse_root_series(e: Array) -> Array:
+def inverse_root_series(e: Array) -> Array:
     """(I - E)^(-1/2) - I of symmetric (..., r, r), to the seventh order of E, by four products."""
     e2 = _mm(e, e)
     e3 = _mm(e2, e)
     low = 1 / 2 * e + 3 / 8 * e2 + 5 / 16 * e3
     high = 35 / 128 * _eye_like(e) + 63 / 256 * e + 231 / 1024 * e2 + 429 / 2048 * e3
     return low + _mm(_mm(e2, e2), high)
+
+
+def series_end(y: Array, root: Array) -> Array:
+    """Y (I + root), of which `retract_series` returns that."""
+    return y + _mm(y, root)
 
 
 def _row_sum(a: Array) -> Array:

@@ -154,8 +154,13 @@ def _reach_through(eqn: Any, inputs: Sequence[int]) -> list[int]:
         index, *operands = inputs
         branches = [_reach(branch.jaxpr, operands) for branch in eqn.params["branches"]]
         return [_union([index, *of_branches]) for of_branches in zip(*branches, strict=True)]
-    if eqn.params.get("name") == STACKED and len(inputs) % len(eqn.outvars) == 0:
-        return [_union(inputs[i :: len(eqn.outvars)]) for i in range(len(eqn.outvars))]
+    name = str(eqn.params.get("name", ""))
+    if name.startswith(STACKED):
+        places = int(name.removeprefix(STACKED))
+        # Before the arrays stands what all of them share, such as a rate.
+        common = len(inputs) % places
+        shared, own = inputs[:common], inputs[common:]
+        return [_union([*shared, *own[i % places :: places]]) for i in range(len(eqn.outvars))]
     if eqn.primitive.name in CALLS:
         return _reach(eqn.params["jaxpr"].jaxpr, inputs)
     return [_union(inputs)] * len(eqn.outvars)

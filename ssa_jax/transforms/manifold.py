@@ -11,9 +11,11 @@ import optax
 from ssa_jax.factors import linalg
 from ssa_jax.transforms.selection import (
     Mask,
+    each,
     kinds_at_init,
     kinds_of,
     map_matrices,
+    map_stacked,
     need_params,
 )
 
@@ -96,9 +98,16 @@ def project_to_tangent(
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
         need_params(params, updates)
-        return map_matrices(project, kinds_of(params, mask), updates, params), state
+        return map_matrices(each(project), kinds_of(params, mask), updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _land_by_series(xs: list[Array], us: list[Array]) -> list[Array]:
+    """Of each matrix `linalg.retract_series` less x; what is as wide shares its small products."""
+    ys, es = map_stacked(linalg.series_start, xs, us)
+    (roots,) = map_stacked(lambda e: (linalg.inverse_root_series(e),), es)
+    return map_stacked(lambda x, y, root: (linalg.series_end(y, root) - x,), xs, ys, roots)[0]
 
 
 def retract(
@@ -151,6 +160,9 @@ def retract(
     check_every(every, "retract")
     if every > 1 and method == "series":
         retraction = linalg.retract_newton_schulz
+    landing = each(lambda x, u: retraction(x, u) - x)
+    if retraction is linalg.retract_series:
+        landing = _land_by_series
 
     def init(params: optax.Params) -> RetractState:
         kinds_at_init("retract", params, mask)
@@ -167,11 +179,8 @@ def retract(
         kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
 
-        def land(x: Array, u: Array) -> Array:
-            return retraction(x, u) - x
-
         landed = when_due(
-            count, every, lambda: map_matrices(land, kinds, updates, params), lambda: updates
+            count, every, lambda: map_matrices(landing, kinds, updates, params), lambda: updates
         )
         return landed, RetractState(count)
 

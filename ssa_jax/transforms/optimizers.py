@@ -16,6 +16,7 @@ from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.selection import (
     ROWS,
     Mask,
+    each,
     is_matrix,
     kinds_at_init,
     kinds_of,
@@ -111,11 +112,11 @@ def trace(
         del extra_args
         need_params(params, updates)
         kinds = kinds_of(params, mask)
-        m = map_matrices(project, kinds, _accumulate(state.trace, decay, updates, 1), params)
+        m = map_matrices(each(project), kinds, _accumulate(state.trace, decay, updates, 1), params)
         out = m
         if nesterov:
             ahead = _accumulate(m, decay, updates, 1)
-            out = map_matrices(project, kinds, ahead, params)
+            out = map_matrices(each(project), kinds, ahead, params)
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
         return out, TraceState(optax.safe_increment(state.count), m)
 
@@ -206,9 +207,9 @@ def scale_by_riemannian_adam(
         need_params(params, updates)
         kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
-        xi = map_matrices(project, kinds, updates, params)
+        xi = map_matrices(each(project), kinds, updates, params)
         moved = _accumulate(state.mu, b1, xi, 1 - b1)
-        mu = map_matrices(project, kinds, moved, params)
+        mu = map_matrices(each(project), kinds, moved, params)
 
         def second(kind: str, n: Array, g: Array) -> Array:
             power = jnp.mean(jnp.square(g), axis=_shared_axes(kind, second_moment), keepdims=True)
@@ -224,7 +225,7 @@ def scale_by_riemannian_adam(
 
         out = jax.tree.map(scaled, mu, nu, updates)
         if second_moment != "matrix":
-            out = map_matrices(project, kinds, out, params)
+            out = map_matrices(each(project), kinds, out, params)
         return out, RiemannianAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -292,13 +293,13 @@ def scale_by_stiefel_muon(
             unit, peak = linalg.unit_peak(m)
             return project(x, unit) * peak
 
-        mu = map_matrices(tangent, kinds, _accumulate(state.mu, decay, updates, 1), params)
+        mu = map_matrices(each(tangent), kinds, _accumulate(state.mu, decay, updates, 1), params)
         ahead = _accumulate(mu, decay, updates, 1) if nesterov else mu
 
         def orthogonalised(x: Array, m: Array) -> Array:
             return project(x, linalg.msign(tangent(x, m) if nesterov else m, steps))
 
-        out = map_matrices(orthogonalised, kinds, ahead, params)
+        out = map_matrices(each(orthogonalised), kinds, ahead, params)
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
         return out, StiefelMuonState(optax.safe_increment(state.count), mu)
 

@@ -13,6 +13,7 @@ from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.selection import (
     SPECTRUM,
     Mask,
+    each,
     kinds_at_init,
     kinds_of,
     map_matrices,
@@ -149,7 +150,7 @@ def add_orthogonality_penalty(
         need_params(params, updates)
         w = _at(weight, state.count)
         added = map_matrices(
-            lambda x, g: g + w * linalg.orthogonality_gradient(x),
+            each(lambda x, g: g + w * linalg.orthogonality_gradient(x)),
             kinds_of(params, mask),
             updates,
             params,

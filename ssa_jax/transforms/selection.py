@@ -238,43 +238,47 @@ def compute_dtype(*arrays: Array) -> Any:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
-# Calls of this name in a traced program: the i-th result depends on the i-th arguments alone.
-STACKED = "stacked_by_shape"
+# Calls in a traced program whose name is this and a number n: the i-th of n results, of any of
+# several kinds, depends on the i-th of n arguments of each kind alone.
+STACKED = "stacked_by_shape_"
 
 
-def map_stacked(fn: Callable[..., Array], *columns: list[Array]) -> list[Array]:
+def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> list[list[Array]]:
     """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
 
     So an update is few large operations instead of many small ones. Each group is a call that a
-    traced program shows under the name `STACKED`.
+    traced program shows under a name that begins with `STACKED`.
 
     Args:
-      fn: takes arrays with one more axis in front, and treats what lies along it alone.
+      fn: takes arrays with one more axis in front, treats what lies along it alone, and returns
+        a tuple of such arrays.
       *columns: lists of one length.
 
     Returns:
-      A list with fn's result at every place.
+      For each of fn's results a list of it at every place.
     """
 
-    def stacked_by_shape(columns: tuple[list[Array], ...]) -> list[Array]:
-        return list(fn(*(jnp.stack(column) for column in columns)))
+    def stacked(columns: tuple[list[Array], ...]) -> list[list[Array]]:
+        return [list(made) for made in fn(*(jnp.stack(column) for column in columns))]
 
     alike: dict[Any, list[int]] = {}
     for i, row in enumerate(zip(*columns, strict=True)):
         alike.setdefault(tuple((x.shape, x.dtype) for x in row), []).append(i)
-    out = list(columns[0])
+    found: dict[int, list[Array]] = {}
     for places in alike.values():
-        done = jax.jit(stacked_by_shape)(tuple([column[i] for i in places] for column in columns))
-        for place, new in zip(places, done, strict=True):
-            out[place] = new
-    return out
+        stacked.__name__ = f"{STACKED}{len(places)}"
+        done = jax.jit(stacked)(tuple([column[i] for i in places] for column in columns))
+        found |= zip(places, map(list, zip(*done, strict=True)), strict=True)
+    return [list(made) for made in zip(*(found[i] for i in sorted(found)), strict=True)]
 
 
-def map_matrices(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:
-    """Replaces the update g of every orthonormal matrix x by fn(x, g); keeps the others.
+def map_matrices(
+    fn: Callable[[list[Array], list[Array]], list[Array]], kinds: Any, updates: Any, params: Any
+) -> Any:
+    """Replaces the updates of all orthonormal matrices by fn(matrices, updates); keeps the others.
 
-    fn sees tall matrices (..., n, r) in at least float32, those of one shape stacked, and treats
-    each alone; the result has g's dtype.
+    fn sees tall matrices (..., n, r) in at least float32, see `each` and `map_stacked`; the
+    results have the updates' dtypes.
     """
     structure, kinds = jax.tree.structure(kinds), jax.tree.leaves(kinds)
     out, xs = jax.tree.leaves(updates), jax.tree.leaves(params)
@@ -284,10 +288,19 @@ def map_matrices(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any
         x = arrays[i].astype(compute_dtype(out[i], xs[i]))
         return x.mT if kinds[i] == ROWS else x
 
-    done = map_stacked(fn, [tall(i, xs) for i in places], [tall(i, out) for i in places])
+    done = fn([tall(i, xs) for i in places], [tall(i, out) for i in places]) if places else []
     for i, new in zip(places, done, strict=True):
         out[i] = (new.mT if kinds[i] == ROWS else new).astype(out[i].dtype)
     return jax.tree.unflatten(structure, out)
+
+
+def each(fn: Callable[[Array, Array], Array]) -> Callable[..., list[Array]]:
+    """For `map_matrices`: fn(x, g) of every matrix and its update, those of one shape at once."""
+
+    def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
+        return map_stacked(lambda x, g: (fn(x, g),), xs, gs)[0]
+
+    return mapped
 
 
 def map_spectra(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:
