@@ -24,3 +24,7 @@ def __getattr__(name: str) -> Any:
     if name in _FROM:
         return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module 'ssa_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

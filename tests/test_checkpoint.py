@@ -137,7 +137,9 @@ def test_no_checkpoint_is_said(tmp_path):
 )
 def test_another_run_is_refused(tmp_path, other):
     save(tmp_path, fresh()[0])
-    with pytest.raises(CheckpointError, match=r"does not fit this run: .* here and .* there"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit this run, whose model .* here and .* there"
+    ):
         Checkpoints(tmp_path).restore(fresh(**other)[0])
 
 

@@ -1,6 +1,7 @@
 """`fit`: any model, any loss, any data; what comes back is a run."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,21 @@ def leaves(model):
 def run():
     with jax.numpy_rank_promotion("allow"):
         return ssa_jax.fit(Net(), (X, Y), rank_schedule="hybrid", **OPTIONS)
+
+
+def test_a_run_is_told_in_a_line(run):
+    assert re.fullmatch(
+        r"<Run: \w+, given:Net on given:\w+, [\d.]+ % after epoch \d+>", repr(run)
+    ), repr(run)
+
+
+def test_a_run_keeps_its_ranks_when_it_goes_on(run):
+    with pytest.raises(ConfigError, match=r"^rank_init is not for a run, whose model keeps its"):
+        ssa_jax.fit(run, (X, Y), rank_init=0.25, batch_size=8)
+
+
+def test_the_front_door_lists_what_is_behind_it():
+    assert {"fit", "load", "cut", "factorize"} <= set(dir(ssa_jax))
 
 
 def test_a_run_has_its_history_and_a_model_that_predicts_what_it_was_measured_by(run):
@@ -323,7 +339,19 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         ((X, Y), {"batch_size": 65}, ConfigError, r"^batch_size must be at most 58"),
         ((X, Y), {"epochs": 0}, ConfigError, r"^epochs must be at least 1"),
         ((X, Y), {"loss": "cross"}, ConfigError, r"^loss must be one of cross_entropy"),
+        ((X, Y), {"learning_rates": 1}, TypeError, r"did you mean learning_rate\?"),
         ((X, Y), {"epoch": 3}, TypeError, r"fit has no setting epoch"),
+        ((X, Y), {"dataset": "mnist"}, TypeError, r"no setting dataset; give the name as train"),
+        ((X, Y), {"resume": True}, ConfigError, r"^resume needs the workdir of the run"),
+        ((X, Y[:, None]), {}, DataError, r"must be labels \(n,\); give targets\[:, 0\]"),
+        ((X, Y + 1), {}, ConfigError, r"gives 2 outputs, and the data have 3 classes, labels 0"),
+        ((X, Y), {"outputs": 10}, ConfigError, r"gives 2 outputs, and the data have 10 classes"),
+        (
+            (X, np.ones((len(X), 3))),
+            {"loss": "mean_squared_error"},
+            ConfigError,
+            r"gives 2 outputs for an example, and the data have 3 targets; mean_squared_error",
+        ),
         ("digits", {"test": (X, Y)}, DataError, r"a name, a path or a Dataset has its own"),
         ("digits", {"crop": 2}, DataError, r"^crop is for arrays and files"),
         ("digits", {"flip": True}, DataError, r"^flip is for arrays and files"),

@@ -87,6 +87,8 @@ def _pair(which: str, pair: Pair, classes: bool) -> Pair:
         if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             wrong = np.argwhere(~np.isfinite(array.reshape(len(array), -1)).all(1))[0, 0]
             raise DataError(f"{which} {what}: example {wrong} has a value that is not finite")
+    if classes and y.shape[1:] == (1,):
+        raise DataError(f"{which} targets {y.shape} must be labels (n,); give targets[:, 0]")
     if classes and y.ndim == 1:
         if np.issubdtype(y.dtype, np.inexact) and (y != np.round(y)).any():
             raise DataError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -140,6 +141,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         retract_every=config.retract_every,
     )
     trained, measured = make_tasks(config, given)
+    _check_outputs(trained, shapes[-1], data.classes)
     optimizer = optim.make_optimizer(
         _within_budget(config, data, chain, units, params, mstate, given)
     )
@@ -203,6 +205,25 @@ def _optimizer(config: Config, given: Given) -> Any:
     if not isinstance(found, optax.GradientTransformation):
         raise ConfigError(f"--optimizer={config.optimizer} is no optax.GradientTransformation")
     return found
+
+
+# Losses that compare every output with a target of its own.
+_ONE_TO_ONE = ("mean_squared_error", "binary_cross_entropy")
+
+
+def _check_outputs(task: Task, shape: tuple[int, ...], wanted: int) -> None:
+    """Raises ConfigError for a model whose outputs do not fit the targets."""
+    given = math.prod(shape)
+    if task.classes and shape[-1] < wanted:
+        raise ConfigError(
+            f"the model gives {shape[-1]} outputs, and the data have {wanted} classes, labels 0 to "
+            f"{wanted - 1}; give it an output for each"
+        )
+    if task.name in _ONE_TO_ONE and given != wanted:
+        raise ConfigError(
+            f"the model gives {given} outputs for an example, and the data have {wanted} targets; "
+            f"{task.name} compares one with one"
+        )
 
 
 def make_methods(config: Config, network: Network, given: Given = NOTHING) -> tuple[Method, Method]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import re
 import shutil
@@ -28,6 +29,7 @@ from ssa_jax.runs import build, inputs
 from ssa_jax.runs.build import Built, Given
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.run import train_given
+from ssa_jax.runs.summary import shown_score
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, stored_config, write_json
 from ssa_jax.training import train
 from ssa_jax.training.checkpoint import Checkpoints
@@ -57,7 +59,7 @@ class Described(NamedTuple):
         return jax.ShapeDtypeStruct((1, *self.image_shape), self.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """A trained model, and what is known of its training.
 
@@ -74,7 +76,12 @@ class Run:
     built: Built
     state: TrainState
     data: Described
-    _kept: Any = dataclasses.field(default=None, repr=False)
+    _kept: Any = None
+
+    def __repr__(self) -> str:
+        config, rows = self.config, self.history
+        reached = f", {shown_score(rows[-1])} after epoch {rows[-1]['epoch']}" if rows else ""
+        return f"<Run: {config.method}, {config.model} on {config.dataset}{reached}>"
 
     @property
     def history(self) -> list[Row]:
@@ -205,8 +212,8 @@ def fit(
         tell it.
       name: of the data, kept with the run.
       steps_per_epoch: of an iterable without a length.
-      settings: fields of `runs.config.Config`, such as ``seed``, ``learning_rate``, ``rank_init``,
-        ``resume`` (with a workdir), ``precision``, ``memory``.
+      settings: fields of `runs.config.Config`, such as ``seed`` (0), ``learning_rate`` (2e-3),
+        ``rank_init`` (0.5), ``resume`` (with a workdir), ``precision``, ``memory``.
 
     Returns:
       the run.
@@ -220,6 +227,8 @@ def fit(
     with _without_dashes():
         moments = model.data.moments if isinstance(model, Run) else None
         if isinstance(model, Run):
+            if "rank_init" in settings:
+                raise ConfigError("--rank_init is not for a run, whose model keeps its ranks")
             model = model.model
         data, dataset = _data(train, test, loss, crop, flip, size, outputs, name, steps_per_epoch)
         if isinstance(data, Batches):
@@ -233,7 +242,7 @@ def fit(
             rank_schedule=rank_schedule,
         )  # fmt: skip
         config = _config(
-            settings, dataset=dataset, epochs=epochs, batch_size=batch_size,
+            settings, kept is not None, dataset=dataset, epochs=epochs, batch_size=batch_size,
             workdir=str(folder), **names,
         )  # fmt: skip
         if given.model is not None and data is not None:
@@ -311,10 +320,18 @@ def _given(callbacks: Sequence[Any], **asked: Any) -> tuple[dict[str, str], Give
     return names, Given(**objects, callbacks=called)
 
 
-def _config(settings: Mapping[str, Any], **fields: Any) -> Config:
-    known = {field.name for field in dataclasses.fields(Config)}
-    if unknown := sorted(settings.keys() - known):
-        raise TypeError(f"fit has no setting {', '.join(unknown)}; there are {sorted(known)}")
+def _config(settings: Mapping[str, Any], kept: bool, **fields: Any) -> Config:
+    known = {field.name for field in dataclasses.fields(Config)} - {"dataset"}
+    for name in sorted(settings.keys() - known):
+        if name == "dataset":
+            raise TypeError("fit has no setting dataset; give the name as train")
+        close = difflib.get_close_matches(name, known)
+        raise TypeError(
+            f"fit has no setting {name}; "
+            + (f"did you mean {' or '.join(close)}?" if close else f"there are {sorted(known)}")
+        )
+    if settings.get("resume") and kept:
+        raise ConfigError("--resume needs the workdir of the run that it goes on with")
     return Config(**{**settings, **fields})
 
 

@@ -227,7 +227,10 @@ class Checkpoints:
         target = place(_at_ranks(like, record["ranks"]))
         here, there = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
         if different := differences(here, there):
-            raise CheckpointError(f"{folder} does not fit this run: {different}")
+            raise CheckpointError(
+                f"{folder} does not fit this run, whose model or optimiser has other arrays: "
+                f"{different}"
+            )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
