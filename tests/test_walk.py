@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import (
@@ -26,6 +27,8 @@ from ssa_jax.models.feedforward import mlp
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import group_units, in_precision
 from ssa_jax.training import costs
+from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.train import init_state, make_step
 
 
 def signals(units, params, mstate, name="ssa", **options):
@@ -78,22 +81,24 @@ def test_a_share_is_the_walk_through_weights_without_their_small_singular_values
     assert max_difference(ours[0], exact[0]) > 1e-4
 
 
-def test_the_way_back_takes_two_thin_products_a_layer():
+def test_a_signal_takes_one_thin_product_a_layer():
+    """That with V_q: what goes through U is part of what the gradient of V takes as well."""
     model = mlp(IMAGE, CLASSES, rank=1.0, rngs=nnx.Rngs(0), hidden=(12, 9))
     units, params, mstate = apart(model)
-    batch = len(make_batch().images)
+    batch, optimizer = make_batch(), optax.sgd(0.1)
 
     def work(share):
-        return costs.macs(
-            lambda p: signals(units, p, mstate, path="sequential", rank=share)[0], params
-        )
+        method = make_method("ssa", units, params, mstate, path="sequential", rank=share)
+        state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+        return costs.macs(make_step(units, method, optimizer, LossWeights()), state, batch)
 
     def thin(share):
         layers = [f for unit in params[1:] for f in unit.values() if factors.is_factors(f)]
-        ends = [(int(np.ceil(share * f.rank)), f.u.shape[0] + f.v.shape[0]) for f in layers]
-        return batch * sum(q * width for q, width in ends)
+        each = (int(np.ceil(share * f.rank)) * f.v.shape[0] for f in layers)
+        return len(batch.images) * sum(each)
 
     assert work(0.5) - work(0.25) == thin(0.5) - thin(0.25) > 0
+    assert work(0.999) - work(0.5) == thin(0.999) - thin(0.5)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -115,21 +120,41 @@ def test_in_bfloat16_it_is_near():
     assert all(float(linalg.angle(a, b)) < 5 for a, b in zip(full, half, strict=True))
 
 
-def test_a_layer_gives_its_own_gradient_and_the_twins_input_gradient():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_gives_its_own_gradient_and_that_of_few_triplets_to_its_input(groups):
+    rng = np.random.default_rng(1)
+    shapes = ((3 * 4, 5), (5,), (3 * 6 // groups, 5))
+    f = Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+    x = jnp.asarray(rng.normal(size=(2, 7, 7, 6)), jnp.float32)
+    places = jnp.asarray([3, 1])
+
+    def layer(weights, x):
+        return products.convolution(weights, x, (3, 3), (2, 1), "SAME", (1, 1), groups)
+
+    y, pull = jax.vjp(layer, WithFeedback(f, places), x)
+    g = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    own, back = pull(g)
+    exact = jax.vjp(layer, f, x)[1](g)[0]
+    thin = jax.vjp(lambda x: layer(factors.taken(f, places), x), x)[1](g)[0]
+    np.testing.assert_array_equal(y, layer(f, x))
+    np.testing.assert_allclose(back, thin, atol=1e-4)
+    for a, b in zip(own.weights, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_a_layer_gives_its_own_gradient_and_that_of_few_triplets_to_its_input():
     rng = np.random.default_rng(0)
-
-    def draw(rank):
-        shapes = ((5, rank), (rank,), (7, rank))
-        return Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
-
-    weights, back = draw(4), draw(2)
+    shapes = ((5, 4), (4,), (7, 4))
+    weights = Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+    places = jnp.asarray([2, 0])
     x, g = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (7, 5))
-    y, pull = jax.vjp(products.dense, WithFeedback(weights, back), x)
+    y, pull = jax.vjp(products.dense, WithFeedback(weights, places), x)
     own, through = pull(g)
     np.testing.assert_array_equal(y, products.dense(weights, x))
-    np.testing.assert_allclose(through, g @ factors.to_dense(back), rtol=1e-5)
+    thin = factors.to_dense(factors.taken(weights, places))
+    np.testing.assert_allclose(through, g @ thin, rtol=1e-4)
     exact = jax.vjp(lambda f: products.dense(f, x), weights)[1](g)[0]
-    for a, b in zip(own.forward, exact, strict=True):
+    for a, b in zip(own.weights, exact, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 

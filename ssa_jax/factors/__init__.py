@@ -32,15 +32,15 @@ class Factors(NamedTuple):
 
 
 class WithFeedback(NamedTuple):
-    """Factors of a layer whose input's cotangent passes through others, of any rank.
+    """Factors of a layer whose input's cotangent passes through some of its triplets alone.
 
     Attributes:
-      forward: the weights; their own gradient is exact.
-      backward: of the same d_out and d_in.
+      weights: the layer's factors; their own gradient is exact.
+      places: (q,) of the triplets that the cotangent passes through.
     """
 
-    forward: Factors
-    backward: Factors
+    weights: Factors
+    places: Array
 
 
 def is_factors(node: Any) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssa_jax import factors
-from ssa_jax.factors import Factors
+from ssa_jax.factors import Factors, WithFeedback
 from ssa_jax.layers import products
 from ssa_jax.layers.lowering import conv
 from ssa_jax.layers.products import Padding, kernel_to_matrix, matrix_to_kernel, split_padding
@@ -224,23 +224,33 @@ class SVDConv(nnx.Module):
 
     def _convolve(self, x: Array) -> Array:
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
-        y = products.forward_and_back(self._product, self.kernel.get_value(), x, self._pair)
+        weights = self.kernel.get_value()
+        f = weights.weights if isinstance(weights, WithFeedback) else weights
+        if self._takes_kernel(f, x):
+            y = products.forward_and_back(self._by_kernel, weights, x, self._thin_back)
+        else:
+            y = self._pair(weights, x)
         if self.bias is not None:
             y = y + self.bias.get_value().reshape(1, 1, 1, -1)
         return y
 
-    def _product(self, weights: Factors, x: Array) -> Array:
-        """The layer without its bias, by whichever form takes less work."""
-        sizes = self.kernel_size, self.strides
-        if self.is_plain and not self.deterministic and kernel_pays(weights, x.shape, *sizes):
-            pad_h, pad_w = split_padding(self.padding)
-            kernel = matrix_to_kernel(factors.to_dense(weights), self.kernel_size)
-            both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
-            return conv(x, kernel, self.strides, both)
-        return self._pair(weights, x)
+    def _takes_kernel(self, weights: Factors, x: Array) -> bool:
+        if not self.is_plain or self.deterministic:
+            return False
+        return kernel_pays(weights, x.shape, self.kernel_size, self.strides)
 
-    def _pair(self, weights: Factors, x: Array) -> Array:
-        """The two convolutions after one another."""
+    def _by_kernel(self, weights: Factors, x: Array) -> Array:
+        pad_h, pad_w = split_padding(self.padding)
+        kernel = matrix_to_kernel(factors.to_dense(weights), self.kernel_size)
+        both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
+        return conv(x, kernel, self.strides, both)
+
+    def _thin_back(self, weights: Factors, places: Array, x: Array, cotangent: Array) -> Array:
+        # Where the layer is one kernel, nothing of its way back is there to be shared.
+        thin = factors.taken(weights, places)
+        return jax.vjp(lambda a: self._pair(thin, a), x)[1](cotangent)[0]
+
+    def _pair(self, weights: Factors | WithFeedback, x: Array) -> Array:
         return products.convolution(
             weights,
             x,

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssa_jax.factors import Factors, WithFeedback
 from ssa_jax.layers.lowering import DIMENSIONS, conv_general_dilated
@@ -17,34 +18,32 @@ def forward_and_back(
     product: Callable[[Factors, Array], Array],
     weights: Factors | WithFeedback,
     x: Array,
-    back: Callable[[Factors, Array], Array] | None = None,
+    back: Callable[[Factors, Array, Array, Array], Array],
 ) -> Array:
     """A layer's product with its factors, whose cotangent of x has those of its feedback, if any.
 
-    What goes back then takes the products of their rank, and none of those of the weights.
-
     Args:
-      product: of factors with x, linear in x.
+      product: of factors with x.
       weights: the layer's.
       x: its input.
-      back: the same map in a form that suits a low rank; the product itself by default.
+      back: (factors, places, x, cotangent of the product) -> that of x through the triplets at
+        some places alone.
     """
     if not isinstance(weights, WithFeedback):
         return product(weights, x)
-    thin = back or product
 
     @jax.custom_vjp
-    def apply(weights: WithFeedback, x: Array) -> Array:
-        return product(weights.forward, x)
+    def apply(given: WithFeedback, x: Array) -> Array:
+        return product(given.weights, x)
 
-    def forward(weights: WithFeedback, x: Array) -> tuple[Array, Any]:
-        return product(weights.forward, x), (weights, x)
+    def forward(given: WithFeedback, x: Array) -> tuple[Array, Any]:
+        return product(given.weights, x), (given, x)
 
-    def backward(kept: Any, cotangent: Array) -> tuple[WithFeedback, Array]:
-        weights, x = kept
-        (own,) = jax.vjp(lambda f: product(f, x), weights.forward)[1](cotangent)
-        (back,) = jax.vjp(lambda a: thin(weights.backward, a), x)[1](cotangent)
-        return WithFeedback(own, jax.tree.map(jnp.zeros_like, weights.backward)), back
+    def backward(kept: Any, cotangent: Array) -> tuple[Any, Array]:
+        (f, places), x = kept
+        (own,) = jax.vjp(lambda f: product(f, x), f)[1](cotangent)
+        nothing = np.zeros(places.shape, jax.dtypes.float0)
+        return WithFeedback(own, nothing), back(f, places, x, cotangent)  # type: ignore[arg-type]
 
     apply.defvjp(forward, backward)
     return apply(weights, x)
@@ -52,11 +51,21 @@ def forward_and_back(
 
 def dense(weights: Factors | WithFeedback, x: Array) -> Array:
     """((x V) ⊙ s) Uᵀ for x (..., d_in), u (d_out, r), s (r,), v (d_in, r): (..., d_out)."""
-    if isinstance(weights, WithFeedback):
-        return forward_and_back(dense, weights, x)
+    return forward_and_back(_dense, weights, x, _dense_back)
+
+
+def _dense(weights: Factors, x: Array) -> Array:
     u, s, v = weights
     # s is folded into V: one pass over the weights instead of one over the batch.
     return (x @ (v * s[None, :])) @ u.T
+
+
+def _dense_back(weights: Factors, places: Array, x: Array, cotangent: Array) -> Array:
+    u, s, v = weights
+    down = v * s[None, :]
+    # The cotangent of x V is that which the gradient of V takes: it is computed but once.
+    (inner,) = jax.vjp(lambda m: m @ u.T, x @ down)[1](cotangent)
+    return inner[..., places] @ down[:, places].T
 
 
 def convolution(
@@ -81,25 +90,37 @@ def convolution(
     Returns:
       (batch, H', W', N).
     """
-    if isinstance(weights, WithFeedback):
-
-        def product(f: Factors, x: Array) -> Array:
-            return convolution(f, x, kernel_size, strides, padding, dilation, groups)
-
-        return forward_and_back(product, weights, x)
-    dtype = jnp.result_type(x, *weights)
-    x, u, s, v = (a.astype(dtype) for a in (x, *weights))
     (kh, kw), (sh, sw), (dh, dw) = kernel_size, strides, dilation
     pad_h, pad_w = split_padding(padding)
-    down = (v * s[None, :]).reshape(kh, 1, -1, s.shape[0])
-    across = u.reshape(1, kw, -1, s.shape[0]).swapaxes(2, 3)
-    if groups > 1:
-        down = jnp.tile(down, (1, 1, 1, groups))
     options: dict[str, Any] = {
         "feature_group_count": groups, "dimension_numbers": DIMENSIONS, "lhs_dilation": None,
     }  # fmt: skip
-    y = conv_general_dilated(x, down, (sh, 1), pad_h, rhs_dilation=(dh, 1), **options)
-    return conv_general_dilated(y, across, (1, sw), pad_w, rhs_dilation=(1, dw), **options)
+
+    def down(v: Array, x: Array) -> Array:
+        kernel = v.reshape(kh, 1, v.shape[0] // kh, v.shape[1])
+        kernel = jnp.tile(kernel, (1, 1, 1, groups)) if groups > 1 else kernel
+        return conv_general_dilated(x, kernel, (sh, 1), pad_h, rhs_dilation=(dh, 1), **options)
+
+    def across(u: Array, y: Array) -> Array:
+        kernel = u.reshape(1, kw, u.shape[0] // kw, u.shape[1]).swapaxes(2, 3)
+        return conv_general_dilated(y, kernel, (1, sw), pad_w, rhs_dilation=(1, dw), **options)
+
+    def product(f: Factors, x: Array) -> Array:
+        dtype = jnp.result_type(x, *f)
+        x, u, s, v = (a.astype(dtype) for a in (x, *f))
+        return across(u, down(v * s[None, :], x))
+
+    def back(f: Factors, places: Array, x: Array, cotangent: Array) -> Array:
+        dtype = jnp.result_type(x, *f)
+        a, u, s, v = (a.astype(dtype) for a in (x, *f))
+        scaled = v * s[None, :]
+        # As in `_dense_back`.
+        (inner,) = jax.vjp(lambda y: across(u, y), down(scaled, a))[1](cotangent)
+        at = (s.size * jnp.arange(groups)[:, None] + places[None, :]).ravel()
+        thin = jax.vjp(lambda a: down(scaled[:, places], a), a)[1]
+        return thin(inner[..., at])[0].astype(x.dtype)
+
+    return forward_and_back(product, weights, x, back)
 
 
 def split_padding(padding: Padding) -> tuple[Any, Any]:

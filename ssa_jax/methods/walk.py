@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ssa_jax import factors
-from ssa_jax.factors import Factors, is_factors
+from ssa_jax.factors import is_factors
 from ssa_jax.methods import feedback as fb
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
 from ssa_jax.networks.forward import Tape
@@ -25,7 +25,9 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
     """δ_{i-1} = (∂h_i/∂x_i with W_q for W)ᵀ δ_i, W_q the q largest singular triplets of W.
 
     W = U diag(s) Vᵀ passes to its input V_q diag(s_q) U_qᵀ δ, the best approximation of Wᵀ δ of
-    that rank, by two thin products of U_q (d_out, q) and V_q (d_in, q). q is `options.rank` of the
+    that rank. U_qᵀ δ is part of Uᵀ δ, which the gradient of V takes in any case, so what the signal
+    costs is the product with V_q (d_in, q) alone. (A convolution that is run as one kernel has no
+    Uᵀ δ, and takes both thin products.) q is `options.rank` of the
     layer's stored rank, rounded up; which triplets are the largest is read every `options.every`
     steps and after a compaction, their values are always those of the present weights. Everything
     else on the way, dense layers among it, passes the error exactly. All triplets are
@@ -57,14 +59,11 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
     def signals(state: Tree, params: Tree, tape: Tape, error: Array, batch: Any) -> Sequence[Array]:
         del batch
 
-        def through(unit: dict[str, Any], chosen: dict[str, Array]) -> dict[str, Factors | Array]:
-            # All of them in their own order are the weights, to the last bit.
-            thin = {
-                n: factors.taken(unit[n], at) for n, at in chosen.items() if len(at) < unit[n].rank
-            }
-            return unit | thin
-
-        twins = tuple(through(*pair) for pair in zip(params, state, strict=True))
+        # All of them in their own order are the weights, to the last bit.
+        twins = tuple(
+            unit | {n: at for n, at in chosen.items() if len(at) < unit[n].rank}
+            for unit, chosen in zip(params, state, strict=True)
+        )
         return fb.walk(network.units, params, twins, tape, error)
 
     def refresh(state: Tree, params: Tree, mstate: Tree) -> Tree:

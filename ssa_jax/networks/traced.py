@@ -171,14 +171,14 @@ class _Typed:
 
 
 def _with_feedback(params: Entries, twins: Entries) -> Entries:
-    """The parameters, factors that have a twin of another rank in one value with it.
+    """The parameters; factors whose twin is an array of places in one value with it.
 
-    A layer has to pass the error back through such a twin as a whole. One of the same rank may
-    stand in for each of its arrays, wherever the model uses them.
+    Their layer has to pass the error back as a whole. A twin of the weights' own shapes may stand
+    in for each of its arrays, wherever the model uses them.
     """
     return {
         n: WithFeedback(p, twins[n])
-        if is_factors(p) and n in twins and twins[n].rank != p.rank
+        if is_factors(p) and n in twins and not is_factors(twins[n])
         else p
         for n, p in params.items()
     }
