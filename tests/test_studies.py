@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -455,3 +456,29 @@ def test_the_table_of_exact_paths_is_its_record():
         angle = statistics.mean(r["hidden_angle"] for r in rows)
         assert f"| {model} | {paths} | {shown} |" in page
         assert f"| {angle:.1f}° | {len(rows)} |" in page
+
+
+def test_the_table_of_low_rank_walks_is_its_record():
+    record = json.loads((ROOT / "results/low_rank_walk/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    assert record["command"] in page
+    assert record["commit"] in page
+    for r in record["rows"]:
+        shown = (
+            f"| {r['model']} | {r['label']} | {r['train_loss']:.3f} | {r['test_accuracy']:.2f} % "
+            f"| {r['gradient_angle']:.1f}° | {r['signal_angle']:.1f}° "
+            f"| {r['macs_of_a_step']:.1f} M |"
+        )
+        assert shown in page
+
+
+def test_the_falls_of_digits_are_those_of_their_record():
+    record = json.loads((ROOT / "results/digits_steps/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    for runs in record["runs"].values():
+        falls = []
+        for epochs in runs:
+            late = range(math.ceil(len(epochs) / 3), len(epochs))
+            falls.append(max(0.0, *(max(epochs[:i]) - epochs[i] for i in late)))
+        first, second, third = (f"{x:.2f}" for x in falls)
+        assert f"{first}, {second} and {third}" in page
