@@ -27,11 +27,10 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
     W = U diag(s) Vᵀ passes to its input V_q diag(s_q) U_qᵀ δ, the best approximation of Wᵀ δ of
     that rank. U_qᵀ δ is part of Uᵀ δ, which the gradient of V takes in any case, so what the signal
     costs is the product with V_q (d_in, q) alone. (A convolution that is run as one kernel has no
-    Uᵀ δ, and takes both thin products.) q is `options.rank` of the
-    layer's stored rank, rounded up; which triplets are the largest is read every `options.every`
-    steps and after a compaction, their values are always those of the present weights. Everything
-    else on the way, dense layers among it, passes the error exactly. All triplets are
-    backpropagation.
+    Uᵀ δ, and takes both thin products.) q is `options.rank` of the layer's stored rank, rounded up;
+    which triplets are the largest is read every `options.every` steps and after a compaction, their
+    values are always those of the present weights. Everything else on the way, dense layers among
+    it, passes the error exactly. All triplets are backpropagation.
 
     Raises:
       ValueError: a share outside (0, 1]; at init, a model without factors.
