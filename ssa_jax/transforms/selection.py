@@ -247,7 +247,8 @@ def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> 
     """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
 
     So an update is few large operations instead of many small ones. Each group is a call that a
-    traced program shows under a name that begins with `STACKED`.
+    traced program shows under a name that begins with `STACKED`. On a mesh every place is a group
+    of its own: a stack of arrays that lie differently would lie like none of them.
 
     Args:
       fn: takes arrays with one more axis in front, treats what lies along it alone, and returns
@@ -262,8 +263,10 @@ def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> 
         return [list(made) for made in fn(*(jnp.stack(column) for column in columns))]
 
     alike: dict[Any, list[int]] = {}
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
     for i, row in enumerate(zip(*columns, strict=True)):
-        alike.setdefault(tuple((x.shape, x.dtype) for x in row), []).append(i)
+        key = (i if on_mesh else None, *((x.shape, x.dtype) for x in row))
+        alike.setdefault(key, []).append(i)
     found: dict[int, list[Array]] = {}
     for places in alike.values():
         stacked.__name__ = f"{STACKED}{len(places)}"
