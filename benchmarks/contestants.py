@@ -92,8 +92,9 @@ def build(case: Case, entry: Entry, settings: OptimizerConfig | None = None) -> 
     image = jax.ShapeDtypeStruct((1, *case.input_shape), jnp.float32)
     units, params, mstate, _ = split(network(case, entry.rank), image)
     shapes = output_shapes(units, params, mstate, case.input_shape)
+    few = jax.tree.map(lambda x: x[:EXAMPLES], random_batch(case))
     method = METHODS[entry.method](
-        Network(units, shapes, random_batch(case).images[:EXAMPLES]), FeedbackOptions()
+        Network(units, shapes, few.images, targets=few.labels), FeedbackOptions()
     )
     optimizer = optim.make_optimizer(settings or chain_settings())
     state = train.init_state(method, optimizer, params, mstate, jax.random.key(0))

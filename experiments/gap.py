@@ -39,6 +39,13 @@ VARIANTS = (
     _direct("channel", "path per channel", feedback_form="channel"),
     _direct("lookahead_1", "one unit ahead", feedback_lookahead=1),
     _direct("lookahead_2", "two units ahead", feedback_lookahead=2),
+    _direct("regression", "paths by regression", feedback="regression"),
+    _direct(
+        "regression_ahead",
+        "paths by regression, one unit ahead",
+        feedback="regression",
+        feedback_lookahead=1,
+    ),
     _direct("joined", "two neighbours a unit", unit_size=2),
     _direct("readout", "and a local readout (0.1)", local_weight=0.1),
     _direct("cosine", "and the cosine term (0.1)", kappa=0.1),

@@ -114,9 +114,9 @@ def split(name="conv", rank=None, seed=0):
 
 def make_method(name, units, params, mstate, shape=IMAGE, **options) -> Method:
     shapes = output_shapes(units, params, mstate, shape)
-    return METHODS[name](
-        Network(units, shapes, make_batch(4, 9, shape).images), FeedbackOptions(**options)
-    )
+    few = make_batch(4, 9, shape)
+    network = Network(units, shapes, few.images, targets=few.labels)
+    return METHODS[name](network, FeedbackOptions(**options))
 
 
 def max_difference(a, b):

@@ -1,7 +1,10 @@
 """`fit`: any model, any loss, any data; what comes back is a run."""
 
 import dataclasses
+import importlib.machinery
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ import ssa_jax
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.methods import METHODS, Method
+from ssa_jax.reporting import callbacks
 from ssa_jax.runs.run import run as by_config
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training import tasks
@@ -412,3 +416,24 @@ def test_a_scalar_loss_is_taken_example_by_example_and_another_shape_refused():
     assert jnp.allclose(task.loss(outputs, targets), jnp.square(outputs - 1).mean(1))
     with pytest.raises(ValueError, match=r"got an array of shape \(3, 2\)"):
         tasks.from_function(lambda y, t: y - t).loss(outputs, targets)
+
+
+def test_every_run_logs_to_a_wandb_run_of_its_own(tmp_path, monkeypatch):
+    opened = []
+
+    def init(**settings):
+        rows = []
+        opened.append((settings, rows))
+        return types.SimpleNamespace(log=lambda row, step: rows.append((step, row)))
+
+    module = types.ModuleType("wandb")
+    module.init = init
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in ("a", "b"):
+        write = callbacks.CALLBACKS["wandb"](tmp_path / name)
+        write({"step": 3, "train_loss": 0.5, "angles": [1.0]})
+    assert [settings["name"] for settings, _ in opened] == ["a", "b"]
+    # By default wandb hands out the run that is open, whose steps may not go back.
+    assert all(settings["reinit"] == "create_new" for settings, _ in opened)
+    assert [rows for _, rows in opened] == [[(3, {"step": 3, "train_loss": 0.5})]] * 2

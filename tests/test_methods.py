@@ -373,7 +373,7 @@ def test_a_refresh_composes_paths_on_the_inputs_of_the_last_batch(update):
     twins = moved if update == "tracked" else after.twins
     assert max_difference(refreshed.twins, twins) == 0
     full = plan(output_shapes(units, params, mstate, IMAGE), "full", 0)
-    inputs = batch.images[: len(before.inputs)]
+    inputs = batch.images[: len(before.examples[0])]
     paths = composed_paths(units, moved, twins, mstate, inputs, full)
     assert max_difference(refreshed.paths, paths) < 1e-6
     assert max_difference(refreshed.paths, before.paths) > 1e-3

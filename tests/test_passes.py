@@ -24,6 +24,7 @@ DIRECT = {
     "ssa": {},
     "ssa, per channel": {"form": "channel"},
     "ssa, mutual": {"update": "mutual"},
+    "ssa, regression": {"path": "regression", "lookahead": 1},
     "ssa, random": {"path": "random", "update": "fixed"},
     **{f"ssa, {n} ahead": {"lookahead": n} for n in (1, 2, 9)},
 }

@@ -69,6 +69,11 @@ def one_hot(labels: Array, outputs: Array) -> Array:
     return jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
 
 
+def softmax_error(outputs: Array, labels: Array) -> Array:
+    """The gradient of the mean softmax cross-entropy by the outputs, (batch, classes)."""
+    return (jax.nn.softmax(outputs) - one_hot(labels, outputs)) / len(outputs)
+
+
 class Network(NamedTuple):
     """What a method may know of its network when it is made.
 
@@ -77,19 +82,23 @@ class Network(NamedTuple):
       shapes: output shape of each unit for one example, the last one (classes,).
       inputs: a few of the training inputs, for what is measured on some before the first step.
       encode: (targets, outputs) -> targets in the outputs' shape, for methods that send those.
+      targets: of these inputs, for methods that need their errors; None where there are none.
+      error: (outputs, targets) -> e, the gradient of the mean loss by the outputs.
     """
 
     units: Sequence[Unit]
     shapes: Sequence[tuple[int, ...]]
     inputs: Tree
     encode: Callable[[Array, Array], Array] = one_hot
+    targets: Tree = None
+    error: Callable[[Array, Array], Array] = softmax_error
 
 
 class FeedbackOptions(NamedTuple):
     """How the feedback of a method is built and moved; each method reads what concerns it.
 
     Attributes:
-      path: ``"composed"``, ``"sequential"`` or ``"random"`` (see `methods.ssa`).
+      path: ``"composed"``, ``"regression"``, ``"sequential"`` or ``"random"`` (see `methods.ssa`).
       update: ``"fixed"``, ``"mutual"`` or ``"tracked"``.
       every: steps between refreshes of tracked twins and of composed paths.
       rate: the twins' own rate under ``"mutual"``, and kp's decay of the difference.

@@ -69,7 +69,8 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
     return Plan(True, min(classes, max(1, limit // largest)), size, full)
 
 
-def _channel_shape(shape: Shape) -> Shape:
+def channel_shape(shape: Shape) -> Shape:
+    """Of what is the same at every position."""
     return (1,) * (len(shape) - 1) + shape[-1:]
 
 
@@ -100,7 +101,7 @@ def composed_paths(
     Returns:
       n - 1 arrays (outputs, *shape of h_i), or (outputs, 1, 1, channels) per channel.
     """
-    outputs, pullbacks = _chain(units, params, twins, mstate, inputs)
+    outputs, pullbacks = pullbacks_of(units, params, twins, mstate, inputs)
     classes = math.prod(outputs.shape[1:])
 
     def push(row: Array) -> tuple[Array, ...]:
@@ -125,7 +126,7 @@ def composed_paths(
     return lax.map(push, identity, batch_size=rows)
 
 
-def _chain(
+def pullbacks_of(
     units: Sequence[Unit], params: Tree, twins: Tree | None, mstate: Tree, x: Tree
 ) -> tuple[Array, list[Callable[[Array], tuple[Array]]]]:
     """Outputs in training mode, and the pullbacks of all units but the first by their inputs."""
@@ -161,7 +162,7 @@ def random_paths(
       n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
     """
     classes = math.prod(shapes[-1])
-    stored = [_channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
+    stored = [channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
     paths = []
     for k, shape, rank in zip(jax.random.split(key, len(shapes)), stored, ranks, strict=False):
         k, k_svd = jax.random.split(k)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ssa_jax import factors
 from ssa_jax.methods import feedback as fb
+from ssa_jax.methods import regression
 from ssa_jax.methods import twins as tw
 from ssa_jax.methods.base import (
     FeedbackOptions,
@@ -22,7 +23,7 @@ from ssa_jax.networks.forward import Tape
 Array = jax.Array
 Tree = Any
 
-PATHS = ("composed", "sequential", "random")
+PATHS = ("composed", "regression", "sequential", "random")
 UPDATES = ("fixed", "mutual", "tracked")
 
 
@@ -32,12 +33,19 @@ class SSAFeedback(NamedTuple):
     Attributes:
       twins: of all parameters.
       paths: the direct paths D_i; none for sequential feedback.
-      inputs: of the last batch, the few on which composed paths are measured; else none.
+      examples: inputs and targets of the last batch on which composed paths (inputs alone) and
+        regressed ones are measured; else none.
+      gram: of the errors that regressed paths have seen (see `regression.regress`); else none.
     """
 
     twins: Tree
     paths: Sequence[Array]
-    inputs: Tree
+    examples: Tree = ()
+    gram: Tree = ()
+
+
+# Of composed paths, evenly many, so that their signs balance (see `feedback.composed_paths`).
+_COMPOSED_EXAMPLES = 16
 
 
 def ssa(network: Network, options: FeedbackOptions) -> Method:
@@ -45,9 +53,11 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
 
     Paths: ``composed`` δ_i = e · D_i, D_i (classes, *shape of h_i) the mean over a few inputs of
     the last batch of what the sequential walk below makes of each logit, refreshed every
-    `options.every` steps (see `feedback.composed_paths`); ``sequential`` the error
-    walks down through twins and true local derivatives; ``random`` δ_i = e · R_i, R_i fixed, of
-    at most the twin's rank. Direct paths (the first and the last) may be kept per channel (see
+    `options.every` steps (see `feedback.composed_paths`); ``regression`` the same with D_i the
+    regression of the walk's signals on e, over a batch at each refresh and the batches of those
+    before (see `regression.regress`); ``sequential`` the error walks down through twins and true
+    local derivatives; ``random`` δ_i = e · R_i, R_i fixed, of
+    at most the twin's rank. Direct paths (all but ``sequential``) may be kept per channel (see
     `feedback.plan`) and looked ahead from (see `feedback.look_ahead`); a sequential
     signal has gone through all units anyway.
 
@@ -74,24 +84,43 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
                 f"{options.path} and {options.update}"
             )
         return low_rank_walk(network, options)
-    units, shapes, examples = network.units, network.shapes, network.inputs
+    units, shapes = network.units, network.shapes
     plan = fb.plan(shapes, options.form, options.limit)
     tracked, composed = options.update == "tracked", options.path == "composed"
+    regressed = options.path == "regression"
+    if regressed and network.targets is None:
+        raise ValueError("feedback=regression needs targets, and this network was given none")
 
-    def paths_of(params: Tree, twins: Tree, mstate: Tree, inputs: Tree) -> Sequence[Array]:
-        if not composed:
-            return ()
+    def measured(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
         # Twins that were just tracked are the weights.
-        return fb.composed_paths(units, params, None if tracked else twins, mstate, inputs, plan)
+        twins = None if tracked else feedback.twins
+        if composed:
+            (inputs,) = feedback.examples
+            paths = fb.composed_paths(units, params, twins, mstate, inputs, plan)
+            return feedback._replace(paths=paths)
+        if regressed:
+            inputs, targets = feedback.examples
+            paths, gram = regression.regress(
+                feedback.paths, feedback.gram, units, params, twins, mstate, inputs,
+                lambda outputs: network.error(outputs, targets),
+            )  # fmt: skip
+            return feedback._replace(paths=paths, gram=gram)
+        return feedback
 
     def init(key: Array, params: Tree, mstate: Tree) -> SSAFeedback:
         key_twins, key_paths = jax.random.split(key)
         twins = jax.tree.map(jnp.copy, params) if tracked else tw.init_twins(key_twins, params)
         if options.path == "random":
             ranks = [min((f.rank for f in factors.leaves(p)), default=None) for p in params]
-            return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan), ())
-        inputs = examples if composed else ()
-        return SSAFeedback(twins, paths_of(params, twins, mstate, inputs), inputs)
+            return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan))
+        if composed:
+            few = jax.tree.map(lambda x: jnp.asarray(x[:_COMPOSED_EXAMPLES]), network.inputs)
+            return measured(SSAFeedback(twins, (), (few,)), params, mstate)
+        if regressed:
+            seen = jax.tree.map(jnp.asarray, (network.inputs, network.targets))
+            paths, gram = regression.empty(shapes, plan)
+            return measured(SSAFeedback(twins, paths, seen, gram), params, mstate)
+        return SSAFeedback(twins, ())
 
     def direct(feedback: SSAFeedback, error: Array, batch: Any, i: int) -> Array:
         del batch
@@ -112,19 +141,15 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         twins = feedback.twins
         if options.update == "mutual":
             twins = tw.meet(twins, after, options.rate)
-        inputs = feedback.inputs
-        if composed:
-            inputs = jax.tree.map(lambda x, old: x[: len(old)], batch.images, inputs)
-        return feedback._replace(twins=tw.follow_ranks(twins, after), inputs=inputs)
+        seen = (batch.images, batch.labels)[: len(feedback.examples)]
+        examples = jax.tree.map(lambda x, old: x[: len(old)], seen, feedback.examples)
+        return feedback._replace(twins=tw.follow_ranks(twins, after), examples=examples)
 
     def refresh(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
         twins = jax.tree.map(jnp.copy, params) if tracked else feedback.twins
-        if composed:
-            paths = paths_of(params, twins, mstate, feedback.inputs)
-            return feedback._replace(twins=twins, paths=paths)
-        return feedback._replace(twins=twins)
+        return measured(feedback._replace(twins=twins), params, mstate)
 
-    moves = tracked or composed
+    moves = tracked or composed or regressed
     return Method(
         init=init,
         signals=signals,

@@ -34,6 +34,9 @@ def to_csv(folder: Path) -> Callback:
 def to_wandb(folder: Path) -> Callback:
     """Logs the numbers of each epoch to Weights & Biases, offline unless WANDB_MODE says else.
 
+    A run of its own, named like the folder, for every run of ours: wandb would else hand out the
+    one that is open and drop the rows of all that follow, whose steps begin again.
+
     Raises:
       ConfigError: wandb is not installed.
     """
@@ -44,7 +47,11 @@ def to_wandb(folder: Path) -> Callback:
     import wandb
 
     run = wandb.init(
-        project="ssa_jax", dir=str(folder.parent), mode=os.environ.get("WANDB_MODE", "offline")
+        project="ssa_jax",
+        name=folder.name,
+        dir=str(folder.parent),
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        reinit="create_new",
     )
     return lambda row: run.log(_scalars(row), step=row["step"])
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -29,7 +28,7 @@ from ssa_jax.training import costs, optim, ranks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import OPTIMIZERS, OptimizerConfig
 from ssa_jax.training.ranks import SCHEDULES
-from ssa_jax.training.tasks import LOSSES, Task, cross_entropy, from_function
+from ssa_jax.training.tasks import LOSSES, Task, cross_entropy, from_function, output_error
 from ssa_jax.training.train import init_state
 from ssa_jax.types import TrainState
 
@@ -37,8 +36,8 @@ Array = jax.Array
 Tree = Any
 
 
-# Inputs on which composed paths are measured.
-EXAMPLES = 16
+# Training examples on which paths are measured before the first step, and at most at a refresh.
+EXAMPLES = 64
 
 
 class Given(NamedTuple):
@@ -146,7 +145,15 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         _within_budget(config, data, chain, units, params, mstate, given)
     )
     try:
-        network = Network(units, shapes, examples(config, data), trained.encode)
+        few, targets = inputs.first_examples(data, even(min(EXAMPLES, config.batch_size)))
+        network = Network(
+            units,
+            shapes,
+            few,
+            encode=trained.encode,
+            targets=targets,
+            error=lambda outputs, targets: output_error(trained, outputs, targets)[1],
+        )
         warmup, method = make_methods(config, network, given)
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
     except ValueError as e:
@@ -169,11 +176,9 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
     )
 
 
-def examples(config: Config, data: Images) -> np.ndarray:
-    """The first few training images, normalised, on which a feedback may be measured."""
-    # Evenly many, so that their signs balance (see `feedback.composed_paths`).
-    number = min(EXAMPLES, config.batch_size)
-    return inputs.first_images(data, max(1, number - number % 2))
+def even(number: int) -> int:
+    """The number or the next smaller even one, so that signs balance; at least one."""
+    return max(1, number - number % 2)
 
 
 def make_tasks(config: Config, given: Given = NOTHING) -> tuple[Task, Task]:

@@ -57,13 +57,19 @@ def moments(data: Data) -> tuple[np.ndarray, np.ndarray] | None:
     return (streams.MEAN, streams.STD) if isinstance(data, Stream) else data_lib.moments(data)
 
 
-def first_images(data: Images, n: int) -> np.ndarray:
-    """A few training images, normalised, float32 (n, H, W, C); of a stream, noise like them."""
+def first_examples(data: Images, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A few training inputs, normalised, float32 (n, ...), and their targets; of a stream, noise.
+
+    A stream is not read for them: noise like its images, and labels by chance.
+    """
     if isinstance(data, Batches):
-        return data.first[0][:n]
+        images, targets = data.first[:2]
+        return images[:n], targets[:n]
     if not isinstance(data, Dataset):
-        return np.random.default_rng(0).standard_normal((n, *data.image_shape), np.float32)
-    return data_lib.normalise(data.train_images[:n], moments(data))
+        rng = np.random.default_rng(0)
+        images = rng.standard_normal((n, *data.image_shape), np.float32)
+        return images, rng.integers(data.classes, size=n, dtype=np.int32)
+    return data_lib.normalise(data.train_images[:n], moments(data)), data.train_labels[:n]
 
 
 def make_loader(config: Config, data: Data, layout: Layout = ONE_DEVICE) -> AnyLoader:

@@ -1,0 +1,79 @@
+"""Direct paths by regression: the linear map of the output error that is nearest to the signals."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssa_jax.methods import feedback as fb
+from ssa_jax.networks.units import Unit
+
+Array = jax.Array
+Tree = Any
+
+# How much of the sums the next refresh keeps, and the ridge as a share of the mean square of an
+# output's error.
+KEEP = 0.8
+RIDGE = 1e-3
+
+
+def empty(shapes: Sequence[fb.Shape], plan: fb.Plan) -> tuple[tuple[Array, ...], Array]:
+    """Paths and Gram matrix before any example was seen: zeros."""
+    outputs = math.prod(shapes[-1])
+    stored = [fb.channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
+    return tuple(jnp.zeros((outputs, *s)) for s in stored), jnp.zeros((outputs, outputs))
+
+
+def regress(
+    paths: Sequence[Array],
+    gram: Array,
+    units: Sequence[Unit],
+    params: Tree,
+    twins: Tree | None,
+    mstate: Tree,
+    inputs: Tree,
+    error: Callable[[Array], Array],
+) -> tuple[tuple[Array, ...], Array]:
+    """Paths D_i = (G + λ I)⁻¹ S_i after one exact pass more.
+
+    S_i = Σ e δ_iᵀ and G = Σ e eᵀ are running sums over examples, of which a refresh keeps the share
+    KEEP; λ = RIDGE · tr(G) / outputs. δ_i = (∂outputs/∂h_i)ᵀ e is the true signal of an example:
+    its error, and those of the others through batch norms, on their way down through all units in
+    training mode, with the twins' maps in place of the weights' where there are twins. e · D_i is
+    then the linear map of e that is nearest to δ_i in the mean square; the mean Jacobian of
+    `feedback.composed_paths` is not, where Jacobian and error depend on each other. A refresh costs
+    one forward pass and the signals of one backward pass of these inputs, whatever the outputs.
+
+    Args:
+      paths: D_i so far, (outputs, *shape of h_i), or (outputs, 1, 1, channels): then of the mean
+        of δ_i over positions.
+      gram: G so far, (outputs, outputs). Together they say what S_i was.
+      units: n units.
+      params: their parameters.
+      twins: parameter trees whose maps stand in for the weights', or None.
+      mstate: model state.
+      inputs: of the model.
+      error: outputs (batch, ...) -> e of the same shape.
+    """
+    outputs, pullbacks = fb.pullbacks_of(units, params, twins, mstate, inputs)
+    signal = error(outputs)
+    e = signal.reshape(len(signal), -1)
+    was, now = gram, KEEP * gram + e.T @ e
+    inverse = jnp.linalg.inv(_ridged(now))
+    found: list[Array] = []
+    for pullback, path in zip(reversed(pullbacks), reversed(paths), strict=True):
+        (signal,) = pullback(signal)
+        seen = signal
+        if path.shape[1:] != signal.shape[1:]:
+            seen = jnp.mean(signal, tuple(range(1, signal.ndim - 1)), keepdims=True)
+        moments = KEEP * jnp.tensordot(_ridged(was), path, 1) + jnp.tensordot(e.T, seen, 1)
+        found.insert(0, jnp.tensordot(inverse, moments, 1))
+    return tuple(found), now
+
+
+def _ridged(gram: Array) -> Array:
+    # Errors that are all zero leave a matrix that can still be inverted.
+    ridge = RIDGE * jnp.trace(gram) / len(gram) + jnp.finfo(gram.dtype).tiny
+    return gram + ridge * jnp.eye(len(gram), dtype=gram.dtype)
