@@ -29,7 +29,7 @@ GROUPS = {
     ),
     "Local loss": (
         "loss", "alpha", "beta", "gamma", "kappa", "label_smoothing", "hoyer", "local_weight",
-        "readout", "readout_update", "readout_rate",
+        "readout", "readout_update", "readout_rate", "aux_depth",
     ),
     "Feedback": (
         "feedback", "feedback_update", "feedback_every", "feedback_rate", "feedback_form",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ssa_jax.methods.auglocal import auglocal
 from ssa_jax.methods.base import FeedbackOptions, Method, Network
 from ssa_jax.methods.bp import bp, chain, svd_bp
 from ssa_jax.methods.dfa import dfa, drtp
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[[Network, FeedbackOptions], Method]] = {
     "kp": kp,
     "drtp": drtp,
     "local": local,
+    "auglocal": auglocal,
     "ssa": ssa,
 }
 # Methods that are about factors; the others take a dense model unless asked otherwise.

@@ -109,6 +109,7 @@ class FeedbackOptions(NamedTuple):
       readout: ``"pred"``, ``"sim"`` or ``"predsim"`` (see `methods.local`).
       readout_update: ``"learned"`` or ``"fixed"``.
       readout_rate: Adam's rate of learned readouts.
+      aux_depth: most layers of an auxiliary network (see `methods.auglocal`).
     """
 
     path: str = "composed"
@@ -122,6 +123,7 @@ class FeedbackOptions(NamedTuple):
     readout: str = "predsim"
     readout_update: str = "learned"
     readout_rate: float = 2e-3
+    aux_depth: int = 3
 
 
 def require_choice(flag: str, value: str, choices: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Layerwise readouts: every hidden unit has a loss of its own on the labels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,22 +46,50 @@ def local(network: Network, options: FeedbackOptions) -> Method:
     require_choice("readout", options.readout, READOUTS)
     require_choice("readout_update", options.readout_update, READOUT_UPDATES)
     classes = network.shapes[-1][0]
+
+    def init(key: Array, i: int) -> Tree:
+        return _init_readout(key, network.shapes[i], classes, options.readout)
+
+    def loss(readout: Tree, i: int, h: Array, targets: Array) -> Array:
+        del i
+        return readout_loss(readout, h, targets)
+
+    return by_readouts(network, options, init, loss)
+
+
+def by_readouts(
+    network: Network,
+    options: FeedbackOptions,
+    init_one: Callable[[Array, int], Tree],
+    loss_one: Callable[[Tree, int, Array, Array], Array],
+) -> Method:
+    """Signals δ_i = ∂ℓ_i/∂h_i of losses behind a readout each; the last unit gets e.
+
+    Args:
+      network: to be trained.
+      options: `readout_update` and `readout_rate` are read.
+      init_one: (key, i) -> the readout of hidden unit i.
+      loss_one: (readout, i, h_i, targets in the outputs' shape) -> ℓ_i, the mean over the batch.
+    """
     optimizer = optax.adam(options.readout_rate)
+
+    def drawn(key: Array) -> tuple[Tree, ...]:
+        keys = jax.random.split(key, len(network.shapes))
+        return tuple(init_one(k, i) for i, k in enumerate(keys[:-1]))
 
     def init(key: Array, params: Tree, mstate: Tree) -> LocalFeedback:
         del params, mstate
-        keys = jax.random.split(key, len(network.shapes))
-        readouts = tuple(
-            _init_readout(k, shape, classes, options.readout)
-            for k, shape in zip(keys, network.shapes[:-1], strict=False)
-        )
+        readouts = drawn(key)
         return LocalFeedback(readouts, optimizer.init(readouts))
 
     def losses(readouts: Tree, hidden: Sequence[Array], logits: Array, batch: Any) -> Array:
         # Each unit's loss reads its own output alone, so one gradient of the sum serves all.
         targets = network.encode(batch.labels, logits)
-        found = (readout_loss(r, h, targets) for r, h in zip(readouts, hidden, strict=True))
-        return sum(found, start=jnp.float32(0))
+        each = (
+            loss_one(r, i, h, targets)
+            for i, (r, h) in enumerate(zip(readouts, hidden, strict=True))
+        )
+        return sum(each, start=jnp.float32(0))
 
     def signals(
         feedback: LocalFeedback, params: Tree, tape: Tape, error: Array, batch: Any
@@ -79,7 +107,9 @@ def local(network: Network, options: FeedbackOptions) -> Method:
         updates, opt_state = optimizer.update(gradients, feedback.opt_state)
         return LocalFeedback(optax.apply_updates(feedback.readouts, updates), opt_state)
 
-    return Method(init=init, signals=signals, update=update)
+    sizes = (math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(drawn, jax.random.key(0))))
+    note = f"readouts of {sum(sizes):,} parameters beside the network's"
+    return Method(init=init, signals=signals, update=update, note=note)
 
 
 def _apart(tape: Tape) -> tuple[Sequence[Array], Array]:

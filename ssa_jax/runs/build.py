@@ -248,6 +248,7 @@ def make_methods(config: Config, network: Network, given: Given = NOTHING) -> tu
         readout=config.readout,
         readout_update=config.readout_update,
         readout_rate=config.readout_rate,
+        aux_depth=config.aux_depth,
     )
     method = (given.method or find("method", config.method, METHODS))(network, options)
     if config.method == "ssa" and config.local_weight:

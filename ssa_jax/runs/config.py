@@ -220,6 +220,7 @@ class Config:
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
     readout_rate: float = setting(2e-3, "Adam's rate of learned readouts.", above=0.0)
+    aux_depth: int = setting(3, "Most layers of an auxiliary network of auglocal.", low=0)
     warmup_method: str = setting(
         "none",
         "Method of the first --warmup_epochs, on the same weights.",
