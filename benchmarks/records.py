@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_page
 from benchmarks.forms_page import pair, stacked
 from benchmarks.page import Row, find, format_ms, markdown, setting
 from benchmarks.training_page import depth, scaling, step
@@ -332,6 +333,7 @@ def aot(record: dict[str, Any]) -> str:
 
 SECTIONS = {
     "aot": aot,
+    "gpu": gpu_page.gpu,
     "compiling": compiling,
     "step": step,
     "depth": depth,
@@ -346,6 +348,10 @@ SECTIONS = {
 }
 
 
+# What stands in the place of a section whose result is missed.
+MISSING = {"gpu": gpu_page.MISSING}
+
+
 def document() -> str:
     """The whole of RECORDS.md: the sections whose results are stored."""
     parts = ["# Records\n\nMade by `python -m benchmarks.records` from `benchmarks/records/`."]
@@ -353,6 +359,8 @@ def document() -> str:
         file = STORED / f"{name}.json"
         if file.exists():
             parts.append(section(json.loads(file.read_text())))
+        elif name in MISSING:
+            parts.append(MISSING[name])
     return "\n\n".join(parts) + "\n"
 
 
