@@ -186,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for file in prepare(args.prepare.expanduser()):
             print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
         return
+    if args.quick:
+        # Of programs that run a few times most of the time is compiling.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     bare.stand_in()
     from ssa_jax.runs.environment import environment
 

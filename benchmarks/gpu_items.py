@@ -105,7 +105,7 @@ def _step_item(model: str, precision: str, batch: int, estimate: float, torch: b
          "compiled": compiled}
         for label, compiled in TORCH.items() if torch
     ]  # fmt: skip
-    return Item(f"steps of {model}, {precision}, batch {batch}", "step", estimate, (*ours, *peers))
+    return Item(f"steps of {model}, {precision}, batch {batch}", "step", estimate, (*peers, *ours))
 
 
 def _train_item(model: str, batch: int, estimate: float) -> Item:

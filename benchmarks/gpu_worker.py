@@ -191,8 +191,10 @@ def train(case: Row, say: Say) -> None:
 def main() -> None:
     """Runs the case of the command line."""
     say = _own_output()
-    bare.stand_in()
     case = json.loads(sys.argv[1])
+    if case["kind"] != "torch":
+        # PyTorch needs none of it, and asks which libraries there are.
+        bare.stand_in()
     from ssa_jax.runs import compiling
 
     compiling.leave_products_to_cublas()
