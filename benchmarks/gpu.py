@@ -32,7 +32,7 @@ from benchmarks.gpu_items import Item, Row, Setup
 
 # Left for the summary, and for processes to end.
 _LAST_S = 8.0
-# An item that takes this many times its estimate is ended.
+# An item that takes this many times what it may need is ended.
 _PATIENCE = 1.6
 
 Measure = Callable[[Item, float], Iterable[Row]]
@@ -102,7 +102,8 @@ def run(found: Iterable[Item], clock: Clock, log: Log, measure: Measure) -> None
             continue
         begun = clock.spent
         try:
-            for row in measure(item, min(clock.left, _PATIENCE * expected)):
+            patience = _PATIENCE * max(expected, item.estimate)
+            for row in measure(item, min(clock.left, patience)):
                 log.add({"item": item.name, **row, "at_s": round(clock.spent, 1)})
             clock.learn(item, clock.spent - begun)
         except Exception as e:
@@ -158,16 +159,21 @@ def _chosen(args: argparse.Namespace) -> list[Item]:
     return [item for item in found if fnmatch.fnmatch(item.name, f"*{args.only}*")]
 
 
+def _path(text: str) -> Path:
+    # Workers run in the source tree, wherever this does.
+    return Path(text).expanduser().resolve()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    folder = Path(os.environ.get("OUT", "gpu-results"))
+    folder = _path(os.environ.get("OUT", "gpu-results"))
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
-    parser.add_argument("--out", type=Path, default=folder, help="default: $OUT, else gpu-results")
-    parser.add_argument("--data", type=Path, help="folder that --prepare wrote, or some of it")
+    parser.add_argument("--out", type=_path, default=folder, help="default: $OUT, else gpu-results")
+    parser.add_argument("--data", type=_path, help="folder that --prepare wrote, or some of it")
     parser.add_argument("--only", default="", help="pattern of the items, such as resnet18")
     parser.add_argument("--commit", help="of the source, where git cannot tell")
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--prepare", type=Path, help="write CIFAR-10 as parts and stop")
+    parser.add_argument("--prepare", type=_path, help="write CIFAR-10 as parts and stop")
     return parser
 
 
@@ -183,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.prepare:
         from benchmarks.gpu_data import prepare
 
-        for file in prepare(args.prepare.expanduser()):
+        for file in prepare(args.prepare):
             print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
         return
     if args.quick:

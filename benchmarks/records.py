@@ -3,6 +3,7 @@
 python -m benchmarks.records > RECORDS.md
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -284,8 +285,8 @@ def compiling(record: dict[str, Any]) -> str:
     )
 
 
-def aot(record: dict[str, Any]) -> str:
-    """The section of `benchmarks.aot`."""
+def aot(record: dict[str, Any], name: str = "aot", devices: str = "accelerators") -> str:
+    """The section of `benchmarks.aot`, of one of its records by name."""
     names = {"taped": "", "streamed": ", streamed"}
     rows = [
         [
@@ -315,11 +316,11 @@ def aot(record: dict[str, Any]) -> str:
     models = " ".join(dict.fromkeys(r["model"] for r in record["rows"]))
     command = (
         f"python -m benchmarks.aot --target {targets} --models {models} "
-        "--json benchmarks/records/aot.json"
+        f"--json benchmarks/records/{name}.json"
     )
     return "\n\n".join(
         [
-            "## Programs for accelerators, compiled without one",
+            f"## Programs for {devices}, compiled without one",
             "Compiled on a CPU from a description of the device, products not tuned. Kernels: "
             "fusions, library calls and copies. Products: matrix products and convolutions of "
             "different shapes, each of which a GPU that tunes them compiles several times. At "
@@ -333,6 +334,7 @@ def aot(record: dict[str, Any]) -> str:
 
 SECTIONS = {
     "aot": aot,
+    "aot_tpu": functools.partial(aot, name="aot_tpu", devices="TPUs"),
     "gpu": gpu_page.gpu,
     "compiling": compiling,
     "step": step,
