@@ -153,7 +153,8 @@ def measure_steps(item: Item, setup: Setup, seconds: float) -> Iterator[Row]:
                 if None not in timings:
                     left = begun + seconds - time.monotonic()
                     timings.append(crew.time(worker, max(1.0, left)))
-        for worker, timings in said.items():
+        for worker in sorted(said, key=lambda one: item.cases.index(one.case)):
+            timings = said[worker]
             done = [t for t in timings if t]
             if done:
                 yield {"what": "step", **_about(worker.case), **_rounded(_step_row(worker, done))}
