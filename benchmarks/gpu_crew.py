@@ -1,5 +1,6 @@
 """Several processes of `benchmarks.gpu_worker` side by side, each of which may die or hang."""
 
+import contextlib
 import json
 import os
 import queue
@@ -38,7 +39,8 @@ class Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
                 env={**os.environ, **extra},
             )  # fmt: skip
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
+        self._listener.start()
 
     def _listen(self, events: "queue.Queue[tuple[Worker, Row | None]]") -> None:
         assert self._process.stdout is not None
@@ -52,10 +54,18 @@ class Worker:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
-    def end(self) -> int:
-        """Ends the process; its exit status."""
+    def end(self) -> None:
+        """Ends the process, if it has not ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.kill()
-        return self._process.wait()
+        self._process.wait()
+        # What the process started itself may hold its output open a while.
+        self._listener.join(timeout=2)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        if not self._listener.is_alive():
+            self._process.stdout.close()
 
     def last_words(self) -> str:
         """The last line of its errors."""
