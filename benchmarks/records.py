@@ -3,11 +3,13 @@
 python -m benchmarks.records > RECORDS.md
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_page
 from benchmarks.forms_page import pair, stacked
 from benchmarks.page import Row, find, format_ms, markdown, setting
 from benchmarks.training_page import depth, scaling, step
@@ -283,8 +285,8 @@ def compiling(record: dict[str, Any]) -> str:
     )
 
 
-def aot(record: dict[str, Any]) -> str:
-    """The section of `benchmarks.aot`."""
+def aot(record: dict[str, Any], name: str = "aot", devices: str = "accelerators") -> str:
+    """The section of `benchmarks.aot`, of one of its records by name."""
     names = {"taped": "", "streamed": ", streamed"}
     rows = [
         [
@@ -314,11 +316,11 @@ def aot(record: dict[str, Any]) -> str:
     models = " ".join(dict.fromkeys(r["model"] for r in record["rows"]))
     command = (
         f"python -m benchmarks.aot --target {targets} --models {models} "
-        "--json benchmarks/records/aot.json"
+        f"--json benchmarks/records/{name}.json"
     )
     return "\n\n".join(
         [
-            "## Programs for accelerators, compiled without one",
+            f"## Programs for {devices}, compiled without one",
             "Compiled on a CPU from a description of the device, products not tuned. Kernels: "
             "fusions, library calls and copies. Products: matrix products and convolutions of "
             "different shapes, each of which a GPU that tunes them compiles several times. At "
@@ -332,6 +334,8 @@ def aot(record: dict[str, Any]) -> str:
 
 SECTIONS = {
     "aot": aot,
+    "aot_tpu": functools.partial(aot, name="aot_tpu", devices="TPUs"),
+    "gpu": gpu_page.gpu,
     "compiling": compiling,
     "step": step,
     "depth": depth,
@@ -346,6 +350,10 @@ SECTIONS = {
 }
 
 
+# What stands in the place of a section whose result is missed.
+MISSING = {"gpu": gpu_page.MISSING}
+
+
 def document() -> str:
     """The whole of RECORDS.md: the sections whose results are stored."""
     parts = ["# Records\n\nMade by `python -m benchmarks.records` from `benchmarks/records/`."]
@@ -353,6 +361,8 @@ def document() -> str:
         file = STORED / f"{name}.json"
         if file.exists():
             parts.append(section(json.loads(file.read_text())))
+        elif name in MISSING:
+            parts.append(MISSING[name])
     return "\n\n".join(parts) + "\n"
 
 

@@ -32,8 +32,7 @@ def make_step(model: Any, batch: Batch, learning_rate: float) -> Callable[[], fl
     """
     torch = importlib.import_module("torch")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    network = torch.nn.Sequential(*(_unit(torch, unit) for unit in model.units))
-    network = network.to(memory_format=torch.channels_last).train()
+    network = module(model)
     images = torch.tensor(np.asarray(batch.images).transpose(0, 3, 1, 2))
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.tensor(np.asarray(batch.labels), dtype=torch.long)
@@ -47,6 +46,13 @@ def make_step(model: Any, batch: Batch, learning_rate: float) -> Callable[[], fl
         return loss.item()
 
     return step
+
+
+def module(model: Any) -> Any:
+    """The network of `make_step`: channels last, in training mode."""
+    torch = importlib.import_module("torch")
+    made = torch.nn.Sequential(*(_unit(torch, unit) for unit in model.units))
+    return made.to(memory_format=torch.channels_last).train()
 
 
 def _unit(torch: Any, unit: Any) -> Any:

@@ -54,8 +54,15 @@ class Position(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # The library may run from its source tree.
+        return "not installed"
 
 
 def differences(here: dict[str, Any], there: dict[str, Any], limit: int = 5) -> str:
