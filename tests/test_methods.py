@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 from helpers import (
     CLASSES,
+    EVERY,
     IMAGE,
-    NARROW,
-    NETWORKS,
     apart,
     first,
     make_batch,
     make_method,
     max_difference,
     output_error,
+    small_model,
     split,
 )
 
@@ -112,7 +111,7 @@ def test_protocol(name, options, rank):
 
 
 @pytest.mark.parametrize("rank", first([None, 0.5], 1))
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EVERY)
 def test_bp_is_the_gradient(network, rank):
     *_, gradients, true = run_once("bp", network, rank)
     assert max_difference(gradients, true) < 1e-6
@@ -136,7 +135,7 @@ def test_composed_tracked_is_bp_on_a_linear_network(rank):
 
 
 @pytest.mark.parametrize("rank", [None, 0.5])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EVERY)
 def test_sequential_tracked_is_bp(network, rank):
     *_, gradients, true = run_once("ssa", network, rank, {"path": "sequential"})
     assert max_difference(gradients, true) < 1e-6
@@ -168,11 +167,12 @@ def test_direct_signals_ignore_later_activations(name, options):
         assert jnp.array_equal(ours[i], theirs[i])
 
 
+QUICK_MODELS = ("mlp", "smallconv", "mobilenet_v2", "mobilenet_v3_small", "vit_tiny")
+
+
 def network_of(model, rank, batch):
     """A model of the registry with a batch of images, and one step's worth of state."""
-    # The stem of larger images pools.
-    shape = (33, 33, 3) if model in NARROW else (32, 32, 3)
-    network = MODELS[model](shape, 10, rank=rank, rngs=nnx.Rngs(0), **NARROW.get(model, {}))
+    network, shape = small_model(model, 10, rank)
     units, params, mstate = apart(network, shape)
     return units, params, mstate, make_batch(batch, shape=shape, classes=10), shape
 
@@ -180,7 +180,7 @@ def network_of(model, rank, batch):
 @pytest.mark.parametrize("rank", first([0.5, None], 1))
 @pytest.mark.parametrize(
     "model",
-    [m if m in ("mlp", "smallconv") else pytest.param(m, marks=pytest.mark.long) for m in MODELS],
+    [m if m in QUICK_MODELS else pytest.param(m, marks=pytest.mark.long) for m in MODELS],
 )
 def test_sequential_tracked_is_bp_on_every_model(model, rank):
     units, params, mstate, batch, shape = network_of(model, rank, 4)

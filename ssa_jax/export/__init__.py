@@ -14,12 +14,13 @@ from ssa_jax.export.files import (
     weight_bytes,
     weights,
 )
-from ssa_jax.export.modules import Add, Affine, ExportError, InferenceModel, MaxPool
+from ssa_jax.export.modules import Add, Affine, Attention, ExportError, InferenceModel, MaxPool
 
 __all__ = [
     "FORMS",
     "Add",
     "Affine",
+    "Attention",
     "ExportError",
     "InferenceModel",
     "MaxPool",
