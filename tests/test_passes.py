@@ -60,6 +60,9 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     [
         pytest.param("ssa", "conv", marks=pytest.mark.slow),
         ("ssa, 1 ahead", "conv"),
+        ("dfa", "vit"),
+        pytest.param("ssa, 1 ahead", "vit", marks=pytest.mark.slow),
+        pytest.param("ssa, 1 ahead", "inverted", marks=pytest.mark.slow),
         pytest.param("ssa", "residual", marks=pytest.mark.long),
         *(
             pytest.param(n, "conv", marks=pytest.mark.long)

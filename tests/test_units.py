@@ -176,7 +176,14 @@ def test_vgg13_takes_the_sizes_of_imagenet(size):
 
 
 @pytest.mark.parametrize("rank", [None, 0.25])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    # Of their families one is enough.
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m in ("efficientnet_b0", "vit_small") else m
+        for m in MODELS
+    ],
+)
 def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
     shape = (32, 32, 3)
     units, params, mstate = split_of(name, shape, rank)

@@ -15,6 +15,7 @@ from ssa_jax.export.files import (
     weights,
 )
 from ssa_jax.export.modules import Add, Affine, Attention, ExportError, InferenceModel, MaxPool
+from ssa_jax.export.pretrained import load_pretrained
 
 __all__ = [
     "FORMS",
@@ -25,6 +26,7 @@ __all__ = [
     "InferenceModel",
     "MaxPool",
     "load",
+    "load_pretrained",
     "load_stablehlo",
     "read_config",
     "save",
