@@ -1,5 +1,7 @@
 """Small networks and batches that the tests share."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from flax import nnx
 
 from ssa_jax.layers import Pool
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
+from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import (
     Plain,
     Residual,
@@ -14,8 +17,12 @@ from ssa_jax.models.blocks import (
     conv,
     dense,
 )
+from ssa_jax.models.efficientnet import B0, efficientnet_b0
 from ssa_jax.models.feedforward import Feedforward
+from ssa_jax.models.mobilenet import V2, V3_SMALL
+from ssa_jax.models.vit import vit_tiny
 from ssa_jax.networks import models
+from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.networks.forward import output_shapes
 from ssa_jax.training import tasks
 from ssa_jax.types import Batch
@@ -87,8 +94,38 @@ NETWORKS = {
 }
 
 
-# Models that would take a test too long at their width and depth.
-NARROW = {name: {"width": 8, "blocks": (1, 1)} for name in ("resnet18", "resnet50")}
+def tiny_inverted(rank=None, seed=0):
+    """Two inverted residual blocks with squeeze-and-excitation, one of them with a skip."""
+    options = {"width": 0.5, "stages": ((2, 3, 32, 1, 1), (2, 5, 32, 1, 1))}
+    return efficientnet_b0(IMAGE, CLASSES, rank=rank, rngs=nnx.Rngs(seed), **options)
+
+
+def tiny_vit(rank=None, seed=0):
+    """Patches and a class token, two blocks of attention and MLP."""
+    options = {"width": 16, "depth": 2, "heads": 2, "patch": 2}
+    return vit_tiny(IMAGE, CLASSES, rank=rank, rngs=nnx.Rngs(seed), **options)
+
+
+# The architectures that are made of other layers too.
+EVERY = NETWORKS | {"inverted": tiny_inverted, "vit": tiny_vit}
+
+
+# Models that would take a test too long at their width and depth: images and options of theirs.
+# The stem of a residual network pools larger ones than 32 pixels.
+NARROW = {
+    **{n: ((33, 33, 3), {"width": 8, "blocks": (1, 1)}) for n in ("resnet18", "resnet50")},
+    "mobilenet_v2": ((8, 8, 3), {"width": 0.5, "stages": V2[:2]}),
+    "mobilenet_v3_small": ((8, 8, 3), {"width": 0.25, "blocks": V3_SMALL[:3:2] + V3_SMALL[4:5]}),
+    "efficientnet_b0": ((8, 8, 3), {"width": 0.5, "stages": B0[:2]}),
+    **{n: ((8, 8, 3), {"width": 16, "depth": 2, "heads": 2}) for n in ("vit_tiny", "vit_small")},
+}
+
+
+def small_model(name, classes, rank, shape=(32, 32, 3), **options):
+    """A model of the registry and the shape of its images, at a size that a test can afford."""
+    shape, options = NARROW.get(name, (shape, options))
+    with warnings.catch_warnings(action="ignore", category=LeftDense):
+        return MODELS[name](shape, classes, rank=rank, rngs=nnx.Rngs(0), **options), shape
 
 
 def make_batch(n=8, seed=0, shape=IMAGE, classes=CLASSES):
@@ -109,7 +146,8 @@ def apart(model, shape=IMAGE):
 
 
 def split(name="conv", rank=None, seed=0):
-    return apart(NETWORKS[name](rank, seed))
+    with warnings.catch_warnings(action="ignore", category=LeftDense):
+        return apart(EVERY[name](rank, seed))
 
 
 def make_method(name, units, params, mstate, shape=IMAGE, **options) -> Method:

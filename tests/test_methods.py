@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 from helpers import (
     CLASSES,
+    EVERY,
     IMAGE,
-    NARROW,
-    NETWORKS,
     apart,
     first,
     make_batch,
     make_method,
     max_difference,
     output_error,
+    small_model,
     split,
 )
 
@@ -81,10 +80,23 @@ def run_once(name, network="conv", rank=0.5, options=None, key=0):
     return tape, error, signals, gradients, true_gradients(units, params, mstate, batch)
 
 
-@pytest.mark.parametrize(("name", "options", "rank"), PROTOCOL)
-def test_protocol(name, options, rank):
+# The other architectures take the methods that differ in what they ask of a layer.
+ASKING = (("svd_bp", {}), ("dfa", {}), ("ssa", {"lookahead": 1}), ("fa", {}), ("local", {}))
+PROTOCOL = [
+    *(pytest.param(*case.values, "conv", id=case.id, marks=case.marks) for case in PROTOCOL),
+    *(
+        pytest.param(name, options, 0.5, network, id=f"{name}-{network}", marks=marks)
+        for network in ("inverted", "vit")
+        for name, options in ASKING
+        for marks in [[] if name in ("dfa", "ssa") and network == "vit" else pytest.mark.slow]
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "rank", "network"), PROTOCOL)
+def test_protocol(name, options, rank, network):
     """One finite signal of the output's shape a unit; steps compile once and move every unit."""
-    units, params, mstate = split("conv", rank)
+    units, params, mstate = split(network, rank)
     method = make_method(name, units, params, mstate, **options)
     batch = make_batch()
     logits, _, tape = forward(units, params, mstate, batch.images)
@@ -112,7 +124,7 @@ def test_protocol(name, options, rank):
 
 
 @pytest.mark.parametrize("rank", first([None, 0.5], 1))
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EVERY)
 def test_bp_is_the_gradient(network, rank):
     *_, gradients, true = run_once("bp", network, rank)
     assert max_difference(gradients, true) < 1e-6
@@ -136,7 +148,7 @@ def test_composed_tracked_is_bp_on_a_linear_network(rank):
 
 
 @pytest.mark.parametrize("rank", [None, 0.5])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EVERY)
 def test_sequential_tracked_is_bp(network, rank):
     *_, gradients, true = run_once("ssa", network, rank, {"path": "sequential"})
     assert max_difference(gradients, true) < 1e-6
@@ -168,11 +180,12 @@ def test_direct_signals_ignore_later_activations(name, options):
         assert jnp.array_equal(ours[i], theirs[i])
 
 
+QUICK_MODELS = ("mlp", "smallconv", "mobilenet_v3_small")
+
+
 def network_of(model, rank, batch):
     """A model of the registry with a batch of images, and one step's worth of state."""
-    # The stem of larger images pools.
-    shape = (33, 33, 3) if model in NARROW else (32, 32, 3)
-    network = MODELS[model](shape, 10, rank=rank, rngs=nnx.Rngs(0), **NARROW.get(model, {}))
+    network, shape = small_model(model, 10, rank)
     units, params, mstate = apart(network, shape)
     return units, params, mstate, make_batch(batch, shape=shape, classes=10), shape
 
@@ -180,7 +193,7 @@ def network_of(model, rank, batch):
 @pytest.mark.parametrize("rank", first([0.5, None], 1))
 @pytest.mark.parametrize(
     "model",
-    [m if m in ("mlp", "smallconv") else pytest.param(m, marks=pytest.mark.long) for m in MODELS],
+    [m if m in QUICK_MODELS else pytest.param(m, marks=pytest.mark.long) for m in MODELS],
 )
 def test_sequential_tracked_is_bp_on_every_model(model, rank):
     units, params, mstate, batch, shape = network_of(model, rank, 4)

@@ -34,10 +34,11 @@ TAPED_ONLY = {
 }
 
 
-def chain(schedule="none"):
+def chain(schedule="none", optimizer="adam"):
     config = OptimizerConfig(
-        learning_rate=1e-2, total_steps=6, steps_per_epoch=2, hoyer=1e-3, rank_schedule=schedule
-    )
+        learning_rate=1e-2, total_steps=6, steps_per_epoch=2, hoyer=1e-3, rank_schedule=schedule,
+        optimizer=optimizer,
+    )  # fmt: skip
     return optim.make_optimizer(config)
 
 
@@ -61,6 +62,9 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     [
         pytest.param("ssa", "conv", marks=pytest.mark.slow),
         ("ssa, 1 ahead", "conv"),
+        ("dfa", "vit"),
+        pytest.param("ssa, 1 ahead", "vit", marks=pytest.mark.slow),
+        pytest.param("ssa, 1 ahead", "inverted", marks=pytest.mark.slow),
         pytest.param("ssa", "residual", marks=pytest.mark.long),
         *(
             pytest.param(n, "conv", marks=pytest.mark.long)
@@ -70,8 +74,10 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     ],
 )
 def test_streamed_equals_taped(name, network):
+    # A key's bias has no gradient but rounding, which Adam would blow up to a whole step.
+    optimizer = chain("hybrid", "momentum" if network == "vit" else "adam")
     ours, theirs = (
-        trained(name, DIRECT[name], memory, chain("hybrid"), network=network)
+        trained(name, DIRECT[name], memory, optimizer, network=network)
         for memory in ("streamed", "taped")
     )
     assert max_difference(ours, theirs) < 2e-5

@@ -1,6 +1,7 @@
 """Units: the NNX model and its pure functions are the same network."""
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from helpers import IMAGE, NETWORKS, apart, first, make_batch, max_difference, s
 from ssa_jax.models import MODELS
 from ssa_jax.networks import models
 from ssa_jax.networks.cut import CutError
+from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.networks.forward import forward, output_shapes, predict
 from ssa_jax.networks.units import group_units
 
@@ -132,12 +134,19 @@ def split_of(name, shape, rank):
     units = []
 
     def trees():
-        split = apart(MODELS[name](shape, 10, rank=rank, rngs=nnx.Rngs(0)), shape)
+        with warnings.catch_warnings(action="ignore", category=LeftDense):
+            model = MODELS[name](shape, 10, rank=rank, rngs=nnx.Rngs(0))
+        split = apart(model, shape)
         units.extend(split[0])
         return split[1:]
 
     params, mstate = jax.eval_shape(trees)
     return tuple(units), params, mstate
+
+
+def maps(*stages):
+    """Shapes of square maps: side, how many of them, channels."""
+    return [(side, side, width) for side, count, width in stages for _ in range(count)]
 
 
 def imagenet(side, width, blocks, expansion):
@@ -167,7 +176,14 @@ def test_vgg13_takes_the_sizes_of_imagenet(size):
 
 
 @pytest.mark.parametrize("rank", [None, 0.25])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    # Of their families one is enough.
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m in ("efficientnet_b0", "vit_small") else m
+        for m in MODELS
+    ],
+)
 def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
     shape = (32, 32, 3)
     units, params, mstate = split_of(name, shape, rank)
@@ -186,6 +202,14 @@ def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
         "plain32": resnet,
         "resnet18": imagenet(32, 64, (2, 2, 2, 2), 1),
         "resnet50": imagenet(32, 64, (3, 4, 6, 3), 4),
+        "mobilenet_v2": maps((32, 1, 32), (32, 1, 16), (32, 2, 24), (16, 3, 32), (8, 4, 64),
+                             (8, 3, 96), (4, 3, 160), (4, 1, 320), (4, 1, 1280)),
+        "mobilenet_v3_small": [*maps((32, 2, 16), (16, 2, 24), (8, 3, 40), (8, 2, 48), (4, 3, 96),
+                                     (4, 1, 576)), (1024,)],
+        "efficientnet_b0": maps((32, 1, 32), (32, 1, 16), (32, 2, 24), (16, 2, 40), (8, 3, 80),
+                                (8, 3, 112), (4, 4, 192), (4, 1, 320), (4, 1, 1280)),
+        "vit_tiny": [(65, 192)] * 13,
+        "vit_small": [(65, 384)] * 13,
     }  # fmt: skip
     assert shapes[:-1] == expected[name]
     (kernel,) = (x for path, x in params[-1].items() if path.endswith("kernel"))

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from helpers import (
     CLASSES,
+    EVERY,
     IMAGE,
-    NETWORKS,
     apart,
     make_batch,
     make_method,
@@ -60,7 +60,7 @@ def masked(params, share):
     return factors.map_factors(one, params)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EVERY)
 def test_all_directions_are_backpropagation_to_the_last_bit(network):
     units, params, mstate = split(network, 0.5)
     ours, *_ = signals(units, params, mstate, path="sequential", rank=0.999)
@@ -70,7 +70,7 @@ def test_all_directions_are_backpropagation_to_the_last_bit(network):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EVERY)
 def test_a_share_is_the_walk_through_weights_without_their_small_singular_values(network, share):
     units, params, mstate = split(network, 0.5)
     params = spread_spectra(params)

@@ -14,16 +14,19 @@ from ssa_jax.export.files import (
     weight_bytes,
     weights,
 )
-from ssa_jax.export.modules import Add, Affine, ExportError, InferenceModel, MaxPool
+from ssa_jax.export.modules import Add, Affine, Attention, ExportError, InferenceModel, MaxPool
+from ssa_jax.export.pretrained import load_pretrained
 
 __all__ = [
     "FORMS",
     "Add",
     "Affine",
+    "Attention",
     "ExportError",
     "InferenceModel",
     "MaxPool",
     "load",
+    "load_pretrained",
     "load_stablehlo",
     "read_config",
     "save",

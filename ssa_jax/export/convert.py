@@ -9,9 +9,18 @@ import numpy as np
 from flax import nnx
 
 from ssa_jax.export import modules
-from ssa_jax.export.modules import FUNCTIONS, Add, Affine, ExportError, InferenceModel, MaxPool
-from ssa_jax.layers import SVDConv, SVDDense, matrix_to_kernel, split_padding
-from ssa_jax.models.blocks import Plain, Residual
+from ssa_jax.export.descriptions import describe
+from ssa_jax.export.modules import (
+    FUNCTIONS,
+    Add,
+    Affine,
+    Attention,
+    ExportError,
+    InferenceModel,
+    MaxPool,
+)
+from ssa_jax.layers import SVDConv, SVDDense, SVDLinearGeneral, matrix_to_kernel, split_padding
+from ssa_jax.models.blocks import Gate, Plain, Residual
 from ssa_jax.training import costs
 
 Array = jax.Array
@@ -45,7 +54,8 @@ def to_inference(
     Args:
       model: a model of `MODELS`, an `InferenceModel`, or any nesting of `units`,
         `nnx.Sequential`, unit modules, stock or factorised linear layers and convolutions, batch
-        norms, dropout, and the functions that `modules.FUNCTIONS` lists. It is left as it is.
+        and layer norms, self-attention, dropout, and the functions that `modules.FUNCTIONS`
+        lists. It is left as it is.
       input_shape: (H, W, C) of an image.
       form: ``"factored"``, ``"merged"``, or ``"auto"``: for each layer the one with fewer
         multiply-accumulates, merged where they are equal.
@@ -107,20 +117,44 @@ def _converted(path: str, step: Any, x: Any, form: str) -> list[Any]:
     """The ordinary layers that one step becomes."""
     if isinstance(step, _Branches):
         return [Add([nnx.Sequential(*_compile(branch, x, form)) for branch in step.steps])]
+    if isinstance(step, Gate):
+        return [Gate(_compile(_sequence(f"{path}/gate", step.gate.layers), x, form))]
+    if isinstance(step, nnx.MultiHeadAttention):
+        return [_attention(path, step, x, form)]
     if isinstance(step, SVDConv) and not step.is_plain:
         raise ExportError(f"{path}: a grouped or dilated SVDConv has no inference form")
-    if isinstance(step, SVDDense | SVDConv):
+    if isinstance(step, SVDDense | SVDConv | SVDLinearGeneral):
         return _chosen(step, x, form)
     if type(step) in (nnx.Linear, nnx.Conv):
         return [_copied(path, step)]
     try:
-        modules.describe(step)
+        describe(step)
     except ExportError as e:
         raise ExportError(f"{path}: {e}") from e
-    return [step]
+    return [nnx.clone(step) if isinstance(step, nnx.Module) else step]
 
 
-def _chosen(layer: SVDDense | SVDConv, x: Any, form: str) -> list[Any]:
+def _attention(path: str, layer: nnx.MultiHeadAttention, x: Any, form: str) -> Attention:
+    """Attention of maps on rows: heads are made of a row, and one of them."""
+    if layer.normalize_qk or layer.attention_fn is not nnx.dot_product_attention:
+        raise ExportError(f"{path}: attention of its own kind has no inference form")
+    inner = jax.ShapeDtypeStruct((*x.shape[:-1], layer.qkv_features), x.dtype)
+
+    def row(name: str, x: Any) -> nnx.Sequential:
+        part = getattr(layer, name)
+        if type(part) is nnx.LinearGeneral:
+            kernel, bias = part.kernel.get_value(), _bias(part)
+            return nnx.Sequential(modules.linear(kernel.reshape(x.shape[-1], -1), bias))
+        return nnx.Sequential(*_converted(f"{path}/{name}", part, x, form))
+
+    maps = [row(name, x) for name in ("query", "key", "value")]
+    return Attention(layer.num_heads, [*maps, row("out", inner)])
+
+
+_Factored = SVDDense | SVDConv | SVDLinearGeneral
+
+
+def _chosen(layer: _Factored, x: Any, form: str) -> list[Any]:
     pair, single = _factored(layer), [_merged(layer)]
     if form != "auto":
         return pair if form == "factored" else single
@@ -140,14 +174,14 @@ def _narrow(x: np.ndarray) -> Array:
 
 
 def _bias(layer: Any) -> Array | None:
-    return None if layer.bias is None else layer.bias.get_value()
+    return None if layer.bias is None else layer.bias.get_value().reshape(-1)
 
 
-def _factored(layer: SVDDense | SVDConv) -> list[Any]:
+def _factored(layer: _Factored) -> list[Any]:
     """Two layers: by V diag(s), without bias, then by Uᵀ."""
     u, s, v = layer.kernel.get_value()
     down = _narrow(_wide(v) * _wide(s)[None, :])
-    if isinstance(layer, SVDDense):
+    if not isinstance(layer, SVDConv):
         return [modules.linear(down, None), modules.linear(u.T, _bias(layer))]
     (kh, kw), (sh, sw), r = layer.kernel_size, layer.strides, s.shape[0]
     pad_h, pad_w = split_padding(layer.padding)
@@ -158,11 +192,11 @@ def _factored(layer: SVDDense | SVDConv) -> list[Any]:
     ]
 
 
-def _merged(layer: SVDDense | SVDConv) -> Any:
+def _merged(layer: _Factored) -> Any:
     """One layer, of W = U diag(s) Vᵀ."""
     u, s, v = map(_wide, layer.kernel.get_value())
     w = _narrow((u * s[None, :]) @ v.T)
-    if isinstance(layer, SVDDense):
+    if not isinstance(layer, SVDConv):
         return modules.linear(w.T, _bias(layer))
     kernel = matrix_to_kernel(w, layer.kernel_size)
     padding = layer.padding.upper() if isinstance(layer.padding, str) else layer.padding

@@ -20,7 +20,8 @@ import safetensors.numpy
 from flax import nnx
 from jax import export as jax_export
 
-from ssa_jax.export.modules import ExportError, InferenceModel, describe, rebuild
+from ssa_jax.export.descriptions import describe, rebuild
+from ssa_jax.export.modules import ExportError, InferenceModel
 
 Array = jax.Array
 

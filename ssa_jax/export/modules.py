@@ -1,7 +1,8 @@
-"""The network of an export: ordinary Flax layers in a row, and their description in JSON.
+"""The network of an export: ordinary Flax layers in a row.
 
-`nnx.Linear`, `nnx.Conv` and elementwise functions do the work. What Flax has no layer for is
-here: a sum of branches, a scale and shift, pooling, a flattening.
+`nnx.Linear`, `nnx.Conv`, `nnx.LayerNorm` and functions do the work. What Flax has no layer for is
+here: a sum of branches, a scale and shift, pooling, a flattening, attention whose maps may be two
+layers in a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +14,11 @@ from flax import nnx
 
 from ssa_jax.layers import Pool
 from ssa_jax.layers.lowering import conv_general_dilated
+from ssa_jax.models.blocks import average
+from ssa_jax.models.vit import exact_gelu, first_token, mean_token
 
 Array = jax.Array
 Layer = Callable[[Array], Array]
-Description = dict[str, Any]
 
 
 class ExportError(ValueError):
@@ -69,14 +71,28 @@ class Add(nnx.Module):
         return sum(rest, start=first)
 
 
+class Attention(nnx.Module):
+    """Self-attention of several heads: softmax(q kᵀ / √d) v of each, mapped by the last of `maps`.
+
+    Args:
+      heads: divides the width of what the first three maps give.
+      maps: `nnx.Sequential` modules of linear layers, for query, key, value and output.
+    """
+
+    def __init__(self, heads: int, maps: Sequence[nnx.Sequential]):
+        self.heads = heads
+        self.maps = nnx.List(maps)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (batch, tokens, features) to (batch, tokens, width of the output)."""
+        *inputs, out = self.maps
+        q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in inputs)
+        return out(nnx.dot_product_attention(q, k, v).reshape(*x.shape[:2], -1))
+
+
 def flatten(x: Array) -> Array:
     """(batch, ...) to (batch, features)."""
     return x.reshape(x.shape[0], -1)
-
-
-def average(x: Array) -> Array:
-    """The mean over positions: (batch, H, W, C) to (batch, C)."""
-    return jnp.mean(x, axis=(1, 2))
 
 
 FUNCTIONS: dict[str, Layer] = {
@@ -90,6 +106,12 @@ FUNCTIONS: dict[str, Layer] = {
     "softplus": nnx.softplus,
     "sigmoid": nnx.sigmoid,
     "tanh": nnx.tanh,
+    "relu6": nnx.relu6,
+    "hard_sigmoid": nnx.hard_sigmoid,
+    "hard_swish": nnx.hard_swish,
+    "exact_gelu": exact_gelu,
+    "first_token": first_token,
+    "mean_token": mean_token,
 }
 
 
@@ -183,53 +205,3 @@ def conv_options(layer: nnx.Conv) -> dict[str, Any]:
         "kernel_dilation": each(layer.kernel_dilation),
         "feature_group_count": layer.feature_group_count,
     }
-
-
-def describe(layer: Any) -> Description:
-    """What `rebuild` needs to make a layer again, its arrays apart.
-
-    Raises:
-      ExportError: a layer of a kind that exports do not have.
-    """
-    if type(layer) is nnx.Linear:
-        return {"kind": "linear", "shape": list(layer.kernel.shape), "bias": layer.use_bias}
-    if type(layer) is nnx.Conv:
-        shape = list(layer.kernel.shape)
-        return {"kind": "conv", "shape": shape, "bias": layer.use_bias, **conv_options(layer)}
-    if isinstance(layer, Affine):
-        return {"kind": "affine", "features": layer.features}
-    if isinstance(layer, MaxPool):
-        return {"kind": "max_pool", **layer.pool._asdict()}
-    if isinstance(layer, Add):
-        return {
-            "kind": "add",
-            "branches": [[describe(y) for y in b.layers] for b in layer.branches],
-        }
-    for name, function in FUNCTIONS.items():
-        if layer is function:
-            return {"kind": name}
-    name = getattr(layer, "__name__", type(layer).__name__)
-    raise ExportError(f"exports have no layer {name}; they have {', '.join(FUNCTIONS)}")
-
-
-def rebuild(description: Description) -> Any:
-    """The layer of a description, its arrays being shapes alone.
-
-    Raises:
-      KeyError, TypeError, ValueError: no description of a layer.
-    """
-    options = dict(description)
-    kind = options.pop("kind")
-    if kind == "add":
-        branches = options["branches"]
-        return Add([nnx.Sequential(*(rebuild(d) for d in branch)) for branch in branches])
-    if kind == "max_pool":
-        # Exports of earlier versions have the size alone, which was the stride too.
-        return MaxPool(Pool(**{"stride": options["size"], **options}))
-    if kind == "affine":
-        return Affine(*[jax.ShapeDtypeStruct((options["features"],), jnp.float32)] * 2)  # type: ignore[arg-type]
-    if kind in ("linear", "conv"):
-        kernel = jax.ShapeDtypeStruct(tuple(options.pop("shape")), jnp.float32)
-        bias = jax.ShapeDtypeStruct(kernel.shape[-1:], jnp.float32) if options.pop("bias") else None
-        return (linear if kind == "linear" else conv)(kernel, bias, **options)  # type: ignore[arg-type]
-    return FUNCTIONS[kind]

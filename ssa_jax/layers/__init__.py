@@ -138,7 +138,7 @@ class SVDLinearGeneral(nnx.Module):
         kept = x.shape[: x.ndim - len(self.axis)]
         y = products.dense(self.kernel.get_value(), x.reshape(*kept, -1))
         y = y.reshape(*kept, *self.out_shape)
-        return y if self.bias is None else y + self.bias.get_value()
+        return y if self.bias is None else y + self.bias.get_value()[(None,) * len(kept)]
 
 
 class SVDConv(nnx.Module):

@@ -1,6 +1,6 @@
 """What the models are made of: maps with norm and activation, residual blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,15 @@ from flax import nnx
 from ssa_jax.layers import Pool, SVDConv, SVDDense, max_pool
 from ssa_jax.layers.lowering import conv_general_dilated
 from ssa_jax.networks.cut import cut
+from ssa_jax.networks.factorize import factorize
 
 Array = jax.Array
 
 # Running statistics follow within some tens of steps.
 MOMENTUM = 0.9
+# Why such layers stay dense.
+FIRST = "the first layer: what it drops is lost to all that follows"
+CLASSIFIER = "the classifier: few directions, each of them a class"
 
 
 def dense(
@@ -29,9 +33,11 @@ def dense(
 
 def conv(
     c_in: int, c_out: int, size: int, *, rank: float | None, rngs: nnx.Rngs,
-    strides: int = 1, use_bias: bool = False,
+    strides: int = 1, use_bias: bool = False, groups: int = 1,
 ) -> nnx.Module:  # fmt: skip
     """`SVDConv` at a rank fraction, `nnx.Conv` (He-initialised) for rank None; odd sizes.
+
+    One of `groups` is of either kind, and a depthwise one is for rank None.
 
     Padded by size // 2 on every side. With stride one that is SAME; SAME with stride two would
     centre a 3x3 window one pixel beside the position that a 1x1 shortcut takes.
@@ -41,17 +47,34 @@ def conv(
         init = nnx.initializers.he_normal()
         return nnx.Conv(
             c_in, c_out, (size, size), strides=strides, padding=padding, use_bias=use_bias,
-            kernel_init=init, conv_general_dilated=conv_general_dilated, rngs=rngs,
+            kernel_init=init, conv_general_dilated=conv_general_dilated,
+            feature_group_count=groups, rngs=rngs,
         )  # fmt: skip
     return SVDConv(
         c_in, c_out, size, rank=rank, strides=strides, padding=padding, use_bias=use_bias,
-        rngs=rngs,
+        feature_group_count=groups, rngs=rngs,
     )  # fmt: skip
 
 
-def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(features: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.BatchNorm:
     """Batch norm whose running statistics follow within some tens of steps."""
-    return nnx.BatchNorm(features, momentum=MOMENTUM, rngs=rngs)
+    return nnx.BatchNorm(features, momentum=MOMENTUM, epsilon=epsilon, rngs=rngs)
+
+
+def at_rank(model: nnx.Module, rank: float | None, dense: Mapping[str, str]) -> Any:
+    """The model with its layers on factors, or as it is for rank None.
+
+    Args:
+      model: of stock layers.
+      rank: fraction of full rank.
+      dense: patterns of layers that stay dense, each with the reason, which is told.
+    """
+    return model if rank is None else factorize(model, rank=rank, exclude=dense)
+
+
+def average(x: Array) -> Array:
+    """The mean over positions: (batch, H, W, C) to (batch, C)."""
+    return jnp.mean(x, axis=(1, 2))
 
 
 def check_images(input_shape: tuple[int, ...], halvings: int) -> None:
@@ -111,7 +134,7 @@ class Plain(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """The output of all parts in a row."""
         if self.average:
-            x = jnp.mean(x, axis=(1, 2))
+            x = average(x)
         y = self.map(x.reshape(x.shape[0], -1) if self.flatten else x)
         if self.norm is not None:
             # The norm of bfloat16 values is float32: its statistics are.
@@ -121,11 +144,28 @@ class Plain(nnx.Module):
         return max_pool(y, self.pool) if self.pool else y
 
 
+class Gate(nnx.Module):
+    """x ⊙ gate(x), a number for each example and channel: squeeze-and-excitation.
+
+    Source: Hu, Shen and Sun 2018.
+
+    Args:
+      gate: layers run in order, from (batch, H, W, C) to (batch, C).
+    """
+
+    def __init__(self, gate: Sequence[Callable[[Array], Array]]):
+        self.gate = nnx.Sequential(*gate)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (batch, H, W, C) to the same shape."""
+        return x * self.gate(x)[:, None, None, :]
+
+
 class Residual(nnx.Module):
     """A residual block: activation(body(x) + shortcut(x)).
 
     Args:
-      body: `Plain` modules run in order; the last one without activation.
+      body: modules run in order; the last one without activation.
       shortcut: a `Plain` module that fits the shapes, or None for the identity.
       skip: False leaves the shortcut's term out: activation(body(x)), a plain block.
       activation: applied to the sum; None for none.
@@ -137,7 +177,7 @@ class Residual(nnx.Module):
 
     def __init__(
         self,
-        body: list[Plain],
+        body: Sequence[Any],
         *,
         shortcut: Plain | None = None,
         skip: bool = True,

@@ -4,10 +4,12 @@ import collections
 import dataclasses
 import fnmatch
 import math
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -35,7 +37,11 @@ class LeftDense(UserWarning):
 
 
 def factorize(
-    model: Any, *, rank: float = 0.5, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: Any,
+    *,
+    rank: float = 0.5,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] | Mapping[str, str] = (),
 ) -> Any:
     """The model with its linear layers, convolutions and attention projections on factors.
 
@@ -48,10 +54,11 @@ def factorize(
         is made of; or a `LinenModel` with Dense, Conv and DenseGeneral. It is left as it is.
       rank: fraction of full rank, in (0, 1].
       include: patterns, as a shell matches file names, of the paths of layers to put on factors.
-      exclude: of layers to leave dense.
+      exclude: of layers to leave dense. A mapping from such patterns to reasons has these told.
 
     Returns:
-      a copy of the model.
+      a copy of the model. A `LeftDense` warning names the layers that cannot be on factors, and
+      those that are excluded for a reason, with their reasons.
 
     Raises:
       ValueError: a rank out of range, a pattern that fits no layer, or no layer is left.
@@ -70,7 +77,7 @@ def factorize(
     reasons = {path: _against(layer, uses) for path, layer in layers.items()}
     ranks = {path: min(_matrix(x).shape) for path, x in layers.items() if not reasons[path]}
     chosen = _chosen(list(layers), ranks, rank, include, exclude)
-    _tell_left(reasons)
+    _tell_left(reasons, exclude)
     return from_dense(model, ranks=chosen)
 
 
@@ -83,34 +90,56 @@ def has_factors(model: Any) -> bool:
 
 
 def _chosen(
-    layers: Sequence[str], full: Mapping[str, int], rank: float, include: Sequence[str],
-    exclude: Sequence[str],
+    layers: Sequence[str], full: Mapping[str, int], rank: float, include: Iterable[str],
+    exclude: Iterable[str],
 ) -> dict[str, int]:  # fmt: skip
     """Ranks of the layers that fit the patterns and are worth it."""
     for pattern in (*include, *exclude):
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"no layer fits {pattern!r}, there are {', '.join(layers)}")
 
-    def fits(path: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(path, p) for p in patterns)
-
     found = {
         path: rank_of(rank, n, n)
         for path, n in full.items()
-        if n >= LEAST_FULL_RANK and fits(path, include) and not fits(path, exclude)
+        if n >= LEAST_FULL_RANK and _fits(path, include) and not _fits(path, exclude)
     }
     if not found:
         raise ValueError(f"no layer is left to put on factors of {', '.join(layers)}")
     return found
 
 
-def _tell_left(reasons: Mapping[str, str | None]) -> None:
-    if left := [f"{path} ({reason})" for path, reason in reasons.items() if reason]:
-        warnings.warn(f"left dense: {'; '.join(left)}", LeftDense, stacklevel=4)
+def _fits(path: str, patterns: Iterable[str]) -> str | None:
+    """The first of the patterns that a path fits."""
+    return next((p for p in patterns if fnmatch.fnmatchcase(path, p)), None)
+
+
+def _tell_left(
+    reasons: Mapping[str, str | None], exclude: Sequence[str] | Mapping[str, str]
+) -> None:
+    told = exclude if isinstance(exclude, Mapping) else {}
+    left = {path: reason or told.get(_fits(path, told) or "") for path, reason in reasons.items()}
+    if text := _by_reason(left):
+        warnings.warn(text, LeftDense, stacklevel=4)
+
+
+def _by_reason(reasons: Mapping[str, str | None]) -> str:
+    """Which layers stay dense for which reason, those that differ by numbers as one; or nothing."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for path, reason in reasons.items():
+        if reason:
+            alike.setdefault((re.sub(r"\d+", "*", path), reason), []).append(path)
+    found = [
+        f"{paths[0] if len(paths) == 1 else f'{len(paths)} of {name}'} ({reason})"
+        for (name, reason), paths in alike.items()
+    ]
+    return f"left dense: {'; '.join(found)}" if found else ""
 
 
 def _factorize_linen(
-    model: LinenModel, rank: float, include: Sequence[str], exclude: Sequence[str]
+    model: LinenModel,
+    rank: float,
+    include: Sequence[str],
+    exclude: Sequence[str] | Mapping[str, str],
 ) -> LinenModel:
     layers = model.layers()
     reasons = {path: linen_factors.against(layer) for path, layer in layers.items()}
@@ -122,7 +151,7 @@ def _factorize_linen(
     }
     full = {path: min(m.shape) for path, m in matrices.items()}
     chosen = _chosen(list(layers), full, rank, include, exclude)
-    _tell_left(reasons)
+    _tell_left(reasons, exclude)
     for path, r in chosen.items():
         kernel = _best(matrices[path], r)
         params = _replaced(params, f"{path}/kernel".split("/"), kernel)
@@ -143,8 +172,15 @@ def _replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def _best(matrix: Any, rank_for: int | Callable[[np.ndarray], int]) -> Factors:
-    """The best approximation of a matrix, from an exact SVD in float64."""
-    u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    """The best approximation of a matrix, from an exact SVD in float64.
+
+    Of a traced matrix, which only the shapes are wanted of (`jax.eval_shape`), in its own type.
+    """
+    if isinstance(matrix, jax.core.Tracer):
+        svd: Any = jnp.linalg.svd
+    else:
+        svd, matrix = np.linalg.svd, np.asarray(matrix, np.float64)
+    u, s, vt = svd(matrix, full_matrices=False)
     r = rank_for if isinstance(rank_for, int) else rank_for(s)
     return Factors(*(jnp.asarray(x, jnp.float32) for x in (u[:, :r], s[:r], vt[:r].T)))
 
@@ -195,9 +231,8 @@ def from_dense(
     if ranks is not None:
         _check_named(ranks, layers, reasons)
     chosen = set(layers if ranks is None else ranks)
-    dense = [f"{path} ({reasons[path]})" for path in layers if path in chosen and reasons[path]]
-    if dense:
-        warnings.warn(f"left dense: {'; '.join(dense)}", LeftDense, stacklevel=2)
+    if text := _by_reason({path: reasons[path] for path in layers if path in chosen}):
+        warnings.warn(text, LeftDense, stacklevel=2)
 
     def rank_for(path: str, s: np.ndarray) -> int:
         if ranks is not None:
