@@ -87,7 +87,7 @@ def test_parameters_are_counted():
 
 def test_it_learns_what_it_is_shown():
     units, params, mstate, method, batch, *_ = setup(2)
-    optimizer = optax.adam(5e-3)
+    optimizer = optax.adam(2e-2)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))
     step = make_step(units, method, optimizer, LossWeights())
     losses = []

@@ -48,6 +48,12 @@ class SSAFeedback(NamedTuple):
 _COMPOSED_EXAMPLES = 16
 
 
+def _first(x: Array, rows: int) -> Array:
+    # By their numbers: rows of a slice that lie on other devices would be sent one by one, what is
+    # gathered is part of the sum over the devices that a step makes anyway.
+    return jnp.take(x, jnp.arange(rows), axis=0)
+
+
 def ssa(network: Network, options: FeedbackOptions) -> Method:
     """SVD-Space Alignment (arXiv 2510.25594), feedback as docs/design.md declares it.
 
@@ -142,7 +148,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         if options.update == "mutual":
             twins = tw.meet(twins, after, options.rate)
         seen = (batch.images, batch.labels)[: len(feedback.examples)]
-        examples = jax.tree.map(lambda x, old: x[: len(old)], seen, feedback.examples)
+        examples = jax.tree.map(lambda x, old: _first(x, len(old)), seen, feedback.examples)
         return feedback._replace(twins=tw.follow_ranks(twins, after), examples=examples)
 
     def refresh(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:

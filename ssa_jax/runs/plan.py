@@ -58,9 +58,11 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
 
     state = ahead.shaped(built.state, where)
     rows = ahead.shaped(jax.eval_shape(examples), where, rows=True)
+    keep, whole, returning = where.layout.keep, where.layout.whole, where.layout.returning
     step = train.make_step(
         built.units, built.method, built.optimizer, built.weights, memory=built.memory
     )
+    step = returning(lambda done: (keep(done[0]), whole(done[1])), step)
 
     def initialisation(params: Tree, mstate: Tree, key: jax.Array) -> Any:
         feedback = built.method.init(key, params, mstate)
@@ -69,10 +71,10 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
     programs: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("initialisation", jax.jit(initialisation), (state.params, state.mstate, state.key)),
         ("step", step, (state, rows)),
-        ("refresh", train.make_refresh(built.method), (state,)),
+        ("refresh", returning(keep, train.make_refresh(built.method)), (state,)),
         (
             "evaluation",
-            train.make_eval(built.units, built.task),
+            returning(whole, train.make_eval(built.units, built.task)),
             (state.params, state.mstate, rows),
         ),
     ]

@@ -92,11 +92,14 @@ def taped(
     found: list[Tree] = []
     here = error
     # Each signal is made when its unit's turn comes: all at once would weigh as much as the tape.
+    # On a mesh that would send each unit's gradient by itself, since the wait is for the sum over
+    # all devices; there the compiler's own order has to do.
+    in_turn = jax.sharding.get_abstract_mesh().empty
     for i in reversed(range(len(units))):
         signal = here if i == last else method.direct(feedback, here, batch, i)
         unit = Visited(i, params[i], tape.outputs[i], tape.pullbacks[i])
         found.insert(0, _gradient_of(unit, twins, signal, weights, last=i == last))
-        here = after(error, found[0])
+        here = after(error, found[0]) if in_turn else error
     return Pass(logits, loss, mstate, tuple(found), tape)
 
 
