@@ -25,9 +25,7 @@ class Timing(NamedTuple):
 
 
 def side_by_side(
-    contestants: Sequence[Contestant],
-    rounds: int,
-    budget_s: float = 3.0,
+    contestants: Sequence[Contestant], rounds: int, budget_s: float = 3.0
 ) -> list[Timing]:
     """Times every contestant once a round, in turn, so that noise falls on all of them alike.
 

@@ -87,10 +87,7 @@ class BarPanel(NamedTuple):
 
 
 def over_variants(
-    label: str,
-    variants: Iterable[str],
-    rows: Sequence[Row],
-    x: Callable[[str, Row], float],
+    label: str, variants: Iterable[str], rows: Sequence[Row], x: Callable[[str, Row], float]
 ) -> Curve:
     """Test accuracy in per cent, a point a variant that has finite runs, by their x."""
     points = [

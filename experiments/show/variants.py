@@ -112,9 +112,5 @@ MACS = Column("MACs", per_cent("macs_ratio"))
 RANK = Column("rank", per_cent("rank_fraction"))
 # Accuracy beside the size that is left.
 SIZES = always(
-    Column("test accuracy", accuracy),
-    Column("train loss", train_loss),
-    PARAMETERS,
-    MACS,
-    RANK,
+    Column("test accuracy", accuracy), Column("train loss", train_loss), PARAMETERS, MACS, RANK
 )

@@ -19,12 +19,7 @@ from experiments.show.variants import Column
 from experiments.studies import program
 from experiments.studies.study import Study, Variant
 
-DEFAULTS = {
-    "rank_schedule": "hybrid",
-    "beta": 1e-3,
-    "gamma": 1e-3,
-    "feedback_update": "fixed",
-}
+DEFAULTS = {"rank_schedule": "hybrid", "beta": 1e-3, "gamma": 1e-3, "feedback_update": "fixed"}
 
 VARIANTS = (
     Variant("full", "full", {}),

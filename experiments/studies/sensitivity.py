@@ -29,13 +29,7 @@ STABLE, COLLAPSED = 0.95, 0.5
 # Times the accuracy of guessing, below which a run has collapsed however the best one fares.
 LEAST_CHANCES = 3
 # Mark of a picture -> what it means.
-OUTCOMES = {
-    "S": "stable",
-    "w": "weaker",
-    "P": "over-pruned",
-    "C": "collapsed",
-    "X": "diverged",
-}
+OUTCOMES = {"S": "stable", "w": "weaker", "P": "over-pruned", "C": "collapsed", "X": "diverged"}
 # What the terms of the coefficients are called.
 TERMS = {"alpha": "task", "beta": "alignment", "gamma": "orthogonality", "hoyer": "Hoyer"}
 PRUNED = "sudden drop at a rank step"
