@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.measure.latency import latencies
+from experiments.measure.timing import latencies
 from experiments.show import markdown
 from ssa_jax import export
 from ssa_jax.export import InferenceModel

@@ -14,11 +14,10 @@ from experiments import folders
 from experiments.show import variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
-from experiments.studies.trials import Trial, result, run_trial
+from experiments.studies.trials import Trial, going_on, result, run_trial
 from ssa_jax.runs import inputs, summary, workdir
 from ssa_jax.runs.config import Config, check_seeds
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.workdir import WorkdirError, write_json, write_text
 
 # Of the summaries of the seeds, what has a mean and a deviation.
@@ -60,17 +59,14 @@ def run_seeds(config: Config, seeds: int, data: Data | None = None) -> Row:
     def load() -> Data:
         return data or inputs.load(config)
 
-    try:
+    def write() -> None:
+        if any(result(trial) for trial in trials):
+            _write(config, folder, trials)
+
+    with going_on(f"--workdir={folder} --resume", write):
         for trial in trials:
             if not result(trial):
                 run_trial(trial, load)
-    except KeyboardInterrupt as e:
-        if any(result(trial) for trial in trials):
-            _write(config, folder, trials)
-        what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
-        raise type(e)(
-            f"{what}; go on with the same flags and --workdir={folder} --resume"
-        ) from None
     return _write(config, folder, trials)
 
 

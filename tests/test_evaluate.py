@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.measure import exports, latency
+from experiments.measure import exports, timing
 from ssa_jax import export
 from ssa_jax.export import ExportError
 from ssa_jax.runs import trained
@@ -35,7 +35,7 @@ def untimed(monkeypatch):
     """Latencies that cost no time: what is tested is what surrounds them."""
 
     def instant(calls, input_shape, batch):
-        return {name: latency.Latency(1.0, 1.0, 1, 0.0) for name in calls}
+        return {name: timing.Latency(1.0, 1.0, 1, 0.0) for name in calls}
 
     monkeypatch.setattr(exports, "latencies", instant)
 

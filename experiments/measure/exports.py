@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.measure.latency import latencies
+from experiments.measure.timing import latencies
 from experiments.show import markdown
 from experiments.show.runs import Row, text
 from ssa_jax import export

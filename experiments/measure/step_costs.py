@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.measure.timing import Contestant, side_by_side
+from experiments.measure.timing import Contestant, contestant, side_by_side
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
 from ssa_jax.runs import build
@@ -52,14 +52,15 @@ def measure(configs: dict[str, Config], rounds: int, data: Dataset) -> dict[str,
             "refresh_every": every,
         }
         contestants.append(_step(compiled, built.state, batch))
-        contestants.append(_refresh(train.make_refresh(built.method), built.state, bool(every)))
+        refresh = train.make_refresh(built.method) if every else lambda state: None
+        contestants.append(contestant(refresh, built.state))
     timings = iter(side_by_side(contestants, rounds))
     for cost in costs.values():
         step_time, refresh_time = next(timings), next(timings)
         every = cost["refresh_every"]
         refresh_ms = refresh_time.median_ms if every else 0.0
         cost |= {
-            "ms": step_time.median_ms + (refresh_ms / every if every else 0.0),
+            "ms": step_time.median_ms + refresh_ms / max(1, every),
             "step_ms": step_time.median_ms,
             "step_min_ms": step_time.min_ms,
             "step_rounds": step_time.rounds,
@@ -81,12 +82,6 @@ def _step(compiled: Callable[..., Any], state: TrainState, batch: Batch) -> Cont
         copies.append(jax.block_until_ready(jax.tree.map(jnp.copy, state)))
 
     return prepare, lambda: jax.block_until_ready(compiled(copies.pop(), batch))
-
-
-def _refresh(
-    refresh: Callable[[TrainState], TrainState], state: TrainState, used: bool
-) -> Contestant:
-    return (lambda: None), (lambda: jax.block_until_ready(refresh(state)) if used else None)
 
 
 def _bytes(memory: Any) -> int | None:

@@ -1,11 +1,12 @@
-"""Wall-clock times of several contestants, measured side by side."""
+"""Wall-clock times of several contestants, measured side by side; latencies of inference."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # How a contestant prepares itself, and what is timed.
 Contestant = tuple[Callable[[], Any], Callable[[], Any]]
@@ -53,3 +54,41 @@ def side_by_side(
             call()
             times.append(time.perf_counter() - start)
     return [Timing(1e3 * statistics.median(s), 1e3 * min(s), len(s)) for s in seconds]
+
+
+class Latency(NamedTuple):
+    """One program at one batch size: median and least time, rounds, and how long it compiled."""
+
+    ms: float
+    min_ms: float
+    rounds: int
+    compile_s: float
+
+
+def latencies(
+    calls: Mapping[str, Callable[[jax.Array], jax.Array]],
+    input_shape: Sequence[int],
+    batch: int,
+    rounds: int = 11,
+) -> dict[str, Latency]:
+    """Times every call on one batch of normal images, in turn, compilation excluded.
+
+    Args:
+      calls: images (batch, H, W, C) -> logits, by name; what they close over is compiled in.
+      input_shape: (H, W, C).
+      batch: number of images.
+      rounds: measured calls of each.
+    """
+    images = jax.random.normal(jax.random.key(0), (batch, *input_shape), jnp.float32)
+    contestants, compile_s = [], []
+    for call in calls.values():
+        start = time.perf_counter()
+        program = jax.jit(lambda x, call=call: call(x)).lower(images).compile()
+        compile_s.append(time.perf_counter() - start)
+        contestants.append(contestant(program, images))
+    # More than any of them takes: every one runs all rounds.
+    times = side_by_side(contestants, rounds, budget_s=600.0)
+    return {
+        name: Latency(t.median_ms, t.min_ms, t.rounds, seconds)
+        for name, t, seconds in zip(calls, times, compile_s, strict=True)
+    }

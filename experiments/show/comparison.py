@@ -21,6 +21,7 @@ _NOTE = (
     "Rank is the mean over layers of rank over full rank; parameters and MACs are for inference, "
     "and relative to the dense network."
 )
+_SAME = Section("Settings that differ", "All settings are the same.")
 _CURVES = "Test accuracy and training loss of each run by epoch"
 
 
@@ -102,21 +103,17 @@ def write(compared: Sequence[Run], folder: Path) -> Path:
             raise WorkdirError(f"{folder} holds other things than a report; give another --out")
         drawn = [(run.name, run.rows) for run in compared if run.rows]
         curves = plots.draw_runs(folder / "curves.png", drawn)
+        changed = differing(compared)
         sections = [
             Section(text=_NOTE),
             Section("Results", table=reached(compared)),
             *([Section("Curves", pictures=[Picture(curves, _CURVES)])] if curves else []),
-            _unless_same(differing(compared)),
+            Section("Settings that differ", "", changed) if changed[1] else _SAME,
             Section("Made with", table=provenance(compared)),
         ]
         write_text(folder / "report.md", _markdown(sections))
         write_text(folder / "index.html", webpage.page(_TITLE, sections))
     return folder / "index.html"
-
-
-def _unless_same(table: Table) -> Section:
-    title = "Settings that differ"
-    return Section(title, table=table) if table[1] else Section(title, "All settings are the same.")
 
 
 def _markdown(sections: Sequence[Section]) -> str:

@@ -18,19 +18,14 @@ from experiments.show import charts, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column, Text, finite
 from experiments.studies import program, study
-from experiments.studies.study import Study, Variant
+from experiments.studies.study import Study, Variant, of_methods
 
 # Epochs in the table, beside the last.
 SHOWN = (1, 2, 5, 10, 25, 50)
 # What is expected: SSA below the first, direct feedback alignment above the second; in degrees.
 EXPECTED = (40.0, 60.0)
 
-VARIANTS = (
-    Variant("bp", "bp", {"method": "bp"}),
-    Variant("fa", "fa", {"method": "fa"}),
-    Variant("dfa", "dfa", {"method": "dfa"}),
-    Variant("ssa", "ssa direct", {"method": "ssa"}),
-)
+VARIANTS = of_methods("bp", "fa", "dfa", "ssa")
 
 
 def measured(rows: Sequence[Row]) -> Row:

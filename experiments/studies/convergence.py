@@ -22,7 +22,7 @@ from experiments.show import charts, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column, Text, finite, spread
 from experiments.studies import program
-from experiments.studies.study import Study, Variant
+from experiments.studies.study import Study, Variant, of_methods
 
 # What is followed, and what the picture calls it.
 FOLLOWED = {
@@ -30,12 +30,7 @@ FOLLOWED = {
     "gradient_norm": "norm of the gradient on the manifold",
 }
 
-VARIANTS = (
-    Variant("bp", "bp", {"method": "bp"}),
-    Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
-    Variant("dfa", "dfa", {"method": "dfa"}),
-    Variant("ssa", "ssa direct", {"method": "ssa"}),
-)
+VARIANTS = of_methods("bp", "svd_bp", "dfa", "ssa")
 
 
 def measured(rows: Sequence[Row]) -> Row:

@@ -19,7 +19,7 @@ from experiments import folders
 from experiments.show import variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
-from experiments.studies.trials import Trial, result, run_trial
+from experiments.studies.trials import Trial, going_on, result, run_trial
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
 from ssa_jax.runs import workdir
@@ -42,6 +42,11 @@ class Variant(NamedTuple):
     name: str
     label: str
     changes: dict[str, Any]
+
+
+def of_methods(*names: str) -> tuple[Variant, ...]:
+    """A variant a learning method."""
+    return tuple(Variant(n, "ssa direct" if n == "ssa" else n, {"method": n}) for n in names)
 
 
 class Study(NamedTuple):
@@ -117,17 +122,11 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
         trial.config.validate()
     _open(study, settings)
 
-    try:
+    with going_on(f"--folder={settings.folder}", functools.partial(write_results, study, settings)):
         for trial in trials:
             if trial.variant in settings.only:
                 run_trial(trial, functools.partial(load, trial.config))
                 write_results(study, settings)
-    except KeyboardInterrupt as e:
-        write_results(study, settings)
-        # Ctrl-C or SIGTERM, which end a program with different codes.
-        raise type(e)(
-            f"interrupted; go on with the same flags and --folder={settings.folder}"
-        ) from None
     return write_results(study, settings)
 
 

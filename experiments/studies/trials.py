@@ -5,9 +5,10 @@ resumed. Done is a run that finished, one that went as far as `--max_steps` asks
 no longer finite, which the same settings would only repeat.
 """
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ssa_jax.errors import NotFiniteError
 from ssa_jax.runs import workdir
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
+from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.run import run
 from ssa_jax.training.checkpoint import Checkpoints
 
@@ -40,6 +42,18 @@ def result(trial: Trial) -> dict[str, Any] | None:
     return summary if stopped or status in ("finished", "not_finite") else None
 
 
+@contextlib.contextmanager
+def going_on(flags: str, write: Callable[[], Any]) -> Iterator[None]:
+    """Ends a list of trials that is interrupted with its results written, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        write()
+        what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
+        # Ctrl-C or SIGTERM, which end a program with different codes.
+        raise type(e)(f"{what}; go on with the same flags and {flags}") from None
+
+
 def run_trial(trial: Trial, load: Callable[[], Data]) -> None:
     """Runs or resumes a trial that is not done and that no other process is running.
 
@@ -47,24 +61,18 @@ def run_trial(trial: Trial, load: Callable[[], Data]) -> None:
     `ssa_jax.runs.run.run`.
     """
     trial.path.mkdir(exist_ok=True)
-    with locked(trial.path, wait=False) as ours:
-        if ours:
-            _run_or_keep(trial, load)
-        else:
-            print(f"{trial.path.name}: another process is running it", flush=True)
-
-
-def _run_or_keep(trial: Trial, load: Callable[[], Data]) -> None:
     name = trial.path.name
-    config = still_to_run(trial)
-    if config is None:
-        print(f"{name}: kept", flush=True)
-        return
-    print(f"{name}:", flush=True)
-    try:
-        run(config, load())
-    except NotFiniteError as e:
-        print(f"{name} failed: {e}", flush=True)
+    with locked(trial.path, wait=False) as ours:
+        if not ours:
+            print(f"{name}: another process is running it", flush=True)
+            return
+        config = still_to_run(trial)
+        print(f"{name}:" if config else f"{name}: kept", flush=True)
+        try:
+            if config:
+                run(config, load())
+        except NotFiniteError as e:
+            print(f"{name} failed: {e}", flush=True)
 
 
 def still_to_run(trial: Trial) -> Config | None:
@@ -83,13 +91,6 @@ def still_to_run(trial: Trial) -> Config | None:
         resume = Checkpoints(folder.checkpoints).latest() is not None
         if not resume:
             # It ended before its first checkpoint, which precedes its first step.
-            _empty(trial.path)
+            for path in trial.path.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     return dataclasses.replace(trial.config, resume=resume)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
