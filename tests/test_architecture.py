@@ -123,3 +123,11 @@ def test_no_room_of_experiments_is_crowded_and_no_file_long():
         assert len(file.read_text().splitlines()) <= 250, file
         modules = [f for f in file.parent.glob("*.py") if f.name != "__init__.py"]
         assert len(modules) <= 15, file.parent
+
+
+def test_markdown_tables_and_pages_have_one_writer_each():
+    for file in [*OF_EXPERIMENTS, *(ROOT / "benchmarks").glob("*.py")]:
+        for library, writer in (("tabulate", "markdown.py"), ("jinja2", "webpage.py")):
+            uses = library in {name.split(".")[0] for name in imports(file)}
+            assert uses == (file == EXPERIMENTS / "show" / writer), file
+        assert '" | ".join' not in file.read_text(), file

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.show import runs, webpage
+from experiments.show import markdown, runs, webpage
 from experiments.show.runs import Row
 from experiments.show.variants import finite
 from experiments.show.webpage import Picture, Section, Table
@@ -15,8 +15,13 @@ from ssa_jax.reporting import plots
 from ssa_jax.runs.workdir import Workdir, read_json, write_text
 
 
-def write(folder: Path, about: str, table: Table, note: str, more: Sequence[Section] = ()) -> Path:
-    """Writes the page of a study with the pictures that its folder holds.
+def write_table(folder: Path, about: str, table: Table, note: str) -> None:
+    """Writes table.md, as `write` shows it on the page."""
+    write_text(folder / "table.md", f"{about}\n\n{markdown.table(*table)}\n\n{note}\n")
+
+
+def write(folder: Path, about: str, table: Table, note: str, more: Sequence[Section] = ()) -> None:
+    """Writes the page of a study with the pictures that its folder holds, and prints its table.
 
     Args:
       folder: of the study, with its study.json.
@@ -24,9 +29,6 @@ def write(folder: Path, about: str, table: Table, note: str, more: Sequence[Sect
       table: header and lines of its table.
       note: what its columns mean.
       more: sections before those of its origin.
-
-    Returns:
-      The page.
     """
     record, page = read_json(folder / "study.json"), folder / "index.html"
     pictures = [Picture(f, f"{f.stem} of the variants") for f in sorted(folder.glob("*.png"))]
@@ -39,7 +41,8 @@ def write(folder: Path, about: str, table: Table, note: str, more: Sequence[Sect
     if config := record.get("config"):
         sections.append(webpage.facts("Settings, which the variants change", config))
     write_text(page, webpage.page(f"Study: {record.get('study')}", sections))
-    return page
+    print("\n" + (folder / "table.md").read_text())
+    print(f"results: {folder}\npage: {page}")
 
 
 def each_run(labels: Mapping[str, str], rows: Sequence[Row]) -> Section:

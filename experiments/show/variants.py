@@ -23,11 +23,8 @@ class Column(NamedTuple):
 
 def finite(rows: Sequence[Row], variant: str | None = None) -> list[Row]:
     """The runs, all or those of a variant, that stayed finite."""
-    return [
-        row
-        for row in rows
-        if row["status"] != "not_finite" and variant in (None, row.get("variant"))
-    ]
+    good = [row for row in rows if row["status"] != "not_finite"]
+    return good if variant is None else [row for row in good if row["variant"] == variant]
 
 
 def table(labels: Mapping[str, str], columns: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -44,13 +41,13 @@ def lines(labels: Mapping[str, str], columns: Sequence[Column], rows: Sequence[R
       rows: summaries with the name of their variant. A run that was not finite counts in the
         state alone, and in no mean.
     """
-    found: list[Sequence[str]] = []
+    body: list[Sequence[str]] = []
     for name, label in labels.items():
         if runs := [r for r in rows if r["variant"] == name]:
             good = finite(runs)
             texts = (c.text(name, good) for c in columns)
-            found.append((label, *texts, str(len(good)), _states(runs)))
-    return ("variant", *(c.title for c in columns), "n", "state"), found
+            body.append((label, *texts, str(len(good)), _states(runs)))
+    return ("variant", *(c.title for c in columns), "n", "state"), body
 
 
 def _states(rows: Sequence[Row]) -> str:
@@ -65,8 +62,8 @@ def mean(values: Callable[[Row], Iterable[float]], form: str) -> Text:
 
     def text(variant: str, rows: Sequence[Row]) -> str:
         del variant
-        found = [value for row in rows for value in values(row)]
-        return form.format(statistics.fmean(found)) if found else "-"
+        numbers = [value for row in rows for value in values(row)]
+        return form.format(statistics.fmean(numbers)) if numbers else "-"
 
     return text
 
@@ -76,11 +73,11 @@ def spread(value: Callable[[Row], float | None], form: str, unit: str = "") -> T
 
     def text(variant: str, rows: Sequence[Row]) -> str:
         del variant
-        found = [x for row in rows if (x := value(row)) is not None]
-        if not found:
+        numbers = [x for row in rows if (x := value(row)) is not None]
+        if not numbers:
             return "-"
-        deviation = f" ± {statistics.stdev(found):{form}}" if len(found) > 1 else ""
-        return f"{statistics.fmean(found):{form}}{deviation}{unit}"
+        deviation = f" ± {statistics.stdev(numbers):{form}}" if len(numbers) > 1 else ""
+        return f"{statistics.fmean(numbers):{form}}{deviation}{unit}"
 
     return text
 

@@ -43,7 +43,7 @@ def drift(variant: str, rows: Sequence[Row]) -> str:
 
 def panel(rows: Sequence[Row]) -> charts.BarPanel:
     """Accuracy, rank and MACs of every variant that has a finite run."""
-    runs = {v.label: found for v in VARIANTS if (found := variants.finite(rows, v.name))}
+    runs = {v.label: ours for v in VARIANTS if (ours := variants.finite(rows, v.name))}
     return charts.BarPanel(
         "% (rank of full rank, MACs of the dense network's)",
         list(runs),

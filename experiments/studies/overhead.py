@@ -129,8 +129,6 @@ def main() -> None:
         rows = measure(Case(model, batch_size), QUICK_RANKS if quick else RANKS, quick=quick)
         write_json(file, {"rows": rows})
     overhead_page.write(folder)
-    print("\n" + (folder / "table.md").read_text())
-    print(f"results: {folder}\npage: {folder / 'index.html'}")
 
 
 if __name__ == "__main__":

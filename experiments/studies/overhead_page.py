@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import contestants
-from experiments.show import charts, markdown, study_page
+from experiments.show import charts, study_page
 from experiments.show.runs import Row, text
 from experiments.show.webpage import Table
 from ssa_jax.models import MODELS
@@ -112,11 +112,11 @@ def panels(rows: Sequence[Row]) -> list[charts.BarPanel]:
 
 
 def write(folder: Path) -> list[Row]:
-    """Writes results.jsonl, table.md, the picture and the page of what is measured so far."""
+    """Writes results.jsonl, table.md, picture and page of what is measured; prints the table."""
     rows = results(folder)
     lines = table(rows)
     about = f"One training step at batch {read_json(folder / 'study.json')['batch_size']}."
-    write_text(folder / "table.md", f"{about}\n\n{markdown.table(*lines)}\n\n{NOTE}\n")
+    study_page.write_table(folder, about, lines, NOTE)
     charts.draw(folder / f"{NAME}.png", panels(rows))
     study_page.write(folder, about, lines, NOTE)
     return rows

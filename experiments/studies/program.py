@@ -63,11 +63,9 @@ def show(study: Study, settings: Settings, rows: Sequence[Row]) -> None:
     study_page.draw_curves(folder, labels, rows)
     table = variants.lines(labels, study.columns(folder), rows)
     runs = [study_page.each_run(labels, rows)]
-    page = study_page.write(
+    study_page.write(
         folder, study_lib.about(study, settings.config), table, study_lib.note(study), runs
     )
-    print("\n" + (folder / "table.md").read_text())
-    print(f"results: {folder}\npage: {page}")
 
 
 def run(study: Study, prepare: Callable[[Settings], Settings] = lambda settings: settings) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import folders
-from experiments.show import variants
+from experiments.show import study_page, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
 from experiments.studies.trials import Trial, going_on, result, run_trial
@@ -208,9 +208,8 @@ def write_results(study: Study, settings: Settings) -> list[Row]:
                 measured = study.measured(Workdir(trial.path).rows())
                 rows.append({"variant": trial.variant, **summary, **measured})
         write_text(folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-        table = variants.table(study.labels, study.columns(folder), rows)
-        head = about(study, settings.config)
-        write_text(folder / "table.md", f"{head}\n\n{table}\n\n{note(study)}\n")
+        table = variants.lines(study.labels, study.columns(folder), rows)
+        study_page.write_table(folder, about(study, settings.config), table, note(study))
     return rows
 
 
