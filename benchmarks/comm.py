@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from benchmarks import contestants, training
 from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
-from experiments.timing import side_by_side
+from experiments.measure.timing import side_by_side
 from ssa_jax.models import MODELS
 from ssa_jax.networks.models import split
 from ssa_jax.parallel import mesh

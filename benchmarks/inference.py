@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.latency import latencies
-from experiments.table import markdown
+from experiments.measure.timing import latencies
+from experiments.show import markdown
 from ssa_jax import export
 from ssa_jax.export import InferenceModel
 from ssa_jax.models import MODELS
@@ -93,7 +93,7 @@ def main() -> None:
             notes = {"notes": args.notes} if args.notes else {}
             record = {**environment("safetensors"), **notes, "rows": rows}
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(tuple(rows[0]), [tuple(str(v) for v in row.values()) for row in rows]))
+    print(markdown.of_records(rows))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments.table import markdown
+from experiments.show import markdown
 from ssa_jax.data import images, streams
 from ssa_jax.data.streams import HostBatch, Reading, Stream
 from ssa_jax.runs.environment import environment
@@ -124,7 +124,7 @@ def main() -> None:
             notes = {"notes": args.notes} if args.notes else {}
             record = {**environment("grain", "pillow"), **notes, "rows": rows}
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(tuple(rows[0]), [tuple(str(v) for v in row.values()) for row in rows]))
+    print(markdown.of_records(rows))
 
 
 if __name__ == "__main__":

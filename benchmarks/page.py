@@ -1,15 +1,15 @@
 """What the sections of RECORDS.md are made of."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.show.markdown import table
+
 Row = dict[str, Any]
 
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are right-aligned."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+# Of numbers, but for the first column.
+markdown = functools.partial(table, right=True)
 
 
 def setting(record: dict[str, Any], command: str) -> str:

@@ -7,7 +7,7 @@ import optax
 
 from benchmarks.contestants import Entry, build, chain_settings
 from benchmarks.networks import Case, random_batch
-from experiments.timing import side_by_side
+from experiments.measure.timing import side_by_side
 from ssa_jax.networks.forward import forward
 from ssa_jax.training import optim, tasks, train
 from ssa_jax.training.passes import local_gradients

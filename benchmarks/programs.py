@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from experiments.table import markdown
-from experiments.timing import contestant, side_by_side
+from experiments.measure.timing import contestant, side_by_side
+from experiments.show import markdown
 from ssa_jax.runs.environment import environment
 
 Row = dict[str, Any]
@@ -79,4 +79,4 @@ def main(
             notes = {"notes": args.notes} if args.notes else {}
             record = {**environment(), **notes, "rows": rows}
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(tuple(rows[0]), [tuple(str(v) for v in row.values()) for row in rows]))
+    print(markdown.of_records(rows))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from experiments.timing import side_by_side
+from experiments.measure.timing import side_by_side
 
 
 def rates(quick: bool) -> dict[str, float]:

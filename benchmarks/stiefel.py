@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.timing import side_by_side
+from experiments.measure.timing import side_by_side
+from experiments.show import markdown
 from ssa_jax.runs.environment import environment
 
 Matrices = dict[str, np.ndarray]
@@ -262,14 +263,7 @@ def in_process(threads: int, quick: bool, chosen: list[str]) -> list[dict[str, A
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        cells = [
-            f"{v:.1e}" if k == "error" else "" if v is None else str(v) for k, v in row.items()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown.of_records([{**row, "error": f"{row['error']:.1e}"} for row in rows])
 
 
 def write(file: str | None, rows: list[dict[str, Any]]) -> None:

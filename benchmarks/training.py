@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks import contestants, peak, roofline
 from benchmarks.contestants import Contestant, Entry
 from benchmarks.networks import Case
-from experiments.table import markdown
-from experiments.timing import side_by_side
+from experiments.measure.timing import side_by_side
+from experiments.show import markdown
 from ssa_jax.runs import compiling
 from ssa_jax.runs.environment import environment
 
@@ -123,4 +123,4 @@ class Record:
     def print(self, key: str = "rows") -> None:
         """Prints one of the lists as a table."""
         rows = self.content[key]
-        print(markdown(tuple(rows[0]), [tuple(str(v) for v in row.values()) for row in rows]))
+        print(markdown.of_records(rows))

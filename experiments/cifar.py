@@ -9,22 +9,26 @@ several seeds each has a folder with these, beside a summary.json and a table.md
 deviation.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
-from experiments import flags, plan, seeds
-from experiments.table import table
+from experiments import flags, seeds
+from experiments.show import runs
 from ssa_jax.errors import ConfigError, NotFiniteError
-from ssa_jax.runs import processes
+from ssa_jax.runs import inputs, plan, processes
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 
 
 def main() -> None:
-    """Runs the configuration that the flags give."""
+    """Runs the configuration that the flags give, or tells what the run would be elsewhere."""
     config, values = flags.config_from_flags(), absl_flags.FLAGS
-    if plan.shown(config):
+    if values.plan:
+        for line in plan.lines(config, inputs.load(config), values.plan):
+            print(line, flush=True)
         return
     processes.join(config)
     if values.seeds != 1:
@@ -33,9 +37,7 @@ def main() -> None:
         run_seeds(config, values.seeds)
         return
     summary = run(config)
-    print()
-    print(table([summary]))
-    print(f"\nresults and plots: {summary['workdir']}")
+    print(f"\n{runs.table([summary])}\n\nresults and plots: {summary['workdir']}")
 
 
 def run_seeds(config: Config, number: int) -> None:
@@ -46,9 +48,7 @@ def run_seeds(config: Config, number: int) -> None:
     """
     summary = seeds.run_seeds(config, number)
     folder = Path(summary["workdir"])
-    print()
-    print((folder / "table.md").read_text())
-    print(f"results and plots: {folder}")
+    print(f"\n{(folder / 'table.md').read_text()}\nresults and plots: {folder}")
     if failed := summary["not_finite"]:
         raise NotFiniteError(
             f"loss or parameters were not finite at seed {', '.join(map(str, failed))}; the means "
@@ -56,8 +56,20 @@ def run_seeds(config: Config, number: int) -> None:
         )
 
 
-if __name__ == "__main__":
-    flags.define({})
-    seeds.define()
-    plan.define()
+def program(defaults: Mapping[str, Any]) -> None:
+    """Defines the flags, parses them and runs."""
+    flags.define(defaults)
+    absl_flags.DEFINE_integer(
+        "seeds", 1, "Runs at --seed, --seed + 1, ...; more than one: mean and deviation."
+    )
+    absl_flags.DEFINE_string(
+        "plan",
+        "",
+        "Trains nothing and prints what the run would be on h100, v5e:AxB or v5p:AxBxC: memory, "
+        "kernels, collectives, seconds to compile.",
+    )
     flags.run_program(main)
+
+
+if __name__ == "__main__":
+    program({})

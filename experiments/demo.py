@@ -7,16 +7,13 @@ Needs no download and less than a minute on two CPU cores. Takes the flags of `e
 """
 
 import dataclasses
-import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments import flags, report
-from experiments.table import table
+from experiments import flags, folders
+from experiments.show import comparison, runs
+from experiments.show.runs import Row
 from ssa_jax.runs.run import run
-
-Row = dict[str, Any]
 
 DEFAULTS = {
     "dataset": "digits",
@@ -53,19 +50,17 @@ def seen(summaries: Sequence[Row]) -> list[str]:
 def main() -> None:
     """Runs the three methods with the settings that the flags give."""
     config = flags.config_from_flags()
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.workdir or f"runs/{stamp}-demo")
+    folder = Path(config.workdir or folders.new("demo"))
     summaries = []
     for method in METHODS:
         print(f"{method}:")
         workdir = str(folder / method)
         summaries.append(run(dataclasses.replace(config, method=method, workdir=workdir)))
     print(f"\n{config.model} on {config.dataset}, {config.epochs} epochs, seed {config.seed}\n")
-    print(table(summaries))
+    print(runs.table(summaries))
     print("\n" + "\n".join(seen(summaries)))
-    page = report.write(
-        report.read([str(folder / method) for method in METHODS]), folder / "report"
-    )
+    compared = comparison.read([str(folder / method) for method in METHODS])
+    page = comparison.write(compared, folder / "report")
     if (picture := folder / "report" / "curves.png").exists():
         print(f"\npicture: {picture}")
     print(f"page: {page}")

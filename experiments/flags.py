@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,10 +39,10 @@ def define_path(name: str, help: str) -> None:
     flags.DEFINE(_Path(), name, None, help)
 
 
-def define(fields: dict[str, Any]) -> None:
-    """Defines one absl flag a config field, with the field's default (or the one in `fields`)."""
+def define(defaults: Mapping[str, Any]) -> None:
+    """Defines one absl flag a config field, with the field's default (or the one in `defaults`)."""
     for field in dataclasses.fields(Config):
-        default = fields.get(field.name, field.default)
+        default = defaults.get(field.name, field.default)
         text = field.metadata["help"]
         if isinstance(field.default, bool):
             flags.DEFINE_boolean(field.name, default, text)
@@ -54,6 +54,18 @@ def define(fields: dict[str, Any]) -> None:
             # Choices are checked with the rest of the config, in the same words.
             choices = field.metadata.get("choices")
             flags.DEFINE_string(field.name, default, text + (f" {choices}" if choices else ""))
+
+
+def chosen(name: str, known: Collection[str], usual: Sequence[str]) -> Sequence[str]:
+    """The names that a flag lists, or the usual ones where it lists none.
+
+    Raises:
+      ConfigError: one that is not known, or one twice.
+    """
+    names = flags.FLAGS[name].value or usual
+    if len(set(names)) < len(names) or not set(names) <= set(known):
+        raise ConfigError(f"--{name} must be among {', '.join(known)}, got {','.join(names)}")
+    return names
 
 
 def config_from_flags() -> Config:
@@ -73,9 +85,9 @@ def check_recipe(name: str) -> None:
 
 def use_recipe() -> None:
     """Makes the settings of the recipe the defaults of their flags; those that are given stay."""
-    if "recipe" in flags.FLAGS:
-        # An unknown name is told with all that is wrong in a config.
-        for name, value in RECIPES.get(flags.FLAGS.recipe, {}).items():
+    # An unknown name is told with all that is wrong in a config.
+    if "recipe" in flags.FLAGS and (recipe := RECIPES.get(flags.FLAGS.recipe)):
+        for name, value in recipe.settings.items():
             flags.FLAGS.set_default(name, value)
 
 

@@ -1,8 +1,8 @@
 """What `--help` prints: every flag of a program in groups, with its default and its choices."""
 
 import dataclasses
+import sys
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -50,22 +50,21 @@ ASKED = ("-h", "--help", "-help", "--helpfull", "--helpshort")
 
 def text(doc: str) -> str:
     """The help of a program: its own words, then all flags that it has defined."""
-    own = {f.name for flags_of in _own_flags() for f in flags_of}
     settings = {f.name: f for f in dataclasses.fields(Config)}
     lines = [doc.strip()]
     groups = dict(GROUPS) if "method" in flags.FLAGS else {}
-    extra = tuple(sorted(own - settings.keys()))
+    extra = tuple(sorted(_own_flags() - (settings.keys() if groups else set())))
     for title, names in (*groups.items(), ("This program", extra)):
         if names:
             lines += ["", f"{title}:", *(_flag(flags.FLAGS[name]) for name in names)]
     return "\n".join(lines)
 
 
-def _own_flags() -> Iterator[list[Any]]:
-    """The flags that this project's modules have defined, absl's own left out."""
-    for module, found in flags.FLAGS.flags_by_module_dict().items():
-        if not module.startswith("absl"):
-            yield found
+def _own_flags() -> set[str]:
+    """The flags that the program and this project's modules have defined."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    ours = [m for m in by_module if m == sys.argv[0] or m.startswith("experiments.")]
+    return {flag.name for module in ours for flag in by_module[module]}
 
 
 def _flag(flag: Any) -> str:

@@ -6,7 +6,7 @@
 whole path. `--help` lists every flag; results are those of `experiments.cifar`.
 """
 
-from experiments import cifar, flags, plan, seeds
+from experiments import cifar
 
 DEFAULTS = {
     "dataset": "imagenet2012",
@@ -18,7 +18,4 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
-    flags.define(DEFAULTS)
-    seeds.define()
-    plan.define()
-    flags.run_program(cifar.main)
+    cifar.program(DEFAULTS)

@@ -9,38 +9,27 @@ import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from absl import flags as absl_flags
-
-from experiments import study_table
-from experiments.cells import Cell, result, run_cell
-from experiments.study_table import Column
+from experiments import folders
+from experiments.show import variants
+from experiments.show.runs import Row
+from experiments.show.variants import Column
+from experiments.studies.trials import Trial, going_on, result, run_trial
 from ssa_jax.runs import inputs, summary, workdir
 from ssa_jax.runs.config import Config, check_seeds
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.workdir import WorkdirError, write_json, write_text
-
-Row = dict[str, Any]
 
 # Of the summaries of the seeds, what has a mean and a deviation.
 _SPREAD = ("test_accuracy", "best_test_accuracy", "train_loss", "drift", "params", "params_ratio",
            "macs", "macs_ratio", "rank_fraction", "wall_s")  # fmt: skip
 _ALL = "mean ± deviation"
 _COLUMNS = (
-    Column("test accuracy", study_table.accuracy),
-    Column("train loss", study_table.train_loss),
-    Column("hidden angle", study_table.hidden_angle),
-    Column("parameters", study_table.per_cent("params_ratio")),
+    Column("test accuracy", variants.accuracy),
+    Column("train loss", variants.train_loss),
+    Column("hidden angle", variants.hidden_angle),
+    variants.PARAMETERS,
 )
-
-
-def define() -> None:
-    """Defines the flags of several seeds."""
-    absl_flags.DEFINE_integer(
-        "seeds", 1, "Runs at --seed, --seed + 1, ...; more than one: mean and deviation."
-    )
 
 
 def run_seeds(config: Config, seeds: int, data: Data | None = None) -> Row:
@@ -64,24 +53,21 @@ def run_seeds(config: Config, seeds: int, data: Data | None = None) -> Row:
     config.validate()
     check_seeds(config.seed, seeds)
     folder = _open(config, seeds)
-    cells = [_cell(config, folder, config.seed + i) for i in range(seeds)]
+    trials = [_trial(config, folder, config.seed + i) for i in range(seeds)]
 
     @functools.cache
     def load() -> Data:
         return data or inputs.load(config)
 
-    try:
-        for cell in cells:
-            if not result(cell):
-                run_cell(cell, load)
-    except KeyboardInterrupt as e:
-        if any(result(cell) for cell in cells):
-            _write(config, folder, cells)
-        what = "stopped by SIGTERM" if isinstance(e, Terminated) else "interrupted"
-        raise type(e)(
-            f"{what}; go on with the same flags and --workdir={folder} --resume"
-        ) from None
-    return _write(config, folder, cells)
+    def write() -> None:
+        if any(result(trial) for trial in trials):
+            _write(config, folder, trials)
+
+    with going_on(f"--workdir={folder} --resume", write):
+        for trial in trials:
+            if not result(trial):
+                run_trial(trial, load)
+    return _write(config, folder, trials)
 
 
 def _open(config: Config, seeds: int) -> Path:
@@ -92,40 +78,36 @@ def _open(config: Config, seeds: int) -> Path:
         if (path / "config.json").exists() or not any(path.glob("seed*")):
             raise WorkdirError(f"{path} holds no seeds to resume; give the --workdir of --seeds")
         return path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    with folders.writing(path, "--workdir"):
         if any(path.iterdir()):
             raise WorkdirError(
                 f"{path} is not empty; give another --workdir, or --resume to go on with its seeds"
             )
-    except OSError as e:
-        raise WorkdirError(f"cannot write to {path}: {e.strerror}; give another --workdir") from e
     return path
 
 
-def _cell(config: Config, folder: Path, seed: int) -> Cell:
+def _trial(config: Config, folder: Path, seed: int) -> Trial:
     path = folder / f"seed{seed}"
     one = dataclasses.replace(config, seed=seed, workdir=str(path), resume=False)
-    return Cell(path.name, one)
+    return Trial(path.name, one)
 
 
-def _write(config: Config, folder: Path, cells: Sequence[Cell]) -> Row:
+def _write(config: Config, folder: Path, trials: Sequence[Trial]) -> Row:
     """Writes summary.json and table.md of the seeds that are done; returns the summary."""
-    done = [found for cell in cells if (found := result(cell))]
-    failed = [row["seed"] for row in done if row["status"] == "not_finite"]
-    good = [row for row in done if row["status"] != "not_finite"]
+    done = [row for trial in trials if (row := result(trial))]
+    good = variants.finite(done)
     shared = {k: v for k, v in summary.settings(config).items() if k != "seed"}
-    found = {
+    whole = {
         **shared,
         "seeds": [row["seed"] for row in done],
         "statuses": [row["status"] for row in done],
-        "not_finite": failed,
+        "not_finite": [row["seed"] for row in done if row["status"] == "not_finite"],
         **{name: _spread([r[name] for r in good if r[name] is not None]) for name in _SPREAD},
         "workdir": str(folder),
     }
-    write_json(folder / "summary.json", found)
+    write_json(folder / "summary.json", whole)
     write_text(folder / "table.md", table(done) + "\n")
-    return found
+    return whole
 
 
 def _spread(values: Sequence[float]) -> Row:
@@ -140,4 +122,4 @@ def table(summaries: Sequence[Row]) -> str:
     """A line a seed, and one of mean and sample deviation over those that were finite."""
     labels = {f"seed {row['seed']}": f"seed {row['seed']}" for row in summaries} | {_ALL: _ALL}
     rows = [{**row, "variant": v} for row in summaries for v in (f"seed {row['seed']}", _ALL)]
-    return study_table.table(labels, _COLUMNS, rows)
+    return variants.table(labels, _COLUMNS, rows)

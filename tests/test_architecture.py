@@ -82,7 +82,52 @@ def test_one_place_knows_flax_split_and_merge():
             assert "nnx.split" not in text, file
 
 
-def test_one_program_of_experiments_measures_with_the_benchmarks():
-    for file in sorted((ROOT / "experiments").glob("*.py")):
-        uses = any(name.split(".")[0] == "benchmarks" for name in imports(file))
-        assert uses == (file.name in ("overhead.py", "overhead_page.py")), file
+EXPERIMENTS = ROOT / "experiments"
+# What each room of experiments may import from the others; "" are the programs and what they share.
+ROOMS = {
+    "": {"", "measure", "show", "studies"},
+    "studies": {"", "measure", "show"},
+    "measure": {"show"},
+    "show": {""},
+}
+# Of the programs' folder, what is no program and may be imported by studies and by their pages.
+SHARED = {"flags", "folders"}
+OF_EXPERIMENTS = sorted(EXPERIMENTS.rglob("*.py"))
+
+
+def named(file):
+    """Modules that a file imports, with the names that may be modules themselves."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("file", OF_EXPERIMENTS, ids=[f.stem for f in OF_EXPERIMENTS])
+def test_programs_stand_on_studies_and_these_on_what_measures_and_shows(file):
+    room = file.parent.relative_to(EXPERIMENTS).as_posix().removeprefix(".")
+    for name in named(file):
+        package, *parts = name.split(".")
+        if package == "benchmarks":
+            assert file.name in ("overhead.py", "overhead_page.py"), name
+        if package != "experiments":
+            continue
+        other = parts[0] if parts[0] in ROOMS else ""
+        assert other == room or other in ROOMS[room], name
+        assert other or not room or parts[0] in SHARED, name
+
+
+def test_no_room_of_experiments_is_crowded_and_no_file_long():
+    for file in OF_EXPERIMENTS:
+        assert len(file.read_text().splitlines()) <= 250, file
+        modules = [f for f in file.parent.glob("*.py") if f.name != "__init__.py"]
+        assert len(modules) <= 15, file.parent
+
+
+def test_markdown_tables_and_pages_have_one_writer_each():
+    for file in [*OF_EXPERIMENTS, *(ROOT / "benchmarks").glob("*.py")]:
+        for library, writer in (("tabulate", "markdown.py"), ("jinja2", "webpage.py")):
+            uses = library in {name.split(".")[0] for name in imports(file)}
+            assert uses == (file == EXPERIMENTS / "show" / writer), file
+        assert '" | ".join' not in file.read_text(), file

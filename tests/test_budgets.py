@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import budget, study
+from experiments.show import charts
+from experiments.studies import budget, study
 from ssa_jax import data as data_lib
 from ssa_jax.errors import ConfigError
 from ssa_jax.factors import Factors, leaves
@@ -159,7 +160,8 @@ def test_variants_share_their_budgets_and_curves_their_points():
         for a in (0.5, 0.7)
     ]
     results.append({"variant": "adaptive_30", "status": "not_finite"})
-    (curve,) = budget.frontier(results, "params")
+    curves = charts.frontiers(budget.GROUPS, results, "params_ratio")
+    (curve,) = [c for c in curves if c.points]
     assert curve.label == "uniform"
     (point,) = curve.points
     assert (point.x, point.y) == pytest.approx((10, 60))

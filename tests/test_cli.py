@@ -17,8 +17,9 @@ from absl import flags as absl_flags
 from helpers import first
 from PIL import Image
 
-from experiments import flags, study_table, table
+from experiments import flags, table
 from experiments.seeds import run_seeds
+from experiments.show import runs, variants
 from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.runs import config as config_lib
 from ssa_jax.runs import workdir
@@ -127,11 +128,12 @@ def test_pictures_are_drawn(finished):
 
 def test_table_has_the_summary_numbers(finished, capsys):
     _, folder, summary = finished
-    assert table.main([str(folder)]) == 0
+    table.main([str(folder)])
     text = capsys.readouterr().out
     assert f"{100 * summary['test_accuracy']:.2f} %" in text
     assert "ssa direct, 1 ahead (hybrid ranks)" in text
-    assert table.main([str(folder.parent)]) == 2
+    with pytest.raises(WorkdirError, match=r"holds no summary\.json of a run"):
+        table.main([str(folder.parent)])
 
 
 RUNS = sorted({f.parent.parent for f in (ROOT / "results").glob("*/*/summary.json")})
@@ -143,7 +145,7 @@ PAGES = [
 @pytest.mark.parametrize("folder", RUNS, ids=[f.name for f in RUNS])
 def test_a_page_shows_the_stored_runs(folder):
     summaries = [json.loads(f.read_text()) for f in folder.glob("*/summary.json")]
-    for line in table.table(summaries).splitlines()[2:]:
+    for line in runs.table(summaries).splitlines()[2:]:
         cells = [c.strip() for c in line.strip("|").split("|")]
         pattern = r"\s*\|\s*".join(map(re.escape, cells))
         assert any(re.search(pattern, page) for page in PAGES), line
@@ -156,11 +158,11 @@ STUDIES = sorted(f.parent for f in (ROOT / "results").glob("*/study.json"))
 def test_a_page_shows_the_stored_studies(folder):
     """Also of variants that the study no longer has: whatever a page calls them."""
     name = json.loads((folder / "study.json").read_text())["study"]
-    study = importlib.import_module(f"experiments.{name}").STUDY
+    study = importlib.import_module(f"experiments.studies.{name}").STUDY
     summaries = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     labels = {v.name: v.label for v in study.variants}
     names = {row["variant"]: row["variant"] for row in summaries}
-    header, lines = study_table.cells(names, study.columns(folder), summaries)
+    header, lines = variants.lines(names, study.columns(folder), summaries)
 
     def pattern(first, *cells):
         return r"\| *" + r" *\| *".join([first, *map(re.escape, cells)]) + r" *\|\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import evaluate, latency
+from experiments.measure import exports, timing
 from ssa_jax import export
 from ssa_jax.export import ExportError
 from ssa_jax.runs import trained
@@ -35,9 +35,9 @@ def untimed(monkeypatch):
     """Latencies that cost no time: what is tested is what surrounds them."""
 
     def instant(calls, input_shape, batch):
-        return {name: latency.Latency(1.0, 1.0, 1, 0.0) for name in calls}
+        return {name: timing.Latency(1.0, 1.0, 1, 0.0) for name in calls}
 
-    monkeypatch.setattr(evaluate, "latencies", instant)
+    monkeypatch.setattr(exports, "latencies", instant)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_every_form_has_the_accuracy_of_training(finished, untimed, tmp_path):
     folder, summary = finished
-    rows = {row["form"]: row for row in evaluate.evaluate_run(folder, tmp_path / "out")}
+    rows = {row["form"]: row for row in exports.evaluate_run(folder, tmp_path / "out")}
     assert list(rows) == FORMS
     assert rows["dense"]["test_accuracy"] is None
     for name in FORMS[:-1]:
@@ -63,7 +63,7 @@ def test_every_form_has_the_accuracy_of_training(finished, untimed, tmp_path):
     assert rows["safetensors"]["bytes"] == rows["auto"]["bytes"] < rows["dense"]["bytes"]
     assert not (folder / "export").exists()
     # The export alone, without its run.
-    alone = evaluate.evaluate_export(tmp_path / "out")
+    alone = exports.evaluate_export(tmp_path / "out")
     assert [r["form"] for r in alone] == ["safetensors", "stablehlo", "dense"]
     assert alone[0]["test_accuracy"] == summary["test_accuracy"]
 
@@ -75,7 +75,7 @@ def test_a_dense_convolutional_run_and_its_normalisation(untimed, tmp_path):
         SMALL, model="smallconv", method="bp", epochs=1, workdir=str(folder)
     )
     summary = run(config)
-    rows = evaluate.evaluate_run(folder)
+    rows = exports.evaluate_run(folder)
     assert [r["form"] for r in rows] == ["trained", "merged", "safetensors", "stablehlo", "dense"]
     assert {r["test_accuracy"] for r in rows[:-1]} == {summary["test_accuracy"]}
     # By hand, as someone without this project's data pipeline would do it.
@@ -91,21 +91,21 @@ def test_an_export_that_differs_from_its_run_is_told(finished, untimed, tmp_path
     folder, _ = finished
     run_now = trained.restore(folder)
     model = export.to_inference(run_now.model, run_now.data.image_shape)
-    metadata = evaluate._metadata(run_now)
+    metadata = exports.metadata_of(run_now)
     bias = model.layers[-1].bias
     bias.set_value(bias.get_value() + 1e-3)
     export.save(tmp_path / "moved", model, metadata)
     with pytest.raises(ExportError, match="the safetensors form differs from the trained one"):
-        evaluate.evaluate_run(folder, tmp_path / "moved")
+        exports.evaluate_run(folder, tmp_path / "moved")
     export.save(tmp_path / "older", model, {**metadata, "epoch": 3})
     with pytest.raises(ExportError, match="holds an export of epoch=3, the run is at 5"):
-        evaluate.evaluate_run(folder, tmp_path / "older")
+        exports.evaluate_run(folder, tmp_path / "older")
     export.save(tmp_path / "better", model, {**metadata, "test_accuracy": 0.999})
     with pytest.raises(ExportError, match=r"training measured 0\.9990"):
-        evaluate.evaluate_export(tmp_path / "better")
+        exports.evaluate_export(tmp_path / "better")
     export.save(tmp_path / "nameless", model)
     with pytest.raises(ExportError, match="names no model and data set"):
-        evaluate.evaluate_export(tmp_path / "nameless")
+        exports.evaluate_export(tmp_path / "nameless")
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_all_forms_agree_on_the_test_set_of_cifar10(untimed, tmp_path):
     )  # fmt: skip
     # Compacted: the last layer began at 128, a quarter of its full rank.
     assert summary["ranks"]["3/units/3/map/kernel"] < 128
-    rows = evaluate.evaluate_run(folder)
+    rows = exports.evaluate_run(folder)
     assert [r["form"] for r in rows] == FORMS
     for row in rows[:-1]:
         assert row["test_accuracy"] == summary["test_accuracy"]

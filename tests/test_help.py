@@ -12,7 +12,7 @@ from experiments.demo import seen
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 
-PROGRAMS = ("cifar", "imagenet", "demo", "evaluate", "report", "gap", "table")
+PROGRAMS = ("cifar", "imagenet", "demo", "evaluate", "report", "studies.gap", "table")
 
 
 def test_every_setting_is_in_one_group_and_ten_come_first():
@@ -29,7 +29,7 @@ def test_help_lists_every_flag_with_its_default_and_choices(program):
         [sys.executable, "-m", f"experiments.{program}", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    if program in ("cifar", "imagenet", "demo", "gap"):
+    if program in ("cifar", "imagenet", "demo", "studies.gap"):
         for field in dataclasses.fields(Config):
             assert f"--{field.name}=" in done.stdout or f"--[no]{field.name}" in done.stdout
     if program == "cifar":

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from streamed import stream
 
-from experiments import evaluate, seeds
+from experiments import seeds
+from experiments.measure import exports
 from ssa_jax import export
 from ssa_jax.data import streams
 from ssa_jax.errors import ConfigError, DataError
@@ -134,7 +135,7 @@ def test_a_run_on_streamed_data_is_exported_and_measured_as_in_training(tmp_path
     data = stream(n_test=11, corrupt_test=(4,))._replace(classes=10)
     summary = run(settings(tmp_path / "run", on_corrupt="skip"), data)
     monkeypatch.setattr(inputs, "load", lambda config: data)
-    trained, *others = evaluate.evaluate_run(tmp_path / "run")
+    trained, *others = exports.evaluate_run(tmp_path / "run")
     assert trained["test_accuracy"] == pytest.approx(summary["test_accuracy"])
     assert {row["form"] for row in others} >= {"safetensors", "stablehlo", "dense"}
     stored = export.read_config(tmp_path / "run" / "export")["metadata"]

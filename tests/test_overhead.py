@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from experiments import overhead, overhead_page
+from experiments.studies import overhead, overhead_page
 from ssa_jax.factors import Factors
 from ssa_jax.runs.workdir import WorkdirError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import sensitivity
+from experiments.studies import sensitivity
 from ssa_jax import data
 from ssa_jax.errors import ConfigError
 from ssa_jax.reporting import plots

@@ -12,24 +12,26 @@ from pathlib import Path
 import pytest
 from helpers import first
 
-from experiments import (
+from experiments import folders
+from experiments.measure import step_costs
+from experiments.show import charts, variants
+from experiments.show.variants import Column
+from experiments.studies import (
     ablation,
     alignment,
     budget,
-    cells,
     convergence,
     depth,
     gap,
     methods,
+    program,
     ranks,
     sensitivity,
-    step_costs,
     study,
-    study_table,
+    trials,
     tuning,
 )
-from experiments.study import Settings, Study, Variant
-from experiments.study_table import Column
+from experiments.studies.study import Settings, Study, Variant
 from ssa_jax.errors import ConfigError
 from ssa_jax.methods import METHODS
 from ssa_jax.runs.config import Config
@@ -42,7 +44,7 @@ STEPS = 11  # in an epoch
 
 def pair(name="pair", **changes):
     """A study of BP and DFA; `changes` are those of the second variant."""
-    variants = (
+    compared = (
         Variant("bp", "BP", {"method": "bp"}),
         Variant("dfa", "DFA, much", {"method": "dfa", **changes}),
     )
@@ -50,12 +52,12 @@ def pair(name="pair", **changes):
     def columns(folder):
         assert folder.is_dir()
         return [
-            Column("test accuracy", study_table.accuracy),
-            Column("angle", study_table.hidden_angle),
-            Column("parameters", study_table.per_cent("params_ratio")),
+            Column("test accuracy", variants.accuracy),
+            Column("angle", variants.hidden_angle),
+            Column("parameters", variants.per_cent("params_ratio")),
         ]
 
-    return Study(name, variants, columns, "A note.")
+    return Study(name, compared, columns, "A note.")
 
 
 def settings(folder, seeds=1, only=("bp", "dfa"), **change):
@@ -126,7 +128,7 @@ def test_table_has_mean_and_deviation_of_the_summaries(shared):
 def test_the_page_has_the_table_every_run_and_the_curves(shared, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(shared[0], folder)
-    study.show(pair(), settings(folder, 2), shared[1])
+    program.show(pair(), settings(folder, 2), shared[1])
     page = (folder / "index.html").read_text()
     for line in table_lines(folder):
         for cell in line:
@@ -188,7 +190,7 @@ def test_an_interrupted_cell_goes_on(tmp_path, capsys):
 def test_a_cell_that_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     folder = tmp_path / "study"
     once = settings(folder, only=["bp"])
-    (cell,) = [study.make_cell(once, pair().variants[0], 0)]
+    (cell,) = [study.make_trial(once, pair().variants[0], 0)]
     study.run_study(pair(), once._replace(only=[]))
     cell.path.mkdir()
     record = {"config": dataclasses.asdict(cell.config)}
@@ -199,10 +201,10 @@ def test_a_cell_that_ended_before_its_first_checkpoint_begins_anew(tmp_path):
 
 def test_a_cell_of_another_process_is_left_to_it(tmp_path, capsys):
     once = settings(tmp_path / "study")
-    cell = study.make_cell(once, pair().variants[0], 0)
+    cell = study.make_trial(once, pair().variants[0], 0)
     cell.path.mkdir(parents=True)
-    with cells.locked(cell.path):
-        cells.run_cell(cell, lambda: pytest.fail("loads data for a cell that it leaves alone"))
+    with folders.locked(cell.path):
+        trials.run_trial(cell, lambda: pytest.fail("loads data for a cell that it leaves alone"))
     assert "another process is running it" in capsys.readouterr().out
     assert not list(cell.path.iterdir())
 
@@ -223,15 +225,15 @@ def test_a_failed_cell_is_reported_and_the_rest_runs(tmp_path, capsys):
     assert study.run_study(bad, settings(folder)) == rows
     assert files(folder / "dfa-seed0") == before
     both = [*rows, {**rows[1], "variant": "dfa"}]
-    line = study_table.table({"dfa": "DFA"}, [], both).splitlines()[-1]
+    line = variants.table({"dfa": "DFA"}, [], both).splitlines()[-1]
     assert "1 not finite, 1 finished" in line
 
 
 @pytest.mark.slow
 def test_costs_count_the_share_of_a_refresh():
-    variants = {v.name: v for v in methods.FORMS}
+    forms = {v.name: v for v in methods.FORMS}
     configs = {
-        name: dataclasses.replace(SMALL, **variants[name].changes)
+        name: dataclasses.replace(SMALL, **forms[name].changes)
         for name in ("bp", "ssa_direct", "ssa_sequential")
     }
     measured = step_costs.measure(configs, 3, study.load(SMALL))
@@ -258,14 +260,14 @@ PROGRAMS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.STUDY.name)
-def test_variants_have_names_of_their_own_and_settings_that_a_run_may_have(program):
-    names = [v.name for v in program.STUDY.variants]
+@pytest.mark.parametrize("one", [p.STUDY for p in PROGRAMS], ids=lambda s: s.name)
+def test_variants_have_names_of_their_own_and_settings_that_a_run_may_have(one):
+    names = [v.name for v in one.variants]
     assert len(set(names)) == len(names)
-    for variant in program.STUDY.variants:
+    for variant in one.variants:
         dataclasses.replace(SMALL, **variant.changes).validate()
-    assert set(program.STUDY.quick_only) <= set(names)
-    dataclasses.replace(SMALL, **{k: v for k, v in program.STUDY.quick.items() if k != "seeds"})
+    assert set(one.quick_only) <= set(names)
+    dataclasses.replace(SMALL, **{k: v for k, v in one.quick.items() if k != "seeds"})
 
 
 def test_the_parts_of_ssa_are_dropped_one_at_a_time():
@@ -321,7 +323,7 @@ def test_a_rate_is_the_exponent_of_a_power_of_the_step():
     assert convergence.rate([10], [3.0]) is None
     rows = [{"step_by_epoch": steps, "train_loss_by_epoch": [t**p for t in steps]}
             for p in (-1, -2)]  # fmt: skip
-    columns = {c.title: c for c in convergence.columns(Path())}
+    columns = {c.title: c for c in convergence.STUDY.columns(Path())}
     assert columns["rate of the loss"].text("", rows) == "-1.500 ± 0.707"
 
 
@@ -361,7 +363,9 @@ def test_the_frontier_has_every_hybrid_run_by_its_size_and_not_those_that_failed
 
     rows = [row("hybrid_50_99", 0.3, 0.7), row("hybrid_50_90", 0.2, 0.6),
             row("adaptive_20", 0.2, None, "not_finite")]  # fmt: skip
-    drawn = {c.label: c.points for c in ranks.frontier(rows, "params_ratio") if c.points}
+    drawn = {
+        c.label: c.points for c in charts.frontiers(ranks.GROUPS, rows, "params_ratio") if c.points
+    }
     (points,) = drawn.values()
     assert [(p.x, p.y) for p in points] == [(20, 60), (30, 70)]
     assert next(iter(drawn)).startswith("hybrid, 0.5 of r0")
@@ -375,12 +379,12 @@ def test_thirds_of_the_depth_are_means_over_their_hidden_units():
     assert depth.third("angles", 0)("", []) == "-"
 
 
-def command(program, *args):
+def command(name, *args):
     network = ("--dataset=digits", "--model=mlp")
-    if program == "methods":
+    if name == "methods":
         network = ("--datasets=digits", "--models=mlp")
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{program}", *network, *args],
+        [sys.executable, "-m", f"experiments.studies.{name}", *network, *args],
         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
@@ -461,7 +465,8 @@ def test_the_table_of_exact_paths_is_its_record():
 def test_the_table_of_low_rank_walks_is_its_record():
     record = json.loads((ROOT / "results/low_rank_walk/record.json").read_text())
     page = (ROOT / "docs/research.md").read_text()
-    assert record["command"] in page
+    # At its commit studies were programs of the folder above.
+    assert record["command"].replace("experiments.", "experiments.studies.") in page
     assert record["commit"] in page
     for r in record["rows"]:
         shown = (

@@ -13,7 +13,8 @@ import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import overhead_page, study_table
+from experiments.show import variants
+from experiments.studies import overhead_page
 
 # Those that train; overhead measures steps alone.
 STUDIES = ("ablation", "alignment", "convergence", "methods", "ranks", "sensitivity", "tuning")
@@ -43,7 +44,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys, compiled_once):
-    """Runs `python -m experiments.NAME` in this process, which reads a data set once."""
+    """Runs `python -m experiments.studies.NAME` in this process, which reads a data set once."""
 
     def run(name, *args):
         compiled_once()
@@ -51,7 +52,7 @@ def command(monkeypatch, capsys, compiled_once):
         monkeypatch.setattr(sys, "argv", [name, *args])
         try:
             with pytest.raises(SystemExit) as done:
-                runpy.run_module(f"experiments.{name}", run_name="__main__")
+                runpy.run_module(f"experiments.studies.{name}", run_name="__main__")
         finally:
             for flag in set(flags.FLAGS) - before:
                 delattr(flags.FLAGS, flag)
@@ -89,17 +90,17 @@ def stamps(folder):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_quick_study_shows_what_its_runs_found_and_repeats_nothing(name, command, tmp_path):
-    program, folder = importlib.import_module(f"experiments.{name}"), tmp_path / "study"
+    program, folder = importlib.import_module(f"experiments.studies.{name}"), tmp_path / "study"
     command(name, "--quick", f"--folder={folder}")
     rows = results(folder)
     assert {(r["dataset"], r["status"]) for r in rows} == {("cifar10", "finished")}
     header, *lines = table_lines(folder)
-    variants = {v.name: v for v in chosen(program.STUDY)}
-    assert {r["variant"] for r in rows} == variants.keys()
-    assert [x[0] for x in lines] == [v.label for v in variants.values()]
-    for variant, line in zip(variants, lines, strict=True):
+    labels = {v.name: v.label for v in chosen(program.STUDY)}
+    assert {r["variant"] for r in rows} == labels.keys()
+    assert [x[0] for x in lines] == list(labels.values())
+    for variant, line in zip(labels, lines, strict=True):
         ours = [r for r in rows if r["variant"] == variant]
-        assert line[1] == study_table.accuracy(variant, ours)
+        assert line[1] == variants.accuracy(variant, ours)
         assert line[header.index("n")] == str(len(ours))
         for column in program.STUDY.columns(folder):
             assert line[header.index(column.title)] == column.text(variant, ours)

@@ -1,0 +1,1 @@
+"""Times of programs side by side, costs of training steps, and exports beside what was trained."""

@@ -1,0 +1,97 @@
+"""What runs reached and cost, a line a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.show import markdown
+from ssa_jax.methods import ON_FACTORS
+
+Row = dict[str, Any]
+
+# Of `table`, which takes summaries of finished runs.
+SHORT = ("method", "test accuracy", "hidden angles", "parameters", "rank", "MACs", "time", "state")
+# Of `line`, which takes a run that goes on as well.
+HEADER = (
+    "run", "state", "epochs", "test accuracy", "train loss", "rank", "ranks", "parameters", "MACs",
+    "wall time", "compile time", "diagnosis",
+)  # fmt: skip
+
+
+def text(row: Row, key: str, form: str, scale: float = 1.0) -> str:
+    """A number of a row as a text; a dash where it is missing."""
+    value = row.get(key)
+    return "-" if value is None else form.format(value if scale == 1 else scale * value)
+
+
+def _sizes(row: Row) -> tuple[str, str]:
+    """Parameters and MACs, with their shares of the dense network's."""
+
+    def size(key: str, form: str) -> str:
+        share = text(row, f"{key}_ratio", "{:.0f} %", 100)
+        return "-" if row.get(key) is None else f"{text(row, key, form, 1e-6)} ({share})"
+
+    return size("params", "{:.3f} M"), size("macs", "{:.2f} M")
+
+
+def line(name: str, row: Row) -> Sequence[str]:
+    """The line of a run under `HEADER`.
+
+    Args:
+      name: of the run.
+      row: its summary or, while it runs, its last epoch's row and a status; a dash for what is
+        missing.
+    """
+    ranks, findings = row.get("ranks") or {}, row.get("diagnosis")
+    return (
+        name,
+        row["status"].replace("_", " "),
+        # The last row of a run knows its epoch, the summary how many are whole.
+        text(row, "epochs" if "epochs" in row else "epoch", "{:.0f}"),
+        text(row, "test_accuracy", "{:.2f} %", 100),
+        text(row, "train_loss", "{:.3f}"),
+        text(row, "rank_fraction", "{:.1f} %", 100) if row.get("factorized") else "-",
+        " ".join(map(str, ranks.values())) or "-",
+        *_sizes(row),
+        text(row, "wall_s", "{:.1f} s"),
+        text(row, "compile_s", "{:.1f} s"),
+        "-" if findings is None else ", ".join(f["name"] for f in findings) or "healthy",
+    )
+
+
+def method(summary: Row) -> str:
+    """The method of a run, with what changes its network."""
+    parts = [summary["method"]]
+    if summary["method"] == "ssa":
+        # Runs stored before there was a choice to tell were direct, and looked at no unit ahead.
+        share = summary.get("feedback_rank") or 1
+        sequential = "sequential" if share == 1 else f"walking through {share:g} of its directions"
+        ahead = f"direct, {n} ahead" if (n := summary.get("feedback_lookahead")) else "direct"
+        parts.append(sequential if summary.get("feedback") == "sequential" else ahead)
+    if summary["factorized"] != (summary["method"] in ON_FACTORS):
+        parts.append("on factors" if summary["factorized"] else "(dense)")
+    if summary["rank_schedule"] != "none" and summary["factorized"]:
+        parts.append(f"({summary['rank_schedule']} ranks)")
+    return " ".join(parts)
+
+
+def table(summaries: Sequence[Row]) -> str:
+    """One line a run, as Markdown.
+
+    Angles are between the local and the true gradient of each hidden unit, first to last; ratios
+    are to the dense network of the same name.
+    """
+    return markdown.table(SHORT, [_short(summary) for summary in summaries])
+
+
+def _short(summary: Row) -> Sequence[str]:
+    params, macs = _sizes(summary)
+    return (
+        method(summary),
+        text(summary, "test_accuracy", "{:.2f} %", 100),
+        " ".join(f"{angle:.0f}°" for angle in (summary["angles"] or [])[:-1]) or "-",
+        params,
+        text(summary, "rank_fraction", "{:.0f} %", 100) if summary["factorized"] else "dense",
+        macs,
+        text(summary, "wall_s", "{:.0f} s"),
+        summary["status"],
+    )

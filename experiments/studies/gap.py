@@ -1,0 +1,74 @@
+"""What closes the gap between direct SSA and backpropagation on the same factors.
+
+    python -m experiments.studies.gap
+    python -m experiments.studies.gap --quick --dataset=digits --model=mlp
+
+The reference is `svd_bp`. Three variants walk through a share of each layer's singular directions;
+every other one is direct SSA with one thing changed: how often the path follows the weights, how
+fine it is, how far a unit's gradient reaches, what is added to the signal, what comes before, and
+how the weights are moved.
+"""
+
+from typing import Any
+
+from experiments.show import variants
+from experiments.show.variants import Column
+from experiments.studies import program
+from experiments.studies.study import Study, Variant
+
+
+def _direct(name: str, label: str, **changes: Any) -> Variant:
+    return Variant(name, label, {"method": "ssa", "feedback_lookahead": 0, **changes})
+
+
+def _walk(name: str, share: str, rank: float) -> Variant:
+    label = f"walking through {share} of each layer's directions"
+    return Variant(name, label, {"method": "ssa", "feedback": "sequential", "feedback_rank": rank})
+
+
+VARIANTS = (
+    Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
+    _walk("walk_half", "half", 1 / 2),
+    _walk("walk_quarter", "a quarter", 1 / 4),
+    _walk("walk_eighth", "an eighth", 1 / 8),
+    _direct("direct", "ssa direct"),
+    _direct("every_1", "path follows in every step", feedback_every=1),
+    _direct("every_100", "path follows every 100 steps", feedback_every=100),
+    _direct("channel", "path per channel", feedback_form="channel"),
+    _direct("lookahead_1", "one unit ahead", feedback_lookahead=1),
+    _direct("lookahead_2", "two units ahead", feedback_lookahead=2),
+    _direct("regression", "paths by regression", feedback="regression"),
+    _direct(
+        "regression_ahead",
+        "paths by regression, one unit ahead",
+        feedback="regression",
+        feedback_lookahead=1,
+    ),
+    _direct("joined", "two neighbours a unit", unit_size=2),
+    _direct("readout", "and a local readout (0.1)", local_weight=0.1),
+    _direct("cosine", "and the cosine term (0.1)", kappa=0.1),
+    _direct("smoothing", "label smoothing (0.1)", label_smoothing=0.1),
+    _direct("slow_first", "rate of the first unit a quarter", first_rate=0.25),
+    _direct("warm_bp", "after an epoch of svd_bp", warmup_method="svd_bp"),
+    _direct("warm_local", "after an epoch of local readouts", warmup_method="local"),
+    _direct("horizontal", "horizontal projection", projection="horizontal"),
+    _direct("momentum", "momentum (rate 0.01) for Adam", optimizer="momentum", learning_rate=0.01),
+    _direct("momentum_fast", "momentum (rate 0.1)", optimizer="momentum", learning_rate=0.1),
+)
+
+STUDY = Study(
+    "gap",
+    VARIANTS,
+    variants.always(
+        Column("test accuracy", variants.accuracy),
+        Column("train loss", variants.train_loss),
+        Column("gradient angle", variants.hidden_angle),
+        Column("signal angle", variants.angle("signal_angles")),
+        variants.PARAMETERS,
+    ),
+    "Angles are to the true gradient and the true signal, means over hidden units after the last "
+    "epoch; the train loss of label smoothing is against smoothed targets.",
+)
+
+if __name__ == "__main__":
+    program.run(STUDY)
