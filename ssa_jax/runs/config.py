@@ -43,7 +43,7 @@ class Config:
 
     recipe: str = setting(
         "none",
-        "Named settings, the defaults of the other flags; see experiments/recipes.",
+        "Named settings, the defaults of the other flags; see experiments/recipes.py.",
     )
     method: str = setting("ssa", "Learning method.", choices=METHODS, open=True)
     model: str = setting("smallconv", "Network.", choices=MODELS, open=True)
