@@ -15,7 +15,7 @@ import pytest
 from experiments import cifar, report, seeds, table
 from ssa_jax import data as data_lib
 from ssa_jax.errors import ConfigError, NotFiniteError
-from ssa_jax.factors import linalg
+from ssa_jax.factors import polar
 from ssa_jax.runs import build, run, workdir
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.interrupt import Terminated
@@ -52,12 +52,12 @@ def assert_equal_runs(folder, other):
 
 def test_a_batched_retraction_is_each_alone():
     """A matrix without full rank takes thirty iterations; its neighbour does not notice."""
-    good = linalg.orthonormalize(jax.random.normal(jax.random.key(0), (2, 12, 4))) * 1.01
+    good = polar.orthonormalize(jax.random.normal(jax.random.key(0), (2, 12, 4))) * 1.01
     bad = jnp.zeros((12, 4)).at[0, 0].set(1.0)
     stack = jnp.concatenate([good, bad[None]])
-    for batched in (jax.vmap(linalg.orthonormalize), linalg.orthonormalize):
+    for batched in (jax.vmap(polar.orthonormalize), polar.orthonormalize):
         for matrix, q in zip(stack, batched(stack), strict=True):
-            np.testing.assert_allclose(q, linalg.orthonormalize(matrix), atol=1e-6)
+            np.testing.assert_allclose(q, polar.orthonormalize(matrix), atol=1e-6)
 
 
 def test_wrong_numbers_and_folders_are_refused(tmp_path):

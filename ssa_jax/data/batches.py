@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssa_jax.data import Feed
+from ssa_jax.data.loader import Feed
 from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.types import Batch

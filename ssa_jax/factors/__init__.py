@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, svd
 
 Array = jax.Array
 
@@ -65,8 +65,8 @@ def rank_of(fraction: float, d_out: int, d_in: int) -> int:
 
 
 def from_dense(w: Array, rank: int, key: Array | None = None) -> Factors:
-    """Best rank-r factors of w (d_out, d_in) by `linalg.truncated_svd`, which see for errors."""
-    return Factors(*linalg.truncated_svd(w, rank, key))
+    """Best rank-r factors of w (d_out, d_in) by `svd.truncated_svd`, which see for errors."""
+    return Factors(*svd.truncated_svd(w, rank, key))
 
 
 def to_dense(f: Factors) -> Array:

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from ssa_jax.data import DATASETS
-from ssa_jax.data.streams import ON_CORRUPT, STREAMS
+from ssa_jax.data.decoding import ON_CORRUPT
+from ssa_jax.data.streams import STREAMS
 from ssa_jax.errors import ConfigError
-from ssa_jax.factors.linalg import PROJECTIONS, RETRACTIONS
+from ssa_jax.factors.retractions import PROJECTIONS, RETRACTIONS
 from ssa_jax.methods import METHODS, ON_FACTORS
 from ssa_jax.methods.feedback import FORMS
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS

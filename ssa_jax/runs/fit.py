@@ -18,8 +18,9 @@ import numpy as np
 
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
-from ssa_jax.data.arrays import is_pair, open_data
+from ssa_jax.data.arrays import is_pair
 from ssa_jax.data.batches import Batches, from_batches
+from ssa_jax.data.files import open_data
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.models import start

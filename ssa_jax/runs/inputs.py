@@ -4,9 +4,11 @@ import jax
 import numpy as np
 
 from ssa_jax import data as data_lib
-from ssa_jax.data import DATASETS, Dataset, Images, Loader, streams
+from ssa_jax.data import DATASETS, Dataset, Images, Loader, stream_loader, streams
 from ssa_jax.data.batches import Batches, BatchLoader
-from ssa_jax.data.streams import Reading, Stream, StreamLoader
+from ssa_jax.data.decoding import Reading
+from ssa_jax.data.stream_loader import StreamLoader
+from ssa_jax.data.streams import Stream
 from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.plugins import find
@@ -54,7 +56,11 @@ def moments(data: Data) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and deviation by the last axis by which inputs are normalised; see `data.moments`."""
     if isinstance(data, Batches):
         return None
-    return (streams.MEAN, streams.STD) if isinstance(data, Stream) else data_lib.moments(data)
+    return (
+        (stream_loader.MEAN, stream_loader.STD)
+        if isinstance(data, Stream)
+        else data_lib.moments(data)
+    )
 
 
 def first_images(data: Images, n: int) -> np.ndarray:
@@ -79,4 +85,4 @@ def make_loader(config: Config, data: Data, layout: Layout = ONE_DEVICE) -> AnyL
         shard=jax.process_index(),
         shards=jax.process_count(),
     )
-    return streams.make_loader(data, reading, config.batch_size, layout)
+    return stream_loader.make_loader(data, reading, config.batch_size, layout)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, retractions
 from ssa_jax.methods import Method, chain
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import Unit
@@ -127,7 +127,7 @@ def tangent(params: Tree, gradient: Tree) -> Tree:
     def project(f: Any, g: Any) -> Any:
         if not factors.is_factors(f):
             return g
-        u, v = linalg.project_stiefel(f.u, g.u), linalg.project_stiefel(f.v, g.v)
+        u, v = retractions.project_stiefel(f.u, g.u), retractions.project_stiefel(f.v, g.v)
         return g._replace(u=u, v=v)
 
     return jax.tree.map(project, params, gradient, is_leaf=factors.is_factors)

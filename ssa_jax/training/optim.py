@@ -58,8 +58,8 @@ class OptimizerConfig(NamedTuple):
       rank_costs: of one singular direction of each layer, by path; for `adaptive`.
       rank_budget: for the sum of those costs, at the start and at the end; for `adaptive`.
       energy: share of Σ s² that the energy rule keeps.
-      projection: a name in `linalg.PROJECTIONS`.
-      retraction: a name in `linalg.RETRACTIONS`.
+      projection: a name in `retractions.PROJECTIONS`.
+      retraction: a name in `retractions.RETRACTIONS`.
       retract_every: steps between retractions.
     """
 

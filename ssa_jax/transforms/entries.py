@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import Factors, is_factors, linalg, named_leaves
+from ssa_jax.factors import Factors, is_factors, named_leaves, spectra
 from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_at_init, path_name
 
 Array = jax.Array
@@ -22,7 +22,7 @@ def keep_largest(s: Array, mask: Array, k: Array) -> Array:
       k: (...,) or a scalar.
     """
     # The dropped ones are zero and come last, so that they never displace a kept one.
-    position = jnp.sum(linalg.smaller_than(jnp.where(mask, s, 0)), axis=-2)
+    position = jnp.sum(spectra.smaller_than(jnp.where(mask, s, 0)), axis=-2)
     return mask & (position < jnp.broadcast_to(k, s.shape[:-1])[..., None])
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, polar, retractions
 from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.selection import (
     ROWS,
@@ -78,7 +78,7 @@ def trace(
     Args:
       decay: d.
       nesterov: whether to look ahead.
-      metric: a name in `linalg.PROJECTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
@@ -97,7 +97,7 @@ def trace(
      [0. 0.]
      [1. 1.]]
     """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
+    project = choose(retractions.PROJECTIONS, metric, "metric")
 
     def init(params: optax.Params) -> TraceState:
         kinds_at_init("trace", params, mask)
@@ -155,7 +155,7 @@ def scale_by_riemannian_adam(
       b2: decay of the second moment.
       eps: ε.
       second_moment: ``elementwise``, ``column`` (of the tall matrix) or ``matrix``.
-      metric: a name in `linalg.PROJECTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`. ν has shape (..., 1, r) or
         (..., r, 1) by column and (..., 1, 1) by matrix.
@@ -181,7 +181,7 @@ def scale_by_riemannian_adam(
      [0. 0.]
      [3. 3.]]
     """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
+    project = choose(retractions.PROJECTIONS, metric, "metric")
     if second_moment not in SECOND_MOMENTS:
         raise ValueError(
             f"second moment must be one of {', '.join(SECOND_MOMENTS)}, got {second_moment!r}"
@@ -251,7 +251,7 @@ def scale_by_stiefel_muon(
       decay: d.
       nesterov: whether to orthogonalise P_x(d m + g) with the new m instead.
       steps: Newton-Schulz iterations.
-      metric: a name in `linalg.PROJECTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
@@ -270,7 +270,7 @@ def scale_by_stiefel_muon(
     >>> bool(jnp.linalg.norm(u, 2) < 1.3)
     True
     """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
+    project = choose(retractions.PROJECTIONS, metric, "metric")
     if steps < 1:
         raise ValueError(f"muon steps must be at least 1, got {steps}")
 
@@ -297,7 +297,7 @@ def scale_by_stiefel_muon(
         ahead = _accumulate(mu, decay, updates, 1) if nesterov else mu
 
         def orthogonalised(x: Array, m: Array) -> Array:
-            return project(x, linalg.msign(tangent(x, m) if nesterov else m, steps))
+            return project(x, polar.msign(tangent(x, m) if nesterov else m, steps))
 
         out = map_matrices(each(orthogonalised), kinds, ahead, params)
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, spectra
 from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.selection import (
     SPECTRUM,
@@ -26,8 +26,8 @@ Array = jax.Array
 ScalarOrSchedule = float | Array | Callable[[Array], Array | float]
 
 HOYER_KINDS: dict[str, Callable[[Array], Array]] = {
-    "l1_l2": lambda s: jnp.sum(linalg.hoyer(s)),
-    "squared": lambda s: jnp.sum(jnp.square(linalg.hoyer(s))),
+    "l1_l2": lambda s: jnp.sum(spectra.hoyer(s)),
+    "squared": lambda s: jnp.sum(jnp.square(spectra.hoyer(s))),
 }
 
 

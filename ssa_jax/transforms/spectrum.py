@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import Factors, linalg
+from ssa_jax.factors import Factors, spectra
 from ssa_jax.transforms.entries import (
     at_factors,
     cut,
@@ -57,7 +57,7 @@ def _ranks_to_keep(s: Array, r0: Array, ask: tuple[Any, Any], floor: float, due:
     rank, energy = ask
     full = r0.astype(jnp.float32)
     by_rank = jnp.ceil(rank * full - 1e-4)
-    by_energy = jnp.maximum(linalg.energy_rank(s, energy), jnp.ceil(floor * full - 1e-4))
+    by_energy = jnp.maximum(spectra.energy_rank(s, energy), jnp.ceil(floor * full - 1e-4))
     return jnp.where(due, jnp.minimum(by_rank, by_energy), by_rank)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import Factors, linalg
+from ssa_jax.factors import Factors, spectra
 from ssa_jax.transforms.entries import (
     at_factors,
     cut,
@@ -150,4 +150,4 @@ def _spectrum_after(mask: Factors | None, update: Any, params: Any) -> Array | N
 
 
 def _stable_rank(s: Array) -> Array:
-    return linalg.stable_rank(s).astype(jnp.float32)
+    return spectra.stable_rank(s).astype(jnp.float32)
