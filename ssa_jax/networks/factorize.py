@@ -152,10 +152,10 @@ def from_dense(
 
     Returns:
       a copy of the model. `rank` and `energy` leave dense, and name in a `LeftDense` warning,
-      every other layer with a kernel, and what `nnx_factors` finds against: a convolution that is depthwise, masked, not two-dimensional, dilated at its input, or pads
-      otherwise than by SAME, VALID or numbers; a layer that is not float32; a subclass; a stack
-      of layers; an argument of its own, such as ``dot_general`` or ``precision``; a kernel or
-      bias that layers share.
+      every other layer with a kernel, and what `nnx_factors` finds against: a convolution that is
+      depthwise, masked, not two-dimensional, dilated at its input, or pads otherwise than by SAME,
+      VALID or numbers; a layer that is not float32; a subclass; a stack of layers; an argument of
+      its own, such as ``dot_general`` or ``precision``; a kernel or bias that layers share.
 
     Raises:
       ValueError: none or several of the three, a value out of range, or in `ranks` a path

@@ -22,10 +22,10 @@ from ssa_jax.networks.forward import output_shapes, predict
 from ssa_jax.networks.models import Split, split, start
 from ssa_jax.networks.units import Unit, group_units, in_precision
 from ssa_jax.plugins import find
-from ssa_jax.runs import budgets, inputs, memory
+from ssa_jax.runs import budgets, inputs
 from ssa_jax.runs.budgets import BudgetError
 from ssa_jax.runs.config import MOST, Config
-from ssa_jax.training import costs, optim, ranks
+from ssa_jax.training import costs, memory, optim, ranks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import OPTIMIZERS, OptimizerConfig
 from ssa_jax.training.ranks import SCHEDULES

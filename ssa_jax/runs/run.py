@@ -12,19 +12,19 @@ from ssa_jax.plugins import find
 from ssa_jax.reporting import plots, tensorboard
 from ssa_jax.reporting.callbacks import CALLBACKS
 from ssa_jax.reporting.progress import Progress
-from ssa_jax.runs import build, inputs, memory, processes, summary, workdir
+from ssa_jax.runs import build, inputs, processes, summary, workdir
 from ssa_jax.runs.build import NOTHING, Given
 from ssa_jax.runs.compiling import Compiling, leave_products_to_cublas, use_cache
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.environment import commit
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.interrupt import Interruptible, Terminated, interruptible
-from ssa_jax.runs.tally import Tally
 from ssa_jax.runs.trainer import Trainer
 from ssa_jax.runs.workdir import Workdir
-from ssa_jax.training import train, unitwise
+from ssa_jax.training import memory, train, unitwise
 from ssa_jax.training.checkpoint import Checkpoints
 from ssa_jax.training.record import Position
+from ssa_jax.training.running_means import RunningMeans
 from ssa_jax.types import TrainState
 
 Row = dict[str, Any]
@@ -231,30 +231,30 @@ class Run:
         if self.stops_at(before):
             return False
         begun = time.monotonic()
-        tally = Tally(position.sums, position.step_in_epoch)
+        means = RunningMeans(position.sums, position.step_in_epoch)
         row = self.trainer.train_epoch(
-            position.epoch, tally, lambda step: self._between_steps(step, tally)
+            position.epoch, means, lambda step: self._between_steps(step, means)
         )
-        return self.end_epoch(row, tally, before, time.monotonic() - begun)
+        return self.end_epoch(row, means, before, time.monotonic() - begun)
 
     def stops_at(self, step: int) -> bool:
         """Whether `--max_steps` says so, behind what was trained of an epoch."""
         return 0 < self.config.max_steps <= step and not self.position.step_in_epoch
 
-    def end_epoch(self, row: Row, tally: Tally, before: int, seconds: float) -> bool:
+    def end_epoch(self, row: Row, means: RunningMeans, before: int, seconds: float) -> bool:
         """Measures and keeps an epoch, or what was trained of it; whether there is more to train.
 
         Args:
           row: what `Trainer.train_epoch` told.
-          tally: of its steps.
+          means: of its steps.
           before: steps done when it began.
           seconds: that it took.
         """
         position, images = self.position, (self.trainer.step - before) * self.config.batch_size
-        whole = tally.steps == self.trainer.built.steps_per_epoch
+        whole = means.steps == self.trainer.built.steps_per_epoch
         if not whole:
-            self.save_within(tally)
-        row = tally.row() | row | self.trainer.measure()
+            self.save_within(means)
+        row = means.row() | row | self.trainer.measure()
         row |= {
             "epoch": position.epoch + 1,
             "step": self.trainer.step,
@@ -280,10 +280,10 @@ class Run:
             )
         return whole
 
-    def _between_steps(self, step: int, tally: Tally) -> None:
+    def _between_steps(self, step: int, means: RunningMeans) -> None:
         """Saves where it is due or asked for, and then stops if asked to."""
         if self.save_due(step):
-            self.save_within(tally)
+            self.save_within(means)
         self.interrupt.check()
 
     def save_due(self, step: int) -> bool:
@@ -291,17 +291,17 @@ class Run:
         every = self.config.save_every
         return self.interrupt.requested or bool(every and step % every == 0)
 
-    def save_within(self, tally: Tally) -> None:
+    def save_within(self, means: RunningMeans) -> None:
         """Keeps the state in the middle of an epoch.
 
         Raises:
           NotFiniteError: it is not finite, and is not kept.
         """
-        tally.flush()
-        self.trainer.check(tally)
+        means.flush()
+        self.trainer.check(means)
         position = self.position._replace(
-            step_in_epoch=tally.steps,
-            sums=dict(tally.sums),
+            step_in_epoch=means.steps,
+            sums=dict(means.sums),
             score=None,
             **self._spent(),
         )
@@ -365,4 +365,4 @@ def _whole_updates(built: build.Built) -> str:
     if any(unit.shared for unit in built.units):
         return "units share parameters"
     alone = unitwise.split(built.optimizer, built.state.params)
-    return "" if alone else "the optimiser looks at all units together"
+    return "" if alone else "the optimiser looks at all units together, or does not say otherwise"

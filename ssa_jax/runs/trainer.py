@@ -19,9 +19,9 @@ from ssa_jax.runs import build, inputs, summary
 from ssa_jax.runs.compiling import Compiling
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.tally import Tally
 from ssa_jax.training import metrics, ranks, train
 from ssa_jax.training.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
+from ssa_jax.training.running_means import RunningMeans
 from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
@@ -119,12 +119,12 @@ class Trainer:
         """Steps done."""
         return int(jax.device_get(self.state.step))
 
-    def train_epoch(self, epoch: int, tally: Tally, between: Callable[[int], None]) -> Row:
+    def train_epoch(self, epoch: int, means: RunningMeans, between: Callable[[int], None]) -> Row:
         """The rest of an epoch, in the order that seed and epoch give; all metrics are tallied.
 
         Args:
           epoch: whole epochs done.
-          tally: of the steps done in this one; counts on.
+          means: of the steps done in this one; counts on.
           between: called before every dispatch with the number of its first step, so before
             every step at which a save or a refresh is due.
 
@@ -132,7 +132,7 @@ class Trainer:
           NotFiniteError: the loss is not finite.
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
-        feeds = self.loader.feeds(self.state.key, epoch, size, tally.steps)
+        feeds = self.loader.feeds(self.state.key, epoch, size, means.steps)
         steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
@@ -142,7 +142,7 @@ class Trainer:
             contextlib.closing(feeds),
             tqdm(
                 total=(last - first) * size,
-                initial=tally.steps * size,
+                initial=means.steps * size,
                 unit="img",
                 desc=f"epoch {epoch + 1}/{self.config.epochs}",
                 disable=not _is_watched(),
@@ -150,7 +150,7 @@ class Trainer:
             ) as bar,
         ):
             runs = dispatches(
-                first + tally.steps, last, steps.length, steps.periods, self.built.cuts_at
+                first + means.steps, last, steps.length, steps.periods, self.built.cuts_at
             )
             for step, count in runs:
                 between(step)
@@ -158,16 +158,16 @@ class Trainer:
                 # operation outside of a program takes its constants from there.
                 guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
                 with jax.transfer_guard(guard):
-                    self._dispatch(steps, next(feeds), step, count, tally)
-                _check_finite(tally.finite)
+                    self._dispatch(steps, next(feeds), step, count, means)
+                _check_finite(means.finite)
                 bar.update(count * size)
-                if tally.loss is not None:
-                    bar.set_postfix(loss=f"{tally.loss:.3f}", refresh=False)
-        tally.flush()
-        _check_finite(tally.finite)
+                if means.loss is not None:
+                    bar.set_postfix(loss=f"{means.loss:.3f}", refresh=False)
+        means.flush()
+        _check_finite(means.finite)
         return {
-            "images": tally.steps * size,
-            "learning_rate": self._rate(first + tally.steps - 1),
+            "images": means.steps * size,
+            "learning_rate": self._rate(first + means.steps - 1),
         }
 
     def _rate(self, step: int) -> float | None:
@@ -178,7 +178,9 @@ class Trainer:
     def _warming_up(self, epoch: int) -> bool:
         return epoch < self.built.warmup_epochs
 
-    def _dispatch(self, steps: Steps, feed: Feed, step: int, count: int, tally: Tally) -> None:
+    def _dispatch(
+        self, steps: Steps, feed: Feed, step: int, count: int, means: RunningMeans
+    ) -> None:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
         # Paths of the method that takes over may be old.
@@ -186,10 +188,10 @@ class Trainer:
         if (every and step % every == 0) or 0 < takes_over == step:
             self.state = self.programs.refresh(self.state)
         self.state, measured = steps.programs[count](self.state, feed.source)
-        tally.add(measured | feed.counts, count)
+        means.add(measured | feed.counts, count)
         if self.built.cuts_at(step):
             losses = self.programs.truncation(self.state, self._probe_batch())
-            tally.add({name: loss[..., None] for name, loss in losses.items()}, 0)
+            means.add({name: loss[..., None] for name, loss in losses.items()}, 0)
 
     def measure(self) -> Row:
         """Evaluates and probes, and mends and shrinks the factors where that is due.
@@ -212,9 +214,9 @@ class Trainer:
         with jax.transfer_guard("allow"):
             return self.loader.fixed_batch(np.arange(size))
 
-    def check(self, tally: Tally) -> None:
+    def check(self, means: RunningMeans) -> None:
         """Raises NotFiniteError where a metric or an entry of the state is not finite."""
-        _check_finite(tally.finite and train.all_finite(self.state))
+        _check_finite(means.finite and train.all_finite(self.state))
 
     def evaluate(self) -> Row:
         """Loss and accuracy on the test set, without what cannot be decoded."""

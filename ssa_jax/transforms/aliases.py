@@ -5,12 +5,9 @@ from typing import Any
 import optax
 
 from ssa_jax.transforms.manifold import project_to_tangent, retract
-from ssa_jax.transforms.optimizers import (
-    scale_by_riemannian_adam,
-    scale_by_stiefel_muon,
-    trace,
-)
+from ssa_jax.transforms.optimizers import scale_by_stiefel_muon, trace
 from ssa_jax.transforms.penalties import ScalarOrSchedule, add_hoyer
+from ssa_jax.transforms.riemannian_adam import scale_by_riemannian_adam
 from ssa_jax.transforms.selection import Mask
 from ssa_jax.transforms.spectrum import Target, truncate_rank
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax.factors import Factors, is_factors, named_leaves, spectra
-from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_at_init, path_name
+from ssa_jax.transforms.mapping import compute_dtype
+from ssa_jax.transforms.selection import SPECTRUM, Mask, kinds_at_init, path_name
 
 Array = jax.Array
 

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax.factors import polar, retractions
-from ssa_jax.transforms.selection import (
-    Mask,
-    each,
-    kinds_at_init,
-    kinds_of,
-    map_matrices,
-    map_stacked,
-    need_params,
-)
+from ssa_jax.transforms.mapping import each, map_matrices, map_stacked
+from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, need_params
 
 Array = jax.Array
 

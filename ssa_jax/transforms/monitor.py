@@ -9,15 +9,8 @@ import optax
 
 from ssa_jax.factors import linalg
 from ssa_jax.transforms.manifold import check_every, when_due
-from ssa_jax.transforms.selection import (
-    ROWS,
-    Mask,
-    compute_dtype,
-    is_matrix,
-    kinds_at_init,
-    kinds_of,
-    need_params,
-)
+from ssa_jax.transforms.mapping import compute_dtype, is_matrix
+from ssa_jax.transforms.selection import ROWS, Mask, kinds_at_init, kinds_of, need_params
 
 Array = jax.Array
 

@@ -10,14 +10,12 @@ import optax
 
 from ssa_jax.factors import linalg, spectra
 from ssa_jax.transforms.manifold import choose
+from ssa_jax.transforms.mapping import each, map_matrices, map_spectra
 from ssa_jax.transforms.selection import (
     SPECTRUM,
     Mask,
-    each,
     kinds_at_init,
     kinds_of,
-    map_matrices,
-    map_spectra,
     need_params,
     path_name,
 )

@@ -16,7 +16,7 @@ _SKIPPED = "skipped"
 _COUNTED = (_COUNT, _BEFORE, _AFTER, _SKIPPED)
 
 
-class Tally:
+class RunningMeans:
     """Sums of metrics over the steps of an epoch, in float64, and its worst truncation.
 
     The metrics of a dispatch are read when the next one has begun, so that the device never
