@@ -25,7 +25,7 @@ from experiments.table import markdown
 from ssa_jax.data import decoding, images, streams
 from ssa_jax.data.decoding import HostBatch, Reading
 from ssa_jax.data.streams import Stream
-from ssa_jax.runs.environment import environment
+from ssa_jax.reporting.environment import environment
 
 Row = dict[str, Any]
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.timing import side_by_side
-from ssa_jax.runs.environment import environment
+from ssa_jax.reporting.environment import environment
 
 Matrices = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from experiments import flags, plan, seeds
 from experiments.table import table
 from ssa_jax.errors import ConfigError, NotFiniteError
-from ssa_jax.runs import processes
+from ssa_jax.parallel import processes
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 

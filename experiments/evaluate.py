@@ -29,7 +29,7 @@ from ssa_jax.data import Images
 from ssa_jax.data.streams import STREAMS
 from ssa_jax.errors import ConfigError
 from ssa_jax.export import ExportError, InferenceModel
-from ssa_jax.runs import build, inputs, trained
+from ssa_jax.runs import inputs, network, trained
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.trained import Trained
@@ -194,7 +194,7 @@ def _check_agreement(rows: list[Row], reference: np.ndarray, expected: float | N
 
 def _dense(config: Config, data: Images) -> InferenceModel:
     """The inference form of the same architecture without factors; its weights are random."""
-    model = build.make_model(config, data, factorized=False)
+    model = network.make_model(config, data, factorized=False)
     return export.to_inference(model, data.image_shape)
 
 

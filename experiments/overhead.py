@@ -33,10 +33,10 @@ from ssa_jax import factors
 from ssa_jax.errors import ConfigError
 from ssa_jax.models import MODELS
 from ssa_jax.networks.models import split
-from ssa_jax.runs import compiling
-from ssa_jax.runs.config import MOST
-from ssa_jax.runs.environment import environment
+from ssa_jax.parallel import compiling
+from ssa_jax.reporting.environment import environment
 from ssa_jax.runs.workdir import WorkdirError, read_json, write_json
+from ssa_jax.settings import MOST
 from ssa_jax.training import costs
 
 Row = dict[str, Any]

@@ -16,11 +16,13 @@ from absl import flags as absl_flags
 from experiments import study_table
 from experiments.cells import Cell, result, run_cell
 from experiments.study_table import Column
-from ssa_jax.runs import inputs, summary, workdir
-from ssa_jax.runs.config import Config, check_seeds
+from ssa_jax.parallel.interrupt import Terminated
+from ssa_jax.reporting import summary
+from ssa_jax.runs import inputs, workdir
+from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.workdir import WorkdirError, write_json, write_text
+from ssa_jax.settings import check_seeds
 
 Row = dict[str, Any]
 

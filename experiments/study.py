@@ -24,10 +24,11 @@ from experiments.study_table import Column, cells, table
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError
+from ssa_jax.reporting.environment import environment
 from ssa_jax.runs import workdir
-from ssa_jax.runs.config import Config, check_seeds, differences
-from ssa_jax.runs.environment import environment
+from ssa_jax.runs.config import Config, differences
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_json, write_text
+from ssa_jax.settings import check_seeds
 
 Row = dict[str, Any]
 

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from ssa_jax.data import Dataset
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, make_layout
 from ssa_jax.runs import build
-from ssa_jax.runs.compiling import Compiling
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.trainer import Trainer
 from ssa_jax.training.running_means import RunningMeans

@@ -16,9 +16,9 @@ from experiments import cifar, report, seeds, table
 from ssa_jax import data as data_lib
 from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.factors import polar
-from ssa_jax.runs import build, run, workdir
+from ssa_jax.parallel.interrupt import Terminated
+from ssa_jax.runs import build, loop, run, workdir
 from ssa_jax.runs.config import Config, identity
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import Checkpoints
 
@@ -138,7 +138,7 @@ def test_more_seeds_go_on_from_those_that_are_done(two, tmp_path, capsys):
 
 @pytest.mark.long
 def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(two, tmp_path, monkeypatch):
-    between = run.Run._between_steps
+    between = loop.Loop._between_steps
 
     def sending(self, step, tally):
         if self.config.seed == 8 and step == STEPS + 4:
@@ -146,7 +146,7 @@ def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(two, tmp_path,
         between(self, step, tally)
 
     folder = tmp_path / "seeds"
-    monkeypatch.setattr(run.Run, "_between_steps", sending)
+    monkeypatch.setattr(loop.Loop, "_between_steps", sending)
     with pytest.raises(Terminated, match=f"SIGTERM; go on .*--workdir={folder} --resume"):
         seeds.run_seeds(at(folder, seed=7), 2)
     monkeypatch.undo()
@@ -159,7 +159,7 @@ def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(two, tmp_path,
 
 @pytest.mark.long
 def test_a_seed_that_is_not_finite_fails_alone(two, tmp_path, monkeypatch):
-    begin = run.Run.begin
+    begin = loop.Loop.begin
 
     def poisoned(self):
         begin(self)
@@ -167,7 +167,7 @@ def test_a_seed_that_is_not_finite_fails_alone(two, tmp_path, monkeypatch):
             params = jax.tree.map(lambda x: x * jnp.nan, self.trainer.state.params)
             self.trainer.state = self.trainer.state._replace(params=params)
 
-    monkeypatch.setattr(run.Run, "begin", poisoned)
+    monkeypatch.setattr(loop.Loop, "begin", poisoned)
     with pytest.raises(NotFiniteError, match="not finite at seed 8; the means leave that out"):
         cifar.run_seeds(at(tmp_path / "seeds", seed=7), 2)
     found = json.loads((tmp_path / "seeds" / "summary.json").read_text())

@@ -9,8 +9,8 @@ import pytest
 
 from ssa_jax import data as data_lib
 from ssa_jax.errors import NotFiniteError
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.runs import build
-from ssa_jax.runs.compiling import Compiling
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.trainer import Trainer
 from ssa_jax.training.running_means import RunningMeans

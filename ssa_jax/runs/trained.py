@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from ssa_jax.runs import build, inputs, workdir
+from ssa_jax.runs import build, given, inputs, network, workdir
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError
@@ -35,7 +35,7 @@ def restore(
     path: Path,
     data_dir: str | None = None,
     data: Data | None = None,
-    given: build.Given = build.NOTHING,
+    given: given.Given = given.NOTHING,
 ) -> Trained:
     """Reads a run without changing its folder.
 
@@ -62,7 +62,7 @@ def restore(
     data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir), data)
     built = build.build(config, data, given=given)
     position, state = checkpoints.restore(built.state)
-    model = build.split_model(config, data, given, factorized=config.factorized).merge(
+    model = network.split_model(config, data, given, factorized=config.factorized).merge(
         state.params, state.mstate
     )
     accuracy = {row["step"]: row.get("test_accuracy") for row in folder.rows()}

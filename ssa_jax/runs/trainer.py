@@ -2,31 +2,29 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from ssa_jax import factors
 from ssa_jax.data import Feed
 from ssa_jax.errors import DataError, NotFiniteError
 from ssa_jax.methods import Method
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
-from ssa_jax.runs import build, inputs, summary
-from ssa_jax.runs.compiling import Compiling
+from ssa_jax.reporting.progress import bar
+from ssa_jax.runs import build, given, inputs
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
 from ssa_jax.training import metrics, ranks, train
-from ssa_jax.training.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
+from ssa_jax.training.dispatch import Steps, dispatches, make_steps
 from ssa_jax.training.running_means import RunningMeans
 from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
 Row = dict[str, Any]
-T = TypeVar("T")
 
 # Examples of the fixed batch on which angles and loss terms are measured.
 PROBE_SIZE = 512
@@ -35,14 +33,6 @@ PROBE_SIZE = 512
 # than as single programs, and starts a program in no time.
 _STEPS_PER_DISPATCH = {"cpu": 1}
 _STEPS_PER_DISPATCH_ELSE = 10
-
-
-class Steps(NamedTuple):
-    """The steps of a method: what is due at which of them, and their programs by length."""
-
-    periods: tuple[int, ...]
-    length: int
-    programs: dict[int, Dispatch]
 
 
 class Programs(NamedTuple):
@@ -75,7 +65,7 @@ class Trainer:
         built: build.Built,
         compiling: Compiling,
         layout: Layout = ONE_DEVICE,
-        given: build.Given = build.NOTHING,
+        given: given.Given = given.NOTHING,
     ):
         self.given = given
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
@@ -104,15 +94,12 @@ class Trainer:
         )
         keep, whole = self.layout.keep, self.layout.whole
         step = self.layout.returning(lambda done: (keep(done[0]), whole(done[1])), step)
-        periods = (method.refresh_every, config.save_every)
         asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
             jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
         )
-        length = fitting_length(asked, (*periods, self.loader.steps_at_once))
-        programs = {
-            n: make_dispatch(step, self.loader.batch_at, n, self.compiling) for n in {1, length}
-        }
-        return Steps(periods, length, programs)
+        most = min(asked, self.loader.steps_at_once or asked)
+        periods = (method.refresh_every, config.save_every)
+        return make_steps(step, self.loader.batch_at, most, periods, self.compiling)
 
     @property
     def step(self) -> int:
@@ -140,14 +127,7 @@ class Trainer:
             last = min(last, self.config.max_steps)
         with (
             contextlib.closing(feeds),
-            tqdm(
-                total=(last - first) * size,
-                initial=means.steps * size,
-                unit="img",
-                desc=f"epoch {epoch + 1}/{self.config.epochs}",
-                disable=not _is_watched(),
-                leave=False,
-            ) as bar,
+            bar(epoch + 1, self.config.epochs, (last - first) * size, means.steps * size) as shown,
         ):
             runs = dispatches(
                 first + means.steps, last, steps.length, steps.periods, self.built.cuts_at
@@ -160,9 +140,9 @@ class Trainer:
                 with jax.transfer_guard(guard):
                     self._dispatch(steps, next(feeds), step, count, means)
                 _check_finite(means.finite)
-                bar.update(count * size)
+                shown.update(count * size)
                 if means.loss is not None:
-                    bar.set_postfix(loss=f"{means.loss:.3f}", refresh=False)
+                    shown.set_postfix(loss=f"{means.loss:.3f}", refresh=False)
         means.flush()
         _check_finite(means.finite)
         return {
@@ -201,7 +181,7 @@ class Trainer:
         """
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
-        row |= summary.probe_row(self.programs.probe(self.state, self._probe_batch()))
+        row |= metrics.probe_row(self.programs.probe(self.state, self._probe_batch()))
         row |= self._repair(row)
         row |= self._compact(row)
         return row
@@ -266,11 +246,6 @@ class Trainer:
             **_before("compaction", evaluated),
             **self.evaluate(),
         }
-
-
-def _is_watched() -> bool:
-    """Whether somebody sees a bar: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def _before(change: str, evaluated: Row) -> Row:

@@ -191,11 +191,10 @@ class Checkpoints:
         if self._writer is None:
             policies = ocp.training.preservation_policies
             self._accuracies = self._read_accuracies()
+            kept = [policies.LatestN(self._keep), _Best(self._accuracies)]
             self._writer = ocp.training.Checkpointer(
                 self._directory.resolve(),
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(self._keep), _Best(self._accuracies)]
-                ),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
             )
         return self._writer
