@@ -95,10 +95,10 @@ def signal_at(monkeypatch):
     def arrange(step, number):
         between = loop.Loop._between_steps
 
-        def sending(self, current, tally):
+        def sending(self, current, means):
             if current == step:
                 signal.raise_signal(number)
-            between(self, current, tally)
+            between(self, current, means)
 
         monkeypatch.setattr(loop.Loop, "_between_steps", sending)
         return monkeypatch.undo

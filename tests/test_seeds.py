@@ -140,10 +140,10 @@ def test_more_seeds_go_on_from_those_that_are_done(two, tmp_path, capsys):
 def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(two, tmp_path, monkeypatch):
     between = loop.Loop._between_steps
 
-    def sending(self, step, tally):
+    def sending(self, step, means):
         if self.config.seed == 8 and step == STEPS + 4:
             signal.raise_signal(signal.SIGTERM)
-        between(self, step, tally)
+        between(self, step, means)
 
     folder = tmp_path / "seeds"
     monkeypatch.setattr(loop.Loop, "_between_steps", sending)
