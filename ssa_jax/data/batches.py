@@ -143,12 +143,12 @@ def from_batches(
     elif outputs is None:
         outputs = int(np.prod(pair[1].shape[1:]))
     labelled = classes and pair[1].ndim == 1
-    found = Batches(
+    stream = Batches(
         source, steps, pair, tested, outputs, labelled, name, once,
         itertools.chain([first], iterator),
     )  # fmt: skip
-    found.check("test", *tested)
-    return found
+    stream.check("test", *tested)
+    return stream
 
 
 def _pair(batch: Any) -> HostBatch:

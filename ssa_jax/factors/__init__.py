@@ -98,10 +98,10 @@ def leaves(tree: Any) -> list[Factors]:
 
 def named_leaves(tree: Any) -> dict[str, Factors]:
     """The `Factors` nodes of a tree by their path, such as ``"0/map/kernel"``."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in found
+        for path, x in nodes
         if is_factors(x)
     }
 

@@ -119,7 +119,7 @@ class SVDLinearGeneral(nnx.Module):
         """Maps x to an array whose last axes are `out_shape`; `out_sharding` is Flax's."""
         del out_sharding
         x = jnp.moveaxis(x, self.axis, range(-len(self.axis), 0))
-        kept = x.shape[: x.ndim - len(self.axis)]
-        y = products.dense(self.kernel.get_value(), x.reshape(*kept, -1))
-        y = y.reshape(*kept, *self.out_shape)
+        batch = x.shape[: x.ndim - len(self.axis)]
+        y = products.dense(self.kernel.get_value(), x.reshape(*batch, -1))
+        y = y.reshape(*batch, *self.out_shape)
         return y if self.bias is None else y + self.bias.get_value()

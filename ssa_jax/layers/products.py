@@ -39,8 +39,8 @@ def forward_and_back(
     def forward(given: WithFeedback, x: Array) -> tuple[Array, Any]:
         return product(given.weights, x), (given, x)
 
-    def backward(kept: Any, cotangent: Array) -> tuple[Any, Array]:
-        (f, places), x = kept
+    def backward(saved: Any, cotangent: Array) -> tuple[Any, Array]:
+        (f, places), x = saved
         (own,) = jax.vjp(lambda f: product(f, x), f)[1](cotangent)
         nothing = np.zeros(places.shape, jax.dtypes.float0)
         return WithFeedback(own, nothing), back(f, places, x, cotangent)  # type: ignore[arg-type]

@@ -60,8 +60,8 @@ def local(network: Network, options: FeedbackOptions) -> Method:
     def losses(readouts: Tree, hidden: Sequence[Array], logits: Array, batch: Any) -> Array:
         # Each unit's loss reads its own output alone, so one gradient of the sum serves all.
         targets = network.encode(batch.labels, logits)
-        found = (readout_loss(r, h, targets) for r, h in zip(readouts, hidden, strict=True))
-        return sum(found, start=jnp.float32(0))
+        losses = (readout_loss(r, h, targets) for r, h in zip(readouts, hidden, strict=True))
+        return sum(losses, start=jnp.float32(0))
 
     def signals(
         feedback: LocalFeedback, params: Tree, tape: Tape, error: Array, batch: Any

@@ -147,5 +147,5 @@ def _marks_in(eqn: Any) -> Iterator[str]:
 def evaluate(operation: Operation, inputs: Sequence[Any]) -> Sequence[Any]:
     """The results of one operation."""
     primitive = operation.equation.primitive
-    found = primitive.bind(*inputs, **primitive.get_bind_params(operation.equation.params))
-    return found if primitive.multiple_results else [found]
+    results = primitive.bind(*inputs, **primitive.get_bind_params(operation.equation.params))
+    return results if primitive.multiple_results else [results]

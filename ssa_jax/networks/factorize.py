@@ -83,14 +83,14 @@ def _chosen(
     def fits(path: str, patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(path, p) for p in patterns)
 
-    found = {
+    ranks = {
         path: rank_of(rank, n, n)
         for path, n in full.items()
         if n >= LEAST_FULL_RANK and fits(path, include) and not fits(path, exclude)
     }
-    if not found:
+    if not ranks:
         raise ValueError(f"no layer is left to put on factors of {', '.join(layers)}")
-    return found
+    return ranks
 
 
 def _tell_left(reasons: Mapping[str, str | None]) -> None:

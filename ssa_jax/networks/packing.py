@@ -56,7 +56,7 @@ class Packing:
         """The arrays of `pack`."""
         if len(self.avals) == 1 and self.floats:
             return [packed]
-        found, start = [], 0
+        arrays, start = [], 0
         for aval in self.avals:
             parts = []
             for _ in range(1 if jnp.issubdtype(aval.dtype, jnp.floating) else 2):
@@ -64,8 +64,8 @@ class Packing:
                 part = packed[..., start : start + width]
                 parts.append(part.reshape(len(packed), *aval.shape[1:]))
                 start += width
-            found.append(_whole(parts, aval.dtype))
-        return found
+            arrays.append(_whole(parts, aval.dtype))
+        return arrays
 
 
 _KEPT = (*(jnp.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)),

@@ -67,27 +67,27 @@ class Program:
 
     def _reached(self) -> set[int]:
         """Values that depend on the model's input."""
-        found = set(range(self._first_x, self.flat.inputs))
+        reached = set(range(self._first_x, self.flat.inputs))
         for op in self.flat.operations:
-            if found.intersection(x for x in op.inputs if isinstance(x, int)):
-                found.update(op.outputs)
-        return found
+            if reached.intersection(x for x in op.inputs if isinstance(x, int)):
+                reached.update(op.outputs)
+        return reached
 
     def _is_placed(self, op: Operation) -> bool:
         """Whether an operation belongs to one unit; others are done by each that needs them."""
         return not op.outputs or op.outputs[0] in self.from_x
 
     def _segments(self) -> list[Segment]:
-        found: list[Segment] = []
+        segments: list[Segment] = []
         above: tuple[Any, ...] = tuple(self.outputs)
         cuts = self.flat.cuts
         for i in range(len(cuts), -1, -1):
             segment = self._segment(i, above)
-            found.insert(0, segment)
+            segments.insert(0, segment)
             if i:
                 self._check_used(cuts[i - 1], segment)
                 above = segment.inputs
-        return found
+        return segments
 
     def _check_used(self, mark: Cut, segment: Segment) -> None:
         for v in mark.values:

@@ -51,8 +51,8 @@ class Finding(NamedTuple):
 
 def diagnose(rows: Sequence[Row], config: Any) -> list[Finding]:
     """The failures in the rows of metrics.jsonl, one of a kind at most; empty for a healthy run."""
-    found = (_plateau(rows, config), _drift(rows, config), _rank_step(rows, config))
-    return [f for f in found if f is not None]
+    findings = (_plateau(rows, config), _drift(rows, config), _rank_step(rows, config))
+    return [f for f in findings if f is not None]
 
 
 def tell(findings: Iterable[Finding], before: Iterable[Finding] = ()) -> list[Finding]:
@@ -127,7 +127,7 @@ def _rank_step(rows: Sequence[Row], config: Any) -> Finding | None:
     pairs = [pair for pair in itertools.pairwise(rows) if "truncations" in pair[1]]
     drop, before, after = max(
         ((a["test_accuracy"] - b["test_accuracy"], a, b) for a, b in pairs if _ACCURACY in a),
-        key=lambda found: found[0],
+        key=lambda drop: drop[0],
         default=(0.0, {}, {}),
     )
     if drop <= ACCURACY_DROP:

@@ -37,12 +37,12 @@ def optimizer_of(config: Config, given: Given) -> Any:
     """A name in `OPTIMIZERS`, or a whole optax optimiser."""
     if given.optimizer is None and config.optimizer in OPTIMIZERS:
         return config.optimizer
-    found = given.optimizer or find("optimizer", config.optimizer, OPTIMIZERS)
-    if not isinstance(found, optax.GradientTransformation):
-        found = found()
-    if not isinstance(found, optax.GradientTransformation):
+    optimizer = given.optimizer or find("optimizer", config.optimizer, OPTIMIZERS)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        optimizer = optimizer()
+    if not isinstance(optimizer, optax.GradientTransformation):
         raise ConfigError(f"--optimizer={config.optimizer} is no optax.GradientTransformation")
-    return found
+    return optimizer
 
 
 # Losses that compare every output with a target of its own.

@@ -118,7 +118,7 @@ def _equation_macs(eqn: Any, live: Sequence[int]) -> int:
         # Zeros between the entries of a dilated input are no work.
         taps = math.prod(kernel) // out_features / math.prod(eqn.params["lhs_dilation"])
         return round(math.prod(eqn.outvars[0].aval.shape) * taps)
-    found = [
+    of_bodies = [
         _count(sub, live if len(sub.outvars) == len(eqn.outvars) else range(len(sub.outvars)),
                _equal_values(sub))
         for sub in _subjaxprs(eqn.params)
@@ -126,18 +126,18 @@ def _equation_macs(eqn: Any, live: Sequence[int]) -> int:
     if eqn.primitive.name == "cond":
         # One program in several forms, of which `lax.platform_dependent` puts the default last.
         by_platform = eqn.params.get("branches_platforms") is not None
-        return found[-1] if by_platform else max(found)
-    return sum(found) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        return of_bodies[-1] if by_platform else max(of_bodies)
+    return sum(of_bodies) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
 
 
 def _subjaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
+    bodies = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
-                found.append(inner)
-    return found
+                bodies.append(inner)
+    return bodies
 
 
 def parameters(params: Tree) -> int:
@@ -188,7 +188,7 @@ def step_costs(
     inputs = jax.eval_shape(
         lambda s, b: forward(units, s.params, s.mstate, b.images)[2].inputs, state, batch
     )
-    kept = activation_bytes(units, method, state.params, state.mstate, inputs)
+    activations = activation_bytes(units, method, state.params, state.mstate, inputs)
     n = len(units)
     # Counted from the last unit down: a signal may pass through those of the units above.
     sent = [step.macs(outputs, signals[i:]) for i in range(n)] + [step.macs(outputs)]
@@ -200,7 +200,7 @@ def step_costs(
             signal=sent[i] - sent[i + 1],
             update=step.macs(outputs, signals, gradients[i]) - sent[0],
             optimizer=chain.macs(chain.outputs[0][i]),
-            activation_bytes=kept[i],
+            activation_bytes=activations[i],
             optimizer_bytes=_optimizer_bytes(optimizer, state.params, i),
         )
         for i in range(n)

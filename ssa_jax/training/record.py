@@ -58,15 +58,15 @@ class Position(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found}
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def differences(here: dict[str, Any], there: dict[str, Any], limit: int = 5) -> str:
     """The first entries in which two records differ, as one phrase; empty for equal ones."""
-    found = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
-    phrases = [f"{k}={here.get(k)} here and {there.get(k)} there" for k in found[:limit]]
-    more = [f"{len(found) - limit} more"] if len(found) > limit else []
+    names = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
+    phrases = [f"{k}={here.get(k)} here and {there.get(k)} there" for k in names[:limit]]
+    more = [f"{len(names) - limit} more"] if len(names) > limit else []
     return ", ".join(phrases + more)
 
 

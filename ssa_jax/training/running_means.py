@@ -77,8 +77,8 @@ class RunningMeans:
     def row(self) -> dict[str, Any]:
         """Mean loss and metrics over the steps, what truncation did, and records skipped."""
         self.flush()
-        found = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
+        counts = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
         if _SKIPPED in self.sums:
-            found[_SKIPPED] = int(self.sums[_SKIPPED])
+            counts[_SKIPPED] = int(self.sums[_SKIPPED])
         means = {n: v / self.steps for n, v in self.sums.items() if n not in _COUNTED}
-        return {**{f"train_{name}": value for name, value in means.items()}, **found}
+        return {**{f"train_{name}": value for name, value in means.items()}, **counts}

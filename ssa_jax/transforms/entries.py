@@ -99,13 +99,13 @@ def restore_dropped(params: optax.Params, state: optax.OptState) -> optax.Params
     >>> print(restore_dropped(optax.apply_updates(f, u), state).s)
     [3.  0.1]
     """
-    found = [_by_name(x) for _, x in optax.tree.get_all_with_path(state, "dropped")]
-    if not any(found):
+    by_link = [_by_name(x) for _, x in optax.tree.get_all_with_path(state, "dropped")]
+    if not any(by_link):
         return None
 
     def restore(path: tuple[Any, ...], p: Any) -> Any:
         name = path_name(path)
-        for dropped in found:
+        for dropped in by_link:
             if name in dropped:
                 p = p._replace(s=p.s + dropped[name].s)
         return p

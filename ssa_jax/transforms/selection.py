@@ -189,10 +189,10 @@ def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
             return _factors_kinds(path_name(path), x, label)
         if _is_masked(x):
             return x
-        found = label or OTHER
-        if found != OTHER:
-            _check_matrix(path_name(path), found, x)
-        return found
+        named = label or OTHER
+        if named != OTHER:
+            _check_matrix(path_name(path), named, x)
+        return named
 
     return jax.tree_util.tree_map_with_path(kind, params, is_leaf=is_node)
 
@@ -213,8 +213,8 @@ def kinds_at_init(
       wanted: kinds that it acts on.
     """
     kinds = kinds_of(params, mask)
-    found = jax.tree.leaves(kinds)
-    if found and not any(kind in wanted for kind in found):
+    leaves = jax.tree.leaves(kinds)
+    if leaves and not any(kind in wanted for kind in leaves):
         if SPECTRUM in wanted:
             what, how = "no `Factors`", "make weights `ssa_jax.factors.Factors`"
         else:
