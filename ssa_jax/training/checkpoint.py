@@ -245,10 +245,9 @@ class Checkpoints:
 
 
 class _Best(ocp.training.preservation_policies.PreservationPolicy):
-    """Keeps the checkpoint of best accuracy, the later of equals.
+    """Keeps the checkpoint of best accuracy, the later of equals, by our own records.
 
-    By the accuracies of our own records: Orbax's policy reads them from a file that nothing
-    protects, and raises where one is damaged.
+    Orbax's policy reads them from a file that nothing protects, and raises where one is damaged.
     """
 
     def __init__(self, accuracies: dict[int, float]):

@@ -10,7 +10,7 @@ import optax
 
 from ssa_jax.factors import polar, retractions
 from ssa_jax.transforms.mapping import each, map_matrices, map_stacked
-from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, need_params
+from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
 
@@ -84,16 +84,11 @@ def project_to_tangent(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
-        state: optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        del extra_args
-        need_params(params, updates)
         return map_matrices(each(project), kinds_of(params, mask), updates, params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def _land_by_series(xs: list[Array], us: list[Array]) -> list[Array]:
@@ -162,13 +157,8 @@ def retract(
         return RetractState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: RetractState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: RetractState, params: optax.Params
     ) -> tuple[optax.Updates, RetractState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
 
@@ -177,4 +167,4 @@ def retract(
         )
         return landed, RetractState(count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

@@ -14,7 +14,7 @@ import optax
 from ssa_jax.factors import linalg, polar, retractions
 from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.mapping import each, map_matrices
-from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, need_params
+from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
 
@@ -80,13 +80,8 @@ def trace(
         return TraceState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update(
-        updates: optax.Updates,
-        state: TraceState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: TraceState, params: optax.Params
     ) -> tuple[optax.Updates, TraceState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
         m = map_matrices(each(project), kinds, accumulate(state.trace, decay, updates, 1), params)
         out = m
@@ -96,7 +91,7 @@ def trace(
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
         return out, TraceState(optax.safe_increment(state.count), m)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def scale_by_stiefel_muon(
@@ -147,13 +142,8 @@ def scale_by_stiefel_muon(
         return StiefelMuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update(
-        updates: optax.Updates,
-        state: StiefelMuonState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: StiefelMuonState, params: optax.Params
     ) -> tuple[optax.Updates, StiefelMuonState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
 
         def tangent(x: Array, m: Array) -> Array:
@@ -171,4 +161,4 @@ def scale_by_stiefel_muon(
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
         return out, StiefelMuonState(optax.safe_increment(state.count), mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

@@ -18,6 +18,7 @@ from ssa_jax.transforms.selection import (
     kinds_of,
     need_params,
     path_name,
+    with_params,
 )
 
 Array = jax.Array
@@ -89,20 +90,15 @@ def add_hoyer(
         return HoyerState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: HoyerState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: HoyerState, params: optax.Params
     ) -> tuple[optax.Updates, HoyerState]:
-        del extra_args
-        need_params(params, updates)
         w = _at(weight, state.count)
         added = map_spectra(
             lambda s, g: g + w * gradient(s), kinds_of(params, mask), updates, params
         )
         return added, HoyerState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def add_orthogonality_penalty(
@@ -139,13 +135,8 @@ def add_orthogonality_penalty(
         return OrthogonalityPenaltyState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: OrthogonalityPenaltyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: OrthogonalityPenaltyState, params: optax.Params
     ) -> tuple[optax.Updates, OrthogonalityPenaltyState]:
-        del extra_args
-        need_params(params, updates)
         w = _at(weight, state.count)
         added = map_matrices(
             each(lambda x, g: g + w * linalg.orthogonality_gradient(x)),
@@ -155,7 +146,7 @@ def add_orthogonality_penalty(
         )
         return added, OrthogonalityPenaltyState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def add_alignment(

@@ -1,6 +1,6 @@
 """Adam whose moments live in the tangent space of the Stiefel manifold."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -11,7 +11,7 @@ from ssa_jax.factors import retractions
 from ssa_jax.transforms.manifold import choose
 from ssa_jax.transforms.mapping import each, is_matrix, map_matrices
 from ssa_jax.transforms.optimizers import accumulate
-from ssa_jax.transforms.selection import ROWS, Mask, kinds_at_init, kinds_of, need_params
+from ssa_jax.transforms.selection import ROWS, Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
 SECOND_MOMENTS = ("elementwise", "column", "matrix")
@@ -106,13 +106,8 @@ def scale_by_riemannian_adam(
         return RiemannianAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), nu)
 
     def update(
-        updates: optax.Updates,
-        state: RiemannianAdamState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: RiemannianAdamState, params: optax.Params
     ) -> tuple[optax.Updates, RiemannianAdamState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
         xi = map_matrices(each(project), kinds, updates, params)
@@ -136,4 +131,4 @@ def scale_by_riemannian_adam(
             out = map_matrices(each(project), kinds, out, params)
         return out, RiemannianAdamState(count, mu, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

@@ -161,6 +161,21 @@ def need_params(params: optax.Params | None, updates: optax.Updates) -> None:
         )
 
 
+def with_params(
+    init: Callable[[optax.Params], Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of an update(updates, state, params) that needs the parameters."""
+
+    def checked(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> Any:
+        del extra_args
+        need_params(params, updates)
+        return update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, checked)
+
+
 def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
     """A tree of the parameters' structure with the kind of every leaf.
 

@@ -19,7 +19,7 @@ from ssa_jax.transforms.entries import (
     spectrum,
 )
 from ssa_jax.transforms.manifold import check_every
-from ssa_jax.transforms.selection import Mask, need_params
+from ssa_jax.transforms.selection import Mask, with_params
 
 Array = jax.Array
 Target = float | Array | Callable[[Array], Any]
@@ -119,13 +119,8 @@ def truncate_rank(
         return TruncateState(jnp.zeros([], jnp.int32), masks, initial, dropped)
 
     def update(
-        updates: optax.Updates,
-        state: TruncateState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: TruncateState, params: optax.Params
     ) -> tuple[optax.Updates, TruncateState]:
-        del extra_args
-        need_params(params, updates)
         count = optax.safe_increment(state.count)
         ask = _target_at(target, count)
 
@@ -141,4 +136,4 @@ def truncate_rank(
         cut_updates = map_entries(cut, masks, updates, params)
         return cut_updates, TruncateState(count, masks, state.initial_ranks, dropped)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
