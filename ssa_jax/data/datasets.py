@@ -81,12 +81,8 @@ def hold_out(data: Dataset, share: float) -> Dataset:
     if not share:
         return data
     kept, held = held_out(data.train_size, share)
-    return data._replace(
-        train_images=data.train_images[kept],
-        train_labels=data.train_labels[kept],
-        test_images=data.train_images[held],
-        test_labels=data.train_labels[held],
-    )
+    tested = {"test_images": data.train_images[held], "test_labels": data.train_labels[held]}
+    return _only(data, kept)._replace(**tested)
 
 
 def held_out(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +99,10 @@ def limited(data: Dataset, size: int) -> Dataset:
     """
     if not 0 < size < data.train_size:
         return data
-    kept = drawn(data.train_size, size)
+    return _only(data, drawn(data.train_size, size))
+
+
+def _only(data: Dataset, kept: np.ndarray) -> Dataset:
     return data._replace(train_images=data.train_images[kept], train_labels=data.train_labels[kept])
 
 

@@ -148,10 +148,7 @@ class SVDConv(nnx.Module):
 
 
 def kernel_pays(
-    weights: Factors,
-    shape: Sequence[int],
-    kernel_size: tuple[int, int],
-    strides: tuple[int, int],
+    weights: Factors, shape: Sequence[int], kernel_size: tuple[int, int], strides: tuple[int, int]
 ) -> bool:
     """Whether an `SVDConv` takes less work by its kernel than by its pair.
 

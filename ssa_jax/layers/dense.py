@@ -118,8 +118,5 @@ class SVDLinearGeneral(nnx.Module):
     def __call__(self, x: Array, out_sharding: Any = None) -> Array:
         """Maps x to an array whose last axes are `out_shape`; `out_sharding` is Flax's."""
         del out_sharding
-        x = jnp.moveaxis(x, self.axis, range(-len(self.axis), 0))
-        batch = x.shape[: x.ndim - len(self.axis)]
-        y = products.dense(self.kernel.get_value(), x.reshape(*batch, -1))
-        y = y.reshape(*batch, *self.out_shape)
+        y = products.dense_general(self.kernel.get_value(), x, self.axis, self.out_shape)
         return y if self.bias is None else y + self.bias.get_value()

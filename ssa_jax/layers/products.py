@@ -54,6 +54,15 @@ def dense(weights: Factors | WithFeedback, x: Array) -> Array:
     return forward_and_back(_dense, weights, x, _dense_back)
 
 
+def dense_general(
+    weights: Factors | WithFeedback, x: Array, axis: Sequence[int], out_shape: Sequence[int]
+) -> Array:
+    """`dense` of some axes of x together, in place of which `out_shape` comes at the end."""
+    x = jnp.moveaxis(x, axis, range(-len(axis), 0))
+    batch = x.shape[: x.ndim - len(axis)]
+    return dense(weights, x.reshape(*batch, -1)).reshape(*batch, *out_shape)
+
+
 def _dense(weights: Factors, x: Array) -> Array:
     u, s, v = weights
     # s is folded into V: one pass over the weights instead of one over the batch.

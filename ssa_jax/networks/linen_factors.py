@@ -42,10 +42,7 @@ def _dense(module: linen.Dense, kernel: Factors, inputs: Array) -> Array:
 
 def _dense_general(module: linen.DenseGeneral, kernel: Factors, inputs: Array) -> Array:
     axis, features = (_tuple(x) for x in (module.axis, module.features))
-    x = jnp.moveaxis(inputs, axis, range(-len(axis), 0))
-    batch = x.shape[: x.ndim - len(axis)]
-    y = products.dense(kernel, x.reshape(*batch, -1))
-    return _bias(module, y.reshape(*batch, *features))
+    return _bias(module, products.dense_general(kernel, inputs, axis, features))
 
 
 def _conv(module: linen.Conv, kernel: Factors, inputs: Array) -> Array:

@@ -190,10 +190,7 @@ class Loop:
         means.flush()
         self.trainer.check(means)
         position = self.position._replace(
-            step_in_epoch=means.steps,
-            sums=dict(means.sums),
-            score=None,
-            **self._spent(),
+            step_in_epoch=means.steps, sums=dict(means.sums), score=None, **self._spent()
         )
         self._save(position)
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from ssa_jax.runs import build, given, inputs, network, workdir
+from ssa_jax.runs import build, inputs, network, workdir
 from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -32,10 +33,7 @@ class Trained(NamedTuple):
 
 
 def restore(
-    path: Path,
-    data_dir: str | None = None,
-    data: Data | None = None,
-    given: given.Given = given.NOTHING,
+    path: Path, data_dir: str | None = None, data: Data | None = None, given: Given = NOTHING
 ) -> Trained:
     """Reads a run without changing its folder.
 

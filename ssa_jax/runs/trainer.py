@@ -15,8 +15,9 @@ from ssa_jax.methods import Method
 from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.reporting.progress import bar
-from ssa_jax.runs import build, given, inputs
+from ssa_jax.runs import build, inputs
 from ssa_jax.runs.config import Config
+from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.training import metrics, ranks, train
 from ssa_jax.training.dispatch import Steps, dispatches, make_steps
@@ -65,7 +66,7 @@ class Trainer:
         built: build.Built,
         compiling: Compiling,
         layout: Layout = ONE_DEVICE,
-        given: given.Given = given.NOTHING,
+        given: Given = NOTHING,
     ):
         self.given = given
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
@@ -107,7 +108,7 @@ class Trainer:
         return int(jax.device_get(self.state.step))
 
     def train_epoch(self, epoch: int, means: RunningMeans, between: Callable[[int], None]) -> Row:
-        """The rest of an epoch, in the order that seed and epoch give; all metrics are tallied.
+        """The rest of an epoch, in the order that seed and epoch give; all metrics are averaged.
 
         Args:
           epoch: whole epochs done.
@@ -145,10 +146,7 @@ class Trainer:
                     shown.set_postfix(loss=f"{means.loss:.3f}", refresh=False)
         means.flush()
         _check_finite(means.finite)
-        return {
-            "images": means.steps * size,
-            "learning_rate": self._rate(first + means.steps - 1),
-        }
+        return {"images": means.steps * size, "learning_rate": self._rate(first + means.steps - 1)}
 
     def _rate(self, step: int) -> float | None:
         """The learning rate at a step; None of an optimiser that has its own."""
@@ -242,10 +240,7 @@ class Trainer:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
         self._refreshed(ranks.compact(self.state, chosen))
-        return {
-            **_before("compaction", evaluated),
-            **self.evaluate(),
-        }
+        return {**_before("compaction", evaluated), **self.evaluate()}
 
 
 def _before(change: str, evaluated: Row) -> Row:

@@ -25,11 +25,7 @@ Tree = Any
 
 
 def init_state(
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    params: Tree,
-    mstate: Tree,
-    key: Array,
+    method: Method, optimizer: optax.GradientTransformation, params: Tree, mstate: Tree, key: Array
 ) -> TrainState:
     """The state before the first step, made by one program.
 

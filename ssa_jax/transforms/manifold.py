@@ -99,10 +99,7 @@ def _land_by_series(xs: list[Array], us: list[Array]) -> list[Array]:
 
 
 def retract(
-    method: str = "series",
-    every: int = 1,
-    *,
-    mask: Mask | None = None,
+    method: str = "series", every: int = 1, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Rewrites the updates of orthonormal matrices so that they land on the manifold.
 

@@ -39,11 +39,7 @@ def accumulate(moment: Any, decay: Any, updates: Any, weight: Any) -> Any:
 
 
 def trace(
-    decay: float = 0.9,
-    nesterov: bool = False,
-    metric: str = "stiefel",
-    *,
-    mask: Mask | None = None,
+    decay: float = 0.9, nesterov: bool = False, metric: str = "stiefel", *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum in the tangent space, carried from point to point by projection.
 

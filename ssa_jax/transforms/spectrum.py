@@ -62,12 +62,7 @@ def _ranks_to_keep(s: Array, r0: Array, ask: tuple[Any, Any], floor: float, due:
 
 
 def truncate_rank(
-    target: Target,
-    floor: float = 0.3,
-    every: int = 1,
-    least: int = 1,
-    *,
-    mask: Mask | None = None,
+    target: Target, floor: float = 0.3, every: int = 1, least: int = 1, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Zeroes the smallest singular values of every `Factors`, for good, with static shapes.
 
