@@ -20,7 +20,7 @@ from ssa_jax.parallel import ahead
 from ssa_jax.parallel.ahead import Target
 from ssa_jax.runs.build import build
 from ssa_jax.runs.config import Config
-from ssa_jax.runs.fit import Described
+from ssa_jax.runs.fitted import Described
 from ssa_jax.runs.plan import planned
 
 RANK = 0.25

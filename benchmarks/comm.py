@@ -28,9 +28,8 @@ from benchmarks.networks import Case, network, random_batch
 from experiments.measure.timing import side_by_side
 from ssa_jax.models import MODELS
 from ssa_jax.networks.models import split
-from ssa_jax.parallel import mesh
+from ssa_jax.parallel import compiling, mesh
 from ssa_jax.parallel.collectives import Collective, collectives
-from ssa_jax.runs import compiling
 from ssa_jax.training import train
 
 Row = dict[str, Any]

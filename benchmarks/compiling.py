@@ -35,7 +35,7 @@ def once(model: str, dataset: str, method: str, schedule: str) -> Row:
 
     from ssa_jax.runs import build
     from ssa_jax.runs.config import Config
-    from ssa_jax.runs.fit import Described
+    from ssa_jax.runs.fitted import Described
     from ssa_jax.training import train
     from ssa_jax.types import Batch
 

@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Of programs that run a few times most of the time is compiling.
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     bare.stand_in()
-    from ssa_jax.runs.environment import environment
+    from ssa_jax.reporting.environment import environment
 
     signal.signal(signal.SIGTERM, _stop)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def main() -> None:
     if case["kind"] != "torch":
         # PyTorch needs none of it, and asks which libraries there are.
         bare.stand_in()
-    from ssa_jax.runs import compiling
+    from ssa_jax.parallel import compiling
 
     compiling.leave_products_to_cublas()
     compiling.use_cache(compiling.OFF)

@@ -21,7 +21,7 @@ from experiments.show import markdown
 from ssa_jax import export
 from ssa_jax.export import InferenceModel
 from ssa_jax.models import MODELS
-from ssa_jax.runs.environment import environment
+from ssa_jax.reporting.environment import environment
 from ssa_jax.training import costs
 
 Row = dict[str, Any]

@@ -22,9 +22,10 @@ from absl import flags
 from PIL import Image
 
 from experiments.show import markdown
-from ssa_jax.data import images, streams
-from ssa_jax.data.streams import HostBatch, Reading, Stream
-from ssa_jax.runs.environment import environment
+from ssa_jax.data import decoding, images, streams
+from ssa_jax.data.decoding import HostBatch, Reading
+from ssa_jax.data.streams import Stream
+from ssa_jax.reporting.environment import environment
 
 Row = dict[str, Any]
 
@@ -56,8 +57,8 @@ def plain(stream: Stream, batch_size: int) -> Generator[np.ndarray]:
 
 def ours(stream: Stream, batch_size: int, workers: int) -> Generator[HostBatch]:
     """Our reader's batches, epoch after epoch."""
-    dataset = streams.train_dataset(stream, Reading(), (0,), 0, batch_size).repeat(_EPOCHS)
-    return streams.read(dataset, workers)
+    dataset = decoding.train_dataset(stream, Reading(), (0,), 0, batch_size).repeat(_EPOCHS)
+    return decoding.read(dataset, workers)
 
 
 def rate(

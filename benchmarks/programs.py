@@ -11,7 +11,7 @@ import jax
 
 from experiments.measure.timing import contestant, side_by_side
 from experiments.show import markdown
-from ssa_jax.runs.environment import environment
+from ssa_jax.reporting.environment import environment
 
 Row = dict[str, Any]
 

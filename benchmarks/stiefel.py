@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments.measure.timing import side_by_side
 from experiments.show import markdown
-from ssa_jax.runs.environment import environment
+from ssa_jax.reporting.environment import environment
 
 Matrices = dict[str, np.ndarray]
 

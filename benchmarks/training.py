@@ -12,8 +12,8 @@ from benchmarks.contestants import Contestant, Entry
 from benchmarks.networks import Case
 from experiments.measure.timing import side_by_side
 from experiments.show import markdown
-from ssa_jax.runs import compiling
-from ssa_jax.runs.environment import environment
+from ssa_jax.parallel import compiling
+from ssa_jax.reporting.environment import environment
 
 Row = dict[str, Any]
 

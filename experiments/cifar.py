@@ -18,7 +18,8 @@ from absl import flags as absl_flags
 from experiments import flags, seeds
 from experiments.show import runs
 from ssa_jax.errors import ConfigError, NotFiniteError
-from ssa_jax.runs import inputs, plan, processes
+from ssa_jax.parallel import processes
+from ssa_jax.runs import inputs, plan
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 

@@ -16,9 +16,9 @@ from experiments import help
 from experiments.recipes import RECIPES
 from ssa_jax.errors import ConfigError, DataError, NotFiniteError
 from ssa_jax.export import ExportError
-from ssa_jax.runs import processes
+from ssa_jax.parallel import processes
+from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs.config import Config
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError
 

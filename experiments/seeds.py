@@ -15,10 +15,12 @@ from experiments.show import variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
 from experiments.studies.trials import Trial, going_on, result, run_trial
-from ssa_jax.runs import inputs, summary, workdir
-from ssa_jax.runs.config import Config, check_seeds
+from ssa_jax.reporting import summary
+from ssa_jax.runs import inputs, workdir
+from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import WorkdirError, write_json, write_text
+from ssa_jax.settings import check_seeds
 
 # Of the summaries of the seeds, what has a mean and a deviation.
 _SPREAD = ("test_accuracy", "best_test_accuracy", "train_loss", "drift", "params", "params_ratio",

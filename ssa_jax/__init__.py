@@ -13,7 +13,7 @@ _FROM = {
     "Functional": "ssa_jax.networks.models",
     "fit": "ssa_jax.runs.fit",
     "load": "ssa_jax.runs.fit",
-    "Run": "ssa_jax.runs.fit",
+    "Run": "ssa_jax.runs.fitted",
     "Task": "ssa_jax.training.tasks",
 }
 

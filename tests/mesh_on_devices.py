@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from ssa_jax.data import Dataset
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, make_layout
 from ssa_jax.runs import build
-from ssa_jax.runs.compiling import Compiling
 from ssa_jax.runs.config import Config
-from ssa_jax.runs.tally import Tally
 from ssa_jax.runs.trainer import Trainer
+from ssa_jax.training.running_means import RunningMeans
 
 BATCH, STEPS = 8, 10
 
@@ -54,9 +54,9 @@ def train(config, data, layout, dtype):
         trainer.state = cast(trainer.state, dtype)
         rows = []
         for epoch in range(2):
-            tally = Tally({}, 0)
-            trainer.train_epoch(epoch, tally, lambda step: None)
-            row = tally.row() | trainer.evaluate()
+            means = RunningMeans({}, 0)
+            trainer.train_epoch(epoch, means, lambda step: None)
+            row = means.row() | trainer.evaluate()
             rows.append(row | trainer._compact(row))
         state = jax.tree.map(np.asarray, trainer.state._replace(key=None))
     return rows, state, trainer

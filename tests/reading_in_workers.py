@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ssa_jax.data import streams
+from ssa_jax.data import decoding
 
 
 def make(i):
@@ -17,7 +17,7 @@ def make(i):
 if __name__ == "__main__":
     # Grain reads flags of its own.
     flags.FLAGS(sys.argv)
-    batches = streams.read(grain.MapDataset.source(list(range(1000))).map(make), workers=2)
+    batches = decoding.read(grain.MapDataset.source(list(range(1000))).map(make), workers=2)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     sys.stdin.read()

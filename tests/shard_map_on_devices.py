@@ -18,13 +18,13 @@ from jax.sharding import PartitionSpec as P
 from stiefel_cases import normal, orthonormal
 
 from ssa_jax import transforms
-from ssa_jax.factors import Factors, linalg
+from ssa_jax.factors import Factors, retractions
 from ssa_jax.layers import lowering
 
 CHAINS = {
     **{
         f"sgd, {name}": transforms.stiefel_sgd(0.1, 0.9, retraction=name)
-        for name in linalg.RETRACTIONS
+        for name in retractions.RETRACTIONS
     },
     "adam": transforms.stiefel_adam(0.1),
     "muon": transforms.stiefel_muon(0.1),

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 
 from ssa_jax import transforms
-from ssa_jax.factors import Factors, linalg
+from ssa_jax.factors import Factors, retractions
 
 SHAPES = {"tall": (9, 4), "column": (5, 1), "square": (6, 6), "batched": (3, 7, 2)}
 
-RETRACTIONS = [name for name in linalg.RETRACTIONS if name != "none"]
+RETRACTIONS = [name for name in retractions.RETRACTIONS if name != "none"]
 
 
 def orthonormal(rng, shape, dtype=jnp.float32):

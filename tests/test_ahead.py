@@ -16,7 +16,7 @@ from ssa_jax.parallel.mesh import AXIS, Layout
 from ssa_jax.runs import plan
 from ssa_jax.runs.build import build
 from ssa_jax.runs.config import Config
-from ssa_jax.runs.fit import Described
+from ssa_jax.runs.fitted import Described
 from ssa_jax.training import train
 from ssa_jax.types import Batch
 

@@ -30,7 +30,7 @@ from benchmarks.contestants import Entry
 from benchmarks.networks import Case, network, random_batch
 from experiments.measure import timing
 from ssa_jax import factors, layers
-from ssa_jax.runs import environment
+from ssa_jax.reporting import environment
 from ssa_jax.training import costs, train
 
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,11 @@ from experiments.studies import budget, study
 from ssa_jax import data as data_lib
 from ssa_jax.errors import ConfigError
 from ssa_jax.factors import Factors, leaves
-from ssa_jax.runs import budgets, build, compiling
+from ssa_jax.parallel import compiling
+from ssa_jax.runs import build
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
-from ssa_jax.training import ranks
+from ssa_jax.training import budgets, ranks
 from ssa_jax.training.costs import parameters
 
 SMALL = Config(dataset="digits", model="mlp", epochs=2, batch_size=128, rank_cuts=20)

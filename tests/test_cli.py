@@ -21,11 +21,11 @@ from experiments import flags, table
 from experiments.seeds import run_seeds
 from experiments.show import runs, variants
 from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.reporting.summary import best_epoch
 from ssa_jax.runs import config as config_lib
 from ssa_jax.runs import workdir
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
-from ssa_jax.runs.summary import best_epoch
 from ssa_jax.runs.workdir import WorkdirError
 
 ROOT = Path(__file__).parent.parent

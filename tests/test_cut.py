@@ -15,9 +15,9 @@ from ssa_jax import CutError, Functional, cut, factors
 from ssa_jax.methods import METHODS, FeedbackOptions, Network
 from ssa_jax.methods.bp import chain as pulled_back
 from ssa_jax.methods.feedback import walk
-from ssa_jax.networks.cut import Packing
 from ssa_jax.networks.forward import forward, predict
 from ssa_jax.networks.models import LinenModel, split, start
+from ssa_jax.networks.packing import Packing
 from ssa_jax.networks.units import sum_shared
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import scale_by_depth

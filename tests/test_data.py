@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ssa_jax import data
-from ssa_jax.data import Dataset
+from ssa_jax.data import Dataset, tfds
 from ssa_jax.errors import DataError
 
 PREPARED = os.environ.get("TFDS_DATA_DIR")
@@ -158,7 +158,7 @@ def undecodable(_):
 )
 def test_a_corrupt_record_is_named_by_its_index(spoilt):
     with pytest.raises(DataError, match="mnist train in there: record 3 is corrupt: "):
-        data._read_split(Records(spoilt), "mnist", "train")
+        tfds._read_split(Records(spoilt), "mnist", "train")
 
 
 needs_prepared = pytest.mark.skipif(not PREPARED, reason="TFDS_DATA_DIR is not set")

@@ -7,7 +7,7 @@ import optax
 import pytest
 from helpers import make_method, max_difference, split
 
-from ssa_jax.training.dispatch import dispatches, fitting_length, make_dispatch
+from ssa_jax.training.dispatch import dispatches, make_dispatch, make_steps
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.train import init_state, make_step
 from ssa_jax.types import Batch
@@ -105,9 +105,12 @@ def test_single_steps_lead_to_what_is_due_and_long_runs_follow():
 
 
 def test_a_length_that_would_never_run_is_shortened():
-    assert fitting_length(10, (7, 0, 20)) == 7
-    assert fitting_length(10, (0, 15)) == 10
-    assert fitting_length(10) == 10
+    def length(most, periods):
+        return make_steps(None, None, most, periods, None).length
+
+    assert length(10, (7, 0, 20)) == 7
+    assert length(10, (0, 15)) == 10
+    assert length(10, ()) == 10
 
 
 def test_a_dispatch_of_no_step_is_refused():

@@ -24,9 +24,9 @@ from ssa_jax import data as data_lib
 from ssa_jax import factors
 from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.factors import Factors
-from ssa_jax.runs import build, run
+from ssa_jax.parallel.interrupt import Interruptible, Terminated
+from ssa_jax.runs import build, loop, run
 from ssa_jax.runs.config import Config, identity
-from ssa_jax.runs.interrupt import Interruptible, Terminated
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
 
@@ -93,14 +93,14 @@ def signal_at(monkeypatch):
     """Sends a signal to this process before a step."""
 
     def arrange(step, number):
-        between = run.Run._between_steps
+        between = loop.Loop._between_steps
 
-        def sending(self, current, tally):
+        def sending(self, current, means):
             if current == step:
                 signal.raise_signal(number)
-            between(self, current, tally)
+            between(self, current, means)
 
-        monkeypatch.setattr(run.Run, "_between_steps", sending)
+        monkeypatch.setattr(loop.Loop, "_between_steps", sending)
         return monkeypatch.undo
 
     return arrange
@@ -260,7 +260,7 @@ def test_rollbacks_are_bounded(tmp_path):
     with pytest.raises(NotFiniteError, match="not finite in epoch 1; the state after step 0"):
         run.run(config)
     found = summary(tmp_path / "run")
-    assert (found["status"], len(found["rollbacks"])) == ("not_finite", run.MAX_ROLLBACKS)
+    assert (found["status"], len(found["rollbacks"])) == ("not_finite", loop.MAX_ROLLBACKS)
 
 
 def drifted(seed, d_out=12, d_in=9, rank=6, size=0.05):

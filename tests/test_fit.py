@@ -314,7 +314,7 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0]).save(folder / f"{i:02}.png")
     np.savez(tmp_path / "d.npz", x_train=X[:48], y_train=Y[:48], x_test=X[48:], y_test=Y[48:])
-    from ssa_jax.data.arrays import from_folder, from_npz
+    from ssa_jax.data.files import from_folder, from_npz
 
     a, b = from_folder(tmp_path / "images"), from_npz(tmp_path / "d.npz")
     assert isinstance(a, Dataset)

@@ -11,7 +11,7 @@ from streamed import stream
 from experiments import seeds
 from experiments.measure import exports
 from ssa_jax import export
-from ssa_jax.data import streams
+from ssa_jax.data import stream_loader
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.runs import inputs
 from ssa_jax.runs.config import Config
@@ -139,4 +139,4 @@ def test_a_run_on_streamed_data_is_exported_and_measured_as_in_training(tmp_path
     assert trained["test_accuracy"] == pytest.approx(summary["test_accuracy"])
     assert {row["form"] for row in others} >= {"safetensors", "stablehlo", "dense"}
     stored = export.read_config(tmp_path / "run" / "export")["metadata"]
-    assert np.allclose(stored["normalization"]["mean"], streams.MEAN)
+    assert np.allclose(stored["normalization"]["mean"], stream_loader.MEAN)

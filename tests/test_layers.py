@@ -56,7 +56,7 @@ def local_pass(conv, pays, monkeypatch):
     """(factors, x, g) -> output and gradients of the factors, in one of both forms."""
 
     def run(weights, x, g):
-        monkeypatch.setattr(layers, "kernel_pays", lambda *args: pays)
+        monkeypatch.setattr(layers.conv, "kernel_pays", lambda *args: pays)
         graph, state = nnx.split(conv)
         state["kernel"] = state["kernel"].replace(weights)
         y, pullback = jax.vjp(
@@ -102,7 +102,7 @@ def test_a_convolution_runs_the_form_of_less_work(channels, shape, rank, strides
     g = images(1, conv(x).shape)
     kernel, pair = (
         costs.macs(local_pass(conv, form, monkeypatch), weights, x, g)
-        + layers.MACS_PER_FLOAT * moved(conv, form, monkeypatch, weights, x, g)
+        + layers.conv.MACS_PER_FLOAT * moved(conv, form, monkeypatch, weights, x, g)
         for form in (True, False)
     )
     assert pays == (kernel < pair)

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stiefel_cases import drift, normal, orthonormal
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, polar, spectra, svd
 from ssa_jax.training import losses, metrics
 
 
 def test_truncated_svd_is_the_best_approximation():
     rng = np.random.default_rng(0)
     w = normal(rng, (9, 6))
-    u, s, v = linalg.truncated_svd(w, 4)
+    u, s, v = svd.truncated_svd(w, 4)
     assert max(drift(u), drift(v)) < 1e-5
     values = np.linalg.svd(np.asarray(w), compute_uv=False)
     np.testing.assert_allclose(s, values[:4], rtol=1e-5)
@@ -28,21 +28,21 @@ def test_randomized_svd_finds_a_decaying_spectrum():
     left, right = orthonormal(rng, (80, 30)), orthonormal(rng, (60, 30))
     values = 2.0 ** -jnp.arange(30.0)
     w = (left * values[None, :]) @ right.T
-    u, s, v = linalg.randomized_svd(w, 8, jax.random.key(0))
+    u, s, v = svd.randomized_svd(w, 8, jax.random.key(0))
     np.testing.assert_allclose(s, values[:8], rtol=1e-4)
     assert max(drift(u), drift(v)) < 1e-5
     assert np.linalg.norm(w - (u * s[None, :]) @ v.T, 2) < 1.01 * values[8]
 
 
 def test_a_large_matrix_needs_a_key_and_takes_the_randomised_way(monkeypatch):
-    monkeypatch.setattr(linalg, "EXACT_SVD_LIMIT", 10)
+    monkeypatch.setattr(svd, "EXACT_SVD_LIMIT", 10)
     w = normal(np.random.default_rng(2), (8, 6))
     with pytest.raises(ValueError, match="PRNG key"):
-        linalg.truncated_svd(w, 3)
-    _, s, _ = linalg.truncated_svd(w, 3, jax.random.key(0))
+        svd.truncated_svd(w, 3)
+    _, s, _ = svd.truncated_svd(w, 3, jax.random.key(0))
     np.testing.assert_allclose(s, np.linalg.svd(w, compute_uv=False)[:3], rtol=1e-4)
     with pytest.raises(ValueError, match="rank 7 does not fit"):
-        linalg.truncated_svd(w, 7)
+        svd.truncated_svd(w, 7)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -52,14 +52,14 @@ def test_a_large_matrix_needs_a_key_and_takes_the_randomised_way(monkeypatch):
 )
 def test_hoyer_ignores_scale_and_lies_between_one_and_the_root_of_r(s, scale):
     s = jnp.asarray(s, jnp.float32)
-    h = float(linalg.hoyer(s))
+    h = float(spectra.hoyer(s))
     assert 1 - 1e-5 <= h <= np.sqrt(s.size) * (1 + 1e-5)
-    np.testing.assert_allclose(linalg.hoyer(scale * s), h, rtol=1e-5)
+    np.testing.assert_allclose(spectra.hoyer(scale * s), h, rtol=1e-5)
 
 
 def test_hoyer_of_a_zero_spectrum_is_zero_with_a_finite_gradient():
-    assert linalg.hoyer(jnp.zeros(3)) == 0
-    np.testing.assert_array_equal(jax.grad(linalg.hoyer)(jnp.zeros(3)), 0)
+    assert spectra.hoyer(jnp.zeros(3)) == 0
+    np.testing.assert_array_equal(jax.grad(spectra.hoyer)(jnp.zeros(3)), 0)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -69,7 +69,7 @@ def test_hoyer_of_a_zero_spectrum_is_zero_with_a_finite_gradient():
 )
 def test_energy_rank_is_the_smallest_that_suffices(s, energy):
     power = np.sort(np.asarray(s, np.float32) ** 2)[::-1].astype(np.float64)
-    k = int(linalg.energy_rank(jnp.asarray(s, jnp.float32), energy))
+    k = int(spectra.energy_rank(jnp.asarray(s, jnp.float32), energy))
     slack = 1e-5 * power.sum()
     assert 1 <= k <= 5
     assert power[:k].sum() >= energy * power.sum() - slack
@@ -78,8 +78,8 @@ def test_energy_rank_is_the_smallest_that_suffices(s, energy):
 
 def test_spectra_may_be_stacked():
     s = jnp.array([[3.0, 0.1, 2.0], [1.0, 1.0, 1.0]])
-    np.testing.assert_array_equal(linalg.energy_rank(s, 0.95), [2, 3])
-    np.testing.assert_allclose(linalg.hoyer(s), [linalg.hoyer(row) for row in s], rtol=1e-6)
+    np.testing.assert_array_equal(spectra.energy_rank(s, 0.95), [2, 3])
+    np.testing.assert_allclose(spectra.hoyer(s), [spectra.hoyer(row) for row in s], rtol=1e-6)
 
 
 def test_gram_of_a_tall_matrix_is_summed_to_the_last_digit():
@@ -101,12 +101,12 @@ def test_msign_keeps_the_singular_vectors_and_nears_one():
     rng = np.random.default_rng(4)
     left, right = orthonormal(rng, (9, 4)), orthonormal(rng, (4, 4))
     m = (left * jnp.array([8.0, 2.0, 0.5, 0.0])[None, :]) @ right.T
-    o = left.T @ linalg.msign(m) @ right
+    o = left.T @ polar.msign(m) @ right
     values = np.diag(o)
     np.testing.assert_allclose(o, np.diag(values), atol=1e-5)
     assert np.all((values[:3] > 0.65) & (values[:3] < 1.25))
     assert abs(values[3]) < 1e-5
-    np.testing.assert_array_equal(linalg.msign(jnp.zeros((3, 2))), 0)
+    np.testing.assert_array_equal(polar.msign(jnp.zeros((3, 2))), 0)
 
 
 SCALES = [1e-37, 1e-30, 1e-20, 1e-15, 1e15, 1e20, 1e30, 1e37]
@@ -116,10 +116,10 @@ SCALES = [1e-37, 1e-30, 1e-20, 1e-15, 1e15, 1e20, 1e30, 1e37]
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda x, y: linalg.hoyer(x),
-        lambda x, y: linalg.stable_rank(x),
-        lambda x, y: linalg.energy_rank(x, 0.9),
-        lambda x, y: linalg.msign(jnp.stack([x, y], -1)),
+        lambda x, y: spectra.hoyer(x),
+        lambda x, y: spectra.stable_rank(x),
+        lambda x, y: spectra.energy_rank(x, 0.9),
+        lambda x, y: polar.msign(jnp.stack([x, y], -1)),
         lambda x, y: linalg.angle(x, y),
         lambda x, y: linalg.angle(x, jnp.array([3.0, 1.0, 0.1])),
         lambda x, y: metrics.angle([x], [y]),
@@ -135,7 +135,7 @@ def test_what_has_no_scale_does_not_see_one(measure, scale):
 
 @pytest.mark.parametrize("scale", SCALES[:-1])
 @pytest.mark.parametrize(
-    "measure", [linalg.hoyer, lambda x: losses.cosine_term(x[None], jnp.array([[1.0, 2.0, 0.0]]))]
+    "measure", [spectra.hoyer, lambda x: losses.cosine_term(x[None], jnp.array([[1.0, 2.0, 0.0]]))]
 )
 def test_the_gradient_of_what_has_no_scale_falls_with_it(measure, scale):
     """∇f(cx) = ∇f(x)/c for an f without scale, as long as that can be represented."""
@@ -146,7 +146,7 @@ def test_the_gradient_of_what_has_no_scale_falls_with_it(measure, scale):
 
 def test_of_zeros_nothing_is_infinite():
     zero = jnp.zeros(3)
-    assert linalg.norm(zero) == linalg.hoyer(zero) == linalg.stable_rank(zero) == 0
-    assert (linalg.msign(jnp.zeros((4, 2))) == 0).all()
+    assert linalg.norm(zero) == spectra.hoyer(zero) == spectra.stable_rank(zero) == 0
+    assert (polar.msign(jnp.zeros((4, 2))) == 0).all()
     assert np.isfinite(jax.grad(lambda x: losses.cosine_term(x[None], x[None]))(zero)).all()
     assert metrics.angle([zero], [zero + 1]) == 90

@@ -8,10 +8,11 @@ import pytest
 
 from ssa_jax import data as data_lib
 from ssa_jax.networks.forward import forward
-from ssa_jax.runs import build, memory
+from ssa_jax.runs import build
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
-from ssa_jax.training.costs import activation_bytes
+from ssa_jax.training import memory
+from ssa_jax.training.memory import activation_bytes
 
 SMALL = Config(dataset="digits", model="mlp", epochs=2, batch_size=128)
 

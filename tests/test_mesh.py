@@ -15,11 +15,11 @@ from jax.sharding import AbstractMesh
 from ssa_jax import data as data_lib
 from ssa_jax.errors import ConfigError
 from ssa_jax.factors import Factors
-from ssa_jax.parallel import mesh
+from ssa_jax.parallel import mesh, processes
 from ssa_jax.parallel.collectives import collectives
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import AXIS, ONE_DEVICE, Layout, from_first, make_layout, on_host
-from ssa_jax.runs import build, processes
-from ssa_jax.runs.compiling import Compiling
+from ssa_jax.runs import build
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.run import run
 from ssa_jax.runs.trainer import Trainer

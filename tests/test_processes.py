@@ -14,8 +14,8 @@ import pytest
 
 from ssa_jax.data import streams
 from ssa_jax.errors import ConfigError, DataError
-from ssa_jax.parallel import pulse
-from ssa_jax.runs import processes, workdir
+from ssa_jax.parallel import processes, pulse
+from ssa_jax.runs import workdir
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.workdir import Elsewhere, WorkdirError
 

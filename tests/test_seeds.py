@@ -16,10 +16,10 @@ from experiments import cifar, seeds, table
 from experiments.show import comparison
 from ssa_jax import data as data_lib
 from ssa_jax.errors import ConfigError, NotFiniteError
-from ssa_jax.factors import linalg
-from ssa_jax.runs import build, run, workdir
+from ssa_jax.factors import polar
+from ssa_jax.parallel.interrupt import Terminated
+from ssa_jax.runs import build, loop, run, workdir
 from ssa_jax.runs.config import Config, identity
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import Checkpoints
 
@@ -53,12 +53,12 @@ def assert_equal_runs(folder, other):
 
 def test_a_batched_retraction_is_each_alone():
     """A matrix without full rank takes thirty iterations; its neighbour does not notice."""
-    good = linalg.orthonormalize(jax.random.normal(jax.random.key(0), (2, 12, 4))) * 1.01
+    good = polar.orthonormalize(jax.random.normal(jax.random.key(0), (2, 12, 4))) * 1.01
     bad = jnp.zeros((12, 4)).at[0, 0].set(1.0)
     stack = jnp.concatenate([good, bad[None]])
-    for batched in (jax.vmap(linalg.orthonormalize), linalg.orthonormalize):
+    for batched in (jax.vmap(polar.orthonormalize), polar.orthonormalize):
         for matrix, q in zip(stack, batched(stack), strict=True):
-            np.testing.assert_allclose(q, linalg.orthonormalize(matrix), atol=1e-6)
+            np.testing.assert_allclose(q, polar.orthonormalize(matrix), atol=1e-6)
 
 
 def test_wrong_numbers_and_folders_are_refused(tmp_path):
@@ -139,15 +139,15 @@ def test_more_seeds_go_on_from_those_that_are_done(two, tmp_path, capsys):
 
 @pytest.mark.long
 def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(two, tmp_path, monkeypatch):
-    between = run.Run._between_steps
+    between = loop.Loop._between_steps
 
-    def sending(self, step, tally):
+    def sending(self, step, means):
         if self.config.seed == 8 and step == STEPS + 4:
             signal.raise_signal(signal.SIGTERM)
-        between(self, step, tally)
+        between(self, step, means)
 
     folder = tmp_path / "seeds"
-    monkeypatch.setattr(run.Run, "_between_steps", sending)
+    monkeypatch.setattr(loop.Loop, "_between_steps", sending)
     with pytest.raises(Terminated, match=f"SIGTERM; go on .*--workdir={folder} --resume"):
         seeds.run_seeds(at(folder, seed=7), 2)
     monkeypatch.undo()
@@ -160,7 +160,7 @@ def test_seeds_that_are_stopped_within_an_epoch_go_on_bit_for_bit(two, tmp_path,
 
 @pytest.mark.long
 def test_a_seed_that_is_not_finite_fails_alone(two, tmp_path, monkeypatch):
-    begin = run.Run.begin
+    begin = loop.Loop.begin
 
     def poisoned(self):
         begin(self)
@@ -168,7 +168,7 @@ def test_a_seed_that_is_not_finite_fails_alone(two, tmp_path, monkeypatch):
             params = jax.tree.map(lambda x: x * jnp.nan, self.trainer.state.params)
             self.trainer.state = self.trainer.state._replace(params=params)
 
-    monkeypatch.setattr(run.Run, "begin", poisoned)
+    monkeypatch.setattr(loop.Loop, "begin", poisoned)
     with pytest.raises(NotFiniteError, match="not finite at seed 8; the means leave that out"):
         cifar.run_seeds(at(tmp_path / "seeds", seed=7), 2)
     found = json.loads((tmp_path / "seeds" / "summary.json").read_text())

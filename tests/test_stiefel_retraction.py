@@ -16,9 +16,9 @@ from jax.test_util import check_grads
 from stiefel_cases import RETRACTIONS, SHAPES, drift, normal, orthonormal
 
 from ssa_jax import factors, transforms
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, polar, retractions
 
-COMPILED = {name: jax.jit(linalg.RETRACTIONS[name]) for name in RETRACTIONS}
+COMPILED = {name: jax.jit(retractions.RETRACTIONS[name]) for name in RETRACTIONS}
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 1e3])
@@ -27,7 +27,7 @@ COMPILED = {name: jax.jit(linalg.RETRACTIONS[name]) for name in RETRACTIONS}
 def test_lands_on_the_manifold_from_a_tangent_step_of_any_size(name, shape, size):
     rng = np.random.default_rng(1)
     x = orthonormal(rng, shape)
-    xi = linalg.project_stiefel(x, size * normal(rng, shape))
+    xi = retractions.project_stiefel(x, size * normal(rng, shape))
     assert drift(COMPILED[name](x, xi)) < 1e-6
 
 
@@ -35,7 +35,7 @@ def test_lands_on_the_manifold_from_a_tangent_step_of_any_size(name, shape, size
 def test_lands_on_the_manifold_at_the_size_of_a_layer(name):
     rng = np.random.default_rng(2)
     x = orthonormal(rng, (576, 64))
-    xi = linalg.project_stiefel(x, 0.1 * normal(rng, x.shape))
+    xi = retractions.project_stiefel(x, 0.1 * normal(rng, x.shape))
     assert drift(COMPILED[name](x, xi)) < 1e-6
 
 
@@ -49,7 +49,7 @@ def test_lands_on_the_manifold_at_the_size_of_a_layer(name):
 def test_lands_on_the_manifold_for_drawn_steps(name, shape, size, seed):
     rng = np.random.default_rng(seed)
     x = orthonormal(rng, shape)
-    xi = linalg.project_stiefel(x, size * normal(rng, shape))
+    xi = retractions.project_stiefel(x, size * normal(rng, shape))
     assert drift(COMPILED[name](x, xi)) < 1e-6
 
 
@@ -58,9 +58,9 @@ def test_lands_on_the_manifold_for_drawn_steps(name, shape, size, seed):
 def test_agrees_with_the_identity_to_first_order(name, shape):
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
-        retraction = linalg.RETRACTIONS[name]
-        x = linalg.orthonormalize(orthonormal(rng, shape, jnp.float64))
-        xi = linalg.project_stiefel(x, normal(rng, shape, jnp.float64))
+        retraction = retractions.RETRACTIONS[name]
+        x = polar.orthonormalize(orthonormal(rng, shape, jnp.float64))
+        xi = retractions.project_stiefel(x, normal(rng, shape, jnp.float64))
         np.testing.assert_allclose(retraction(x, 0 * xi), x, atol=1e-14)
         errors = [np.abs(retraction(x, h * xi) - x - h * xi).max() for h in (1e-3, 1e-4)]
     # Second order in the step: a tenth of it leaves a hundredth of the error.
@@ -82,7 +82,7 @@ def test_qr_retractions_agree_with_geoopt(name):
     geoopt = pytest.importorskip("geoopt")
     rng = np.random.default_rng(5)
     x = orthonormal(rng, (9, 4))
-    xi = linalg.project_stiefel(x, normal(rng, (9, 4)))
+    xi = retractions.project_stiefel(x, normal(rng, (9, 4)))
     peer = geoopt.Stiefel(canonical=False).retr(
         torch.tensor(np.asarray(x)), torch.tensor(np.asarray(xi))
     )
@@ -113,7 +113,7 @@ def test_a_matrix_without_full_rank_is_completed(dtype, rank):
     with jax.enable_x64(dtype == jnp.float64):
         rng = np.random.default_rng(rank)
         y = rng.normal(size=(40, rank)) @ rng.normal(size=(rank, 6))
-        q = linalg.orthonormalize(jnp.asarray(y, dtype))
+        q = polar.orthonormalize(jnp.asarray(y, dtype))
         assert drift(q) < 1e-6
         u, _, vt = np.linalg.svd(y, full_matrices=False)
         v = vt[:rank].T
@@ -124,23 +124,21 @@ def test_a_matrix_without_full_rank_is_completed(dtype, rank):
 def test_retractions_have_a_derivative_in_both_modes(name):
     with jax.enable_x64(True):
         rng = np.random.default_rng(5)
-        x = linalg.orthonormalize(jnp.asarray(rng.normal(size=(2, 7, 3))))
+        x = polar.orthonormalize(jnp.asarray(rng.normal(size=(2, 7, 3))))
         xi = jnp.asarray(0.3 * rng.normal(size=x.shape))
-        check_grads(linalg.RETRACTIONS[name], (x, xi), order=1, modes=["fwd", "rev"])
+        check_grads(retractions.RETRACTIONS[name], (x, xi), order=1, modes=["fwd", "rev"])
 
 
 def test_the_polar_factor_has_second_derivatives():
     with jax.enable_x64(True):
         y = jnp.asarray(np.random.default_rng(6).normal(size=(6, 3)))
-        check_grads(linalg.orthonormalize, (y,), order=2, modes=["fwd"])
+        check_grads(polar.orthonormalize, (y,), order=2, modes=["fwd"])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e37])
 def test_the_polar_factor_does_not_depend_on_the_scale(scale):
     y = normal(np.random.default_rng(7), (20, 4))
-    np.testing.assert_allclose(
-        linalg.orthonormalize(y * scale), linalg.orthonormalize(y), atol=1e-6
-    )
+    np.testing.assert_allclose(polar.orthonormalize(y * scale), polar.orthonormalize(y), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 1e4, 1e30])
@@ -153,7 +151,7 @@ def test_a_series_is_the_polar_factor_of_the_tangent_part_shortened_if_need_be(s
     landed = COMPILED["series"](x, step)
     assert drift(landed) < 1e-6
     # It lies on the curve through x along the tangent part: some length of it gives the same.
-    tangent = np.asarray(linalg.project_stiefel(x, step / size), np.float64)
+    tangent = np.asarray(retractions.project_stiefel(x, step / size), np.float64)
 
     def at(length):
         u, _, vt = np.linalg.svd(np.asarray(x, np.float64) + length * tangent, full_matrices=False)
@@ -203,14 +201,14 @@ def test_small_steps_take_one_iteration(monkeypatch):
     """As training takes them: a loop that may run but once ends at the same digits."""
     rng = np.random.default_rng(8)
     x = orthonormal(rng, (64, 8))
-    xi = linalg.project_stiefel(x, 0.01 * normal(rng, x.shape))
-    landed = linalg.orthonormalize(x + xi)
-    far = linalg.orthonormalize(x + 10 * xi)
-    monkeypatch.setattr(linalg, "_MOST_STEPS", 1)
+    xi = retractions.project_stiefel(x, 0.01 * normal(rng, x.shape))
+    landed = polar.orthonormalize(x + xi)
+    far = polar.orthonormalize(x + 10 * xi)
+    monkeypatch.setattr(polar, "_MOST_STEPS", 1)
     jax.clear_caches()
     assert drift(landed) < 1e-6
-    assert np.abs(landed - linalg.orthonormalize(x + xi)).max() == 0
-    assert np.abs(far - linalg.orthonormalize(x + 10 * xi)).max() > 0
+    assert np.abs(landed - polar.orthonormalize(x + xi)).max() == 0
+    assert np.abs(far - polar.orthonormalize(x + 10 * xi)).max() > 0
     jax.clear_caches()
 
 
@@ -245,10 +243,10 @@ def test_stacked_factorisations_do_not_block_one_another(name):
 import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax
-from ssa_jax.factors import linalg
-retract = linalg.RETRACTIONS[{name!r}]
+from ssa_jax.factors import linalg, polar, retractions
+retract = retractions.RETRACTIONS[{name!r}]
 keys = jax.random.split(jax.random.key(0), 8)
-xs = [linalg.orthonormalize(jax.random.normal(k, (3, 200, 160))) for k in keys]
+xs = [polar.orthonormalize(jax.random.normal(k, (3, 200, 160))) for k in keys]
 step = jax.jit(lambda xs: [retract(x, 0.1 * x) for x in xs])
 for _ in range(300):
     xs = jax.block_until_ready(step(xs))

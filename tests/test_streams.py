@@ -13,8 +13,9 @@ import pytest
 from absl import flags
 from streamed import SIZE, records, stream
 
-from ssa_jax.data import streams
-from ssa_jax.data.streams import Reading, Subset
+from ssa_jax.data import decoding, stream_loader, streams
+from ssa_jax.data.decoding import Reading
+from ssa_jax.data.streams import Subset
 from ssa_jax.errors import DataError
 
 SEED = (3, 5)
@@ -24,8 +25,8 @@ STEPS = 5
 
 
 def batches(source, reading=Reading(), epoch=0, start=0, batch_size=BATCH):  # noqa: B008
-    dataset = streams.train_dataset(source, reading, SEED, epoch, batch_size)[start:]
-    return list(streams.read(dataset, reading.workers))
+    dataset = decoding.train_dataset(source, reading, SEED, epoch, batch_size)[start:]
+    return list(decoding.read(dataset, reading.workers))
 
 
 def assert_equal_batches(a, b):
@@ -140,7 +141,7 @@ def test_nothing_but_corrupt_records_is_an_error_also_where_they_are_skipped():
 
 
 def loader(source, **reading):
-    return streams.make_loader(source, Reading(**reading), eval_batch_size=4)
+    return stream_loader.make_loader(source, Reading(**reading), eval_batch_size=4)
 
 
 def test_feeds_are_the_batches_of_the_run_on_the_device_in_order():
@@ -148,14 +149,14 @@ def test_feeds_are_the_batches_of_the_run_on_the_device_in_order():
     source = stream()
     made = loader(source)
     words = jax.random.key_data(key).tolist()
-    expected = list(streams.read(streams.train_dataset(source, Reading(), words, 1, BATCH), 0))
+    expected = list(decoding.read(decoding.train_dataset(source, Reading(), words, 1, BATCH), 0))
     with jax.transfer_guard("disallow"):
         feeds = list(made.feeds(key, 1, BATCH, 2))
     assert len(feeds) == STEPS - 2
     for feed, host in zip(feeds, expected[2:], strict=True):
         batch = made.batch_at(feed.source, 0)
         assert np.array_equal(batch.labels, host["label"])
-        pixels = np.asarray(batch.images) * streams.STD + streams.MEAN
+        pixels = np.asarray(batch.images) * stream_loader.STD + stream_loader.MEAN
         assert np.allclose(pixels, host["image"], atol=1e-3)
         assert feed.counts["skipped"].tolist() == [0]
 
@@ -181,7 +182,7 @@ def test_shards_of_the_test_set_have_equally_many_batches_and_together_every_exa
 def test_a_shard_without_any_test_example_has_no_batches():
     source = stream(n_test=1)
     sizes = [
-        [len(b["label"]) for b in streams.read(streams.test_dataset(source, reading, 2), 0)]
+        [len(b["label"]) for b in decoding.read(decoding.test_dataset(source, reading, 2), 0)]
         for reading in (Reading(shard=0, shards=2), Reading(shard=1, shards=2))
     ]
     assert sizes == [[1], []]
@@ -247,7 +248,7 @@ def test_prepared_samples_are_opened_and_decoded(name, sizes, classes):
         pytest.skip(f"{name} is not prepared in TFDS_DATA_DIR")
     assert (source.train_size, len(source.test), source.image_size) == sizes
     assert source.classes == classes
-    first = streams.train_dataset(source, Reading(), SEED, 0, 32)[0]
+    first = decoding.train_dataset(source, Reading(), SEED, 0, 32)[0]
     assert 40 < first["image"].mean() < 200
     assert len(set(first["label"].tolist())) > 5
     assert functools.reduce(max, first["label"].tolist()) < classes

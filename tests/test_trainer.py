@@ -9,11 +9,11 @@ import pytest
 
 from ssa_jax import data as data_lib
 from ssa_jax.errors import NotFiniteError
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.runs import build
-from ssa_jax.runs.compiling import Compiling
 from ssa_jax.runs.config import Config
-from ssa_jax.runs.tally import Tally
 from ssa_jax.runs.trainer import Trainer
+from ssa_jax.training.running_means import RunningMeans
 
 STEPS = 11
 SMALL = Config(dataset="digits", model="mlp", batch_size=128, epochs=2, feedback_every=4)
@@ -28,8 +28,8 @@ def make_trainer(**change):
 def train(trainer, epochs=1, between=lambda step: None):
     rows = []
     for e in range(epochs):
-        tally = Tally({}, 0)
-        rows.append(trainer.train_epoch(e, tally, between) | tally.row())
+        means = RunningMeans({}, 0)
+        rows.append(trainer.train_epoch(e, means, between) | means.row())
     return rows
 
 
@@ -120,7 +120,7 @@ def test_batches_of_an_epoch_are_its_order():
 
 def test_a_tally_reads_one_dispatch_late_and_in_order():
     values = np.float32([0.1, 0.7, 1e8, 0.3])
-    single, several = Tally({}, 0), Tally({}, 0)
+    single, several = RunningMeans({}, 0), RunningMeans({}, 0)
     for x in values:
         single.add({"loss": jnp.asarray([x]), "accuracy": jnp.zeros(1)}, 1)
     several.add({"loss": jnp.asarray(values[:2]), "accuracy": jnp.zeros(2)}, 2)

@@ -15,7 +15,7 @@ from experiments.show.runs import Row, text
 from ssa_jax import export
 from ssa_jax.data.streams import STREAMS
 from ssa_jax.export import ExportError
-from ssa_jax.runs import build, inputs, trained
+from ssa_jax.runs import inputs, network, trained
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.trained import Trained
@@ -147,7 +147,9 @@ def _compare(
     ]
     _check_agreement(rows, reference, expected)
     # The same architecture without factors; its weights are random.
-    dense = export.to_inference(build.make_model(config, data, factorized=False), data.image_shape)
+    dense = export.to_inference(
+        network.make_model(config, data, factorized=False), data.image_shape
+    )
     rows.append({"form": "dense", "test_accuracy": None, "difference": None})
     sized = {**forms, "dense": Form(dense, dense, export.weight_bytes(dense))}
     return _with_costs(rows, sized, data.image_shape)

@@ -10,9 +10,9 @@ import numpy as np
 from experiments.measure.timing import Contestant, contestant, side_by_side
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
+from ssa_jax.reporting.environment import environment
 from ssa_jax.runs import build
 from ssa_jax.runs.config import Config
-from ssa_jax.runs.environment import environment
 from ssa_jax.training import train
 from ssa_jax.types import Batch, TrainState
 

@@ -33,9 +33,9 @@ from experiments.studies import overhead_page, study
 from ssa_jax import factors
 from ssa_jax.models import MODELS
 from ssa_jax.networks.models import split
-from ssa_jax.runs import compiling
-from ssa_jax.runs.config import MOST
+from ssa_jax.parallel import compiling
 from ssa_jax.runs.workdir import WorkdirError, read_json, write_json
+from ssa_jax.settings import MOST
 from ssa_jax.training import costs
 
 NAME = overhead_page.NAME

@@ -11,7 +11,7 @@ from experiments.show.runs import Row
 from experiments.studies import study as study_lib
 from experiments.studies.study import Settings, Study
 from ssa_jax.errors import ConfigError
-from ssa_jax.runs.config import check_seeds
+from ssa_jax.settings import check_seeds
 
 # What `--quick` sets where the command line does not: it shows that a study runs, no more.
 # Schedules end with the run, which a limit on the steps of a long one would not let them.

@@ -22,9 +22,9 @@ from experiments.show.variants import Column
 from experiments.studies.trials import Trial, going_on, result, run_trial
 from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
+from ssa_jax.reporting.environment import environment
 from ssa_jax.runs import workdir
 from ssa_jax.runs.config import Config, differences
-from ssa_jax.runs.environment import environment
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 
 _EMPTY: Mapping[str, Any] = types.MappingProxyType({})

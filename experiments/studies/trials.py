@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from experiments.folders import locked
 from ssa_jax.errors import NotFiniteError
+from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs import workdir
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.interrupt import Terminated
 from ssa_jax.runs.run import run
 from ssa_jax.training.checkpoint import Checkpoints
 

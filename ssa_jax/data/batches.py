@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssa_jax.data import Feed
+from ssa_jax.data.loader import Feed
 from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.types import Batch
@@ -143,12 +143,12 @@ def from_batches(
     elif outputs is None:
         outputs = int(np.prod(pair[1].shape[1:]))
     labelled = classes and pair[1].ndim == 1
-    found = Batches(
+    stream = Batches(
         source, steps, pair, tested, outputs, labelled, name, once,
         itertools.chain([first], iterator),
     )  # fmt: skip
-    found.check("test", *tested)
-    return found
+    stream.check("test", *tested)
+    return stream
 
 
 def _pair(batch: Any) -> HostBatch:

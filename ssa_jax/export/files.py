@@ -126,14 +126,14 @@ def load(folder: str | Path) -> InferenceModel:
     content = _checked(config, file)
     try:
         model = InferenceModel(config["input_shape"], [rebuild(d) for d in config["layers"]])
-        found = safetensors.numpy.load(content)
+        arrays = safetensors.numpy.load(content)
         wanted = {k: x.shape for k, x in _variables(model).items()}
     except Exception as e:
         raise ExportError(f"{folder} holds no network that can be rebuilt: {e!r}") from e
-    if wanted != {k: x.shape for k, x in found.items()}:
+    if wanted != {k: x.shape for k, x in arrays.items()}:
         raise ExportError(f"{file} does not hold the weights that {CONFIG} describes")
     for name, variable in _variables(model).items():
-        variable.set_value(jnp.asarray(found[name], jnp.float32))
+        variable.set_value(jnp.asarray(arrays[name], jnp.float32))
     return model
 
 

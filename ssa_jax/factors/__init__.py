@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, svd
 
 Array = jax.Array
 
@@ -65,8 +65,8 @@ def rank_of(fraction: float, d_out: int, d_in: int) -> int:
 
 
 def from_dense(w: Array, rank: int, key: Array | None = None) -> Factors:
-    """Best rank-r factors of w (d_out, d_in) by `linalg.truncated_svd`, which see for errors."""
-    return Factors(*linalg.truncated_svd(w, rank, key))
+    """Best rank-r factors of w (d_out, d_in) by `svd.truncated_svd`, which see for errors."""
+    return Factors(*svd.truncated_svd(w, rank, key))
 
 
 def to_dense(f: Factors) -> Array:
@@ -98,10 +98,10 @@ def leaves(tree: Any) -> list[Factors]:
 
 def named_leaves(tree: Any) -> dict[str, Factors]:
     """The `Factors` nodes of a tree by their path, such as ``"0/map/kernel"``."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in found
+        for path, x in nodes
         if is_factors(x)
     }
 

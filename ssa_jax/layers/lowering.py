@@ -5,7 +5,6 @@ with respect to the kernel, and maps of fewer positions than the kernel has taps
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssa_jax.factors.linalg import varying_as
+from ssa_jax.layers.windows import Pads, Strides, reverse_windows, windows_of
 
 Array = jax.Array
-Pads = tuple[tuple[int, int], tuple[int, int]]
-Strides = tuple[int, int]
-
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Windows of the kernel gradient that are unfolded at a time stay in the cache.
 _CHUNK_BYTES = 4 * 2**20
@@ -134,13 +131,13 @@ def _unfolds(maps: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
 
 def product(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
     """The convolution as one matrix product of the windows of x with the kernel."""
-    windows = _windows(strides, pads, kernel.shape, x)
+    windows = windows_of(strides, pads, kernel.shape, x)
     return _dot(windows, kernel.reshape(-1, kernel.shape[-1]))
 
 
 def _spread(strides: Strides, pads: Pads, shape: tuple[int, ...], kernel: Array, g: Array) -> Array:
     """The gradient with respect to x, as one matrix product of the windows of g."""
-    windows = _reverse_windows(strides, pads, kernel.shape, shape, g)
+    windows = reverse_windows(strides, pads, kernel.shape, shape, g)
     return _dot(windows, kernel.swapaxes(2, 3).reshape(-1, kernel.shape[2]))
 
 
@@ -205,7 +202,7 @@ def gradient_from_x(
     strides: Strides, pads: Pads, shape: tuple[int, ...], x: Array, g: Array
 ) -> Array:
     """The kernel gradient, of `_sum_dtype`, as the product of the windows of x with g."""
-    return _outer(_windows(strides, pads, shape, x, g.shape[1:3]), g).reshape(shape)
+    return _outer(windows_of(strides, pads, shape, x, g.shape[1:3]), g).reshape(shape)
 
 
 def gradient_from_g(
@@ -213,7 +210,7 @@ def gradient_from_g(
 ) -> Array:
     """The kernel gradient, of `_sum_dtype`, as the product of x with the windows of g."""
     kh, kw, c, n = shape
-    windows = _reverse_windows(strides, pads, shape, x.shape, g)
+    windows = reverse_windows(strides, pads, shape, x.shape, g)
     return _outer(x, windows).reshape(c, kh, kw, n).transpose(1, 2, 0, 3)
 
 
@@ -226,44 +223,3 @@ def _outer(x: Array, y: Array) -> Array:
 def _sum_dtype(x: Array) -> Any:
     """The dtype of sums over a batch: that of x, at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _windows(
-    strides: Strides, pads: Pads, kernel: tuple[int, ...], x: Array,
-    out: tuple[int, ...] | None = None,
-) -> Array:  # fmt: skip
-    """What each position of the output sees: (batch, H', W', kh·kw·C) of x (batch, H, W, C)."""
-    size = kernel[:2]
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))
-    out = out or tuple(
-        (n - k) // s + 1 for n, k, s in zip(x.shape[1:3], size, strides, strict=True)
-    )
-    ends = [(n - 1) * s + 1 for n, s in zip(out, strides, strict=True)]
-    return _side_by_side(
-        x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
-        for i, j in itertools.product(range(size[0]), range(size[1]))
-    )
-
-
-def _reverse_windows(
-    strides: Strides, pads: Pads, kernel: tuple[int, ...], shape: tuple[int, ...], g: Array
-) -> Array:
-    """Which outputs each position of the input reached: (batch, H, W, kh·kw·N) of g."""
-    padding = [(0, 0, 0)]
-    for n, m, k, s, (low, _) in zip(
-        shape[1:3], g.shape[1:3], kernel[:2], strides, pads, strict=True
-    ):
-        before = k - 1 - low
-        # Negative where outputs saw padding alone: these are cut off.
-        after = n + k - 1 - before - ((m - 1) * s + 1)
-        padding.append((before, after, s - 1))
-    g = lax.pad(g, jnp.zeros((), g.dtype), (*padding, (0, 0, 0)))
-    kh, kw = kernel[:2]
-    return _side_by_side(
-        g[:, kh - 1 - i : kh - 1 - i + shape[1], kw - 1 - j : kw - 1 - j + shape[2]]
-        for i, j in itertools.product(range(kh), range(kw))
-    )
-
-
-def _side_by_side(arrays: Any) -> Array:
-    return jnp.concatenate(list(arrays), axis=-1)

@@ -39,8 +39,8 @@ def forward_and_back(
     def forward(given: WithFeedback, x: Array) -> tuple[Array, Any]:
         return product(given.weights, x), (given, x)
 
-    def backward(kept: Any, cotangent: Array) -> tuple[Any, Array]:
-        (f, places), x = kept
+    def backward(saved: Any, cotangent: Array) -> tuple[Any, Array]:
+        (f, places), x = saved
         (own,) = jax.vjp(lambda f: product(f, x), f)[1](cotangent)
         nothing = np.zeros(places.shape, jax.dtypes.float0)
         return WithFeedback(own, nothing), back(f, places, x, cotangent)  # type: ignore[arg-type]
@@ -52,6 +52,15 @@ def forward_and_back(
 def dense(weights: Factors | WithFeedback, x: Array) -> Array:
     """((x V) ⊙ s) Uᵀ for x (..., d_in), u (d_out, r), s (r,), v (d_in, r): (..., d_out)."""
     return forward_and_back(_dense, weights, x, _dense_back)
+
+
+def dense_general(
+    weights: Factors | WithFeedback, x: Array, axis: Sequence[int], out_shape: Sequence[int]
+) -> Array:
+    """`dense` of some axes of x together, in place of which `out_shape` comes at the end."""
+    x = jnp.moveaxis(x, axis, range(-len(axis), 0))
+    batch = x.shape[: x.ndim - len(axis)]
+    return dense(weights, x.reshape(*batch, -1)).reshape(*batch, *out_shape)
 
 
 def _dense(weights: Factors, x: Array) -> Array:

@@ -1,9 +1,7 @@
 """Dense models on factors: linear layers, convolutions, attention's projections by their SVD."""
 
-import collections
 import dataclasses
 import fnmatch
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,24 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from ssa_jax import factors
 from ssa_jax.factors import Factors, rank_of
-from ssa_jax.layers import SVDConv, SVDDense, SVDLinearGeneral, kernel_to_matrix
-from ssa_jax.layers.lowering import conv_general_dilated
-from ssa_jax.networks import linen_factors
+from ssa_jax.networks import linen_factors, nnx_factors
 from ssa_jax.networks.models import LinenModel
 
-# What a layer on factors takes over from the stock one, has no use for, or is told of by
-# `unsupported` itself; all else must be as a new layer has it.
-_UNDERSTOOD = {"kernel", "bias", "use_bias", "in_features", "out_features", "kernel_init",
-               "bias_init", "kernel_size", "kernel_shape", "strides", "padding", "dtype",
-               "kernel_dilation", "input_dilation", "feature_group_count", "mask",
-               "param_dtype", "axis"}  # fmt: skip
 # Layers of a lower full rank stay dense: they have few directions to lose, and few parameters.
 LEAST_FULL_RANK = 16
-_ON_FACTORS = SVDDense | SVDConv | SVDLinearGeneral
 
 
 class LeftDense(UserWarning):
@@ -72,10 +61,10 @@ def factorize(
             f"factorize takes an nnx.Module or a LinenModel, got {type(model).__name__}; a plain "
             "function gets `Factors` by factors.from_dense"
         )
-    layers = _dense_layers(model)
-    uses = _uses(model)
-    reasons = {path: _against(layer, uses) for path, layer in layers.items()}
-    ranks = {path: min(_matrix(x).shape) for path, x in layers.items() if not reasons[path]}
+    layers, reasons = nnx_factors.examined(model)
+    ranks = {
+        path: min(nnx_factors.matrix(x).shape) for path, x in layers.items() if not reasons[path]
+    }
     chosen = _chosen(list(layers), ranks, rank, include, exclude)
     _tell_left(reasons, exclude)
     return from_dense(model, ranks=chosen)
@@ -98,14 +87,14 @@ def _chosen(
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"no layer fits {pattern!r}, there are {', '.join(layers)}")
 
-    found = {
+    ranks = {
         path: rank_of(rank, n, n)
         for path, n in full.items()
         if n >= LEAST_FULL_RANK and _fits(path, include) and not _fits(path, exclude)
     }
-    if not found:
+    if not ranks:
         raise ValueError(f"no layer is left to put on factors of {', '.join(layers)}")
-    return found
+    return ranks
 
 
 def _fits(path: str, patterns: Iterable[str]) -> str | None:
@@ -143,9 +132,10 @@ def _factorize_linen(
 ) -> LinenModel:
     layers = model.layers()
     reasons = {path: linen_factors.against(layer) for path, layer in layers.items()}
-    params = model.variables["params"]
+    params = traverse_util.flatten_dict(model.variables["params"], sep="/", keep_empty_nodes=True)
+    kernels = {path: f"{path}/kernel".lstrip("/") for path in layers}
     matrices = {
-        path: linen_factors.matrix(layer, _at(params, path)["kernel"])
+        path: linen_factors.matrix(layer, params[kernels[path]])
         for path, layer in layers.items()
         if not reasons[path]
     }
@@ -153,22 +143,9 @@ def _factorize_linen(
     chosen = _chosen(list(layers), full, rank, include, exclude)
     _tell_left(reasons, exclude)
     for path, r in chosen.items():
-        kernel = _best(matrices[path], r)
-        params = _replaced(params, f"{path}/kernel".split("/"), kernel)
-    return dataclasses.replace(model, variables={**model.variables, "params": params})
-
-
-def _at(tree: Any, path: str) -> Any:
-    for name in path.split("/") if path else ():
-        tree = tree[name]
-    return tree
-
-
-def _replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
-    if not path:
-        return value
-    name, *rest = [p for p in path if p]
-    return {**tree, name: _replaced(tree[name], rest, value)}
+        params[kernels[path]] = _best(matrices[path], r)
+    nested = traverse_util.unflatten_dict(params, sep="/")
+    return dataclasses.replace(model, variables={**model.variables, "params": nested})
 
 
 def _best(matrix: Any, rank_for: int | Callable[[np.ndarray], int]) -> Factors:
@@ -211,11 +188,10 @@ def from_dense(
 
     Returns:
       a copy of the model. `rank` and `energy` leave dense, and name in a `LeftDense` warning,
-      every other layer with a kernel, and what `unsupported` or several uses speak against: a
-      convolution that is depthwise, masked, not two-dimensional, dilated at its input, or pads
-      otherwise than by SAME, VALID or numbers; a layer that is not float32; a subclass; a stack
-      of layers; an argument of its own, such as ``dot_general`` or ``precision``; a kernel or
-      bias that layers share.
+      every other layer with a kernel, and what `nnx_factors` finds against: a convolution that is
+      depthwise, masked, not two-dimensional, dilated at its input, or pads otherwise than by SAME,
+      VALID or numbers; a layer that is not float32; a subclass; a stack of layers; an argument of
+      its own, such as ``dot_general`` or ``precision``; a kernel or bias that layers share.
 
     Raises:
       ValueError: none or several of the three, a value out of range, or in `ranks` a path
@@ -225,9 +201,7 @@ def from_dense(
         raise ValueError("give exactly one of rank, ranks and energy")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
-    layers = _dense_layers(model)
-    uses = _uses(model)
-    reasons = {path: _against(layer, uses) for path, layer in layers.items()}
+    layers, reasons = nnx_factors.examined(model)
     if ranks is not None:
         _check_named(ranks, layers, reasons)
     chosen = set(layers if ranks is None else ranks)
@@ -241,22 +215,14 @@ def from_dense(
         return rank_of(rank, s.size, s.size) if rank is not None else energy_rank(s, energy or 1.0)
 
     def convert(path: Any, node: Any) -> Any:
-        name = _name(path)
+        name = nnx_factors.name_of(path)
         if not isinstance(node, nnx.Module) or name not in chosen or reasons[name]:
             return node
-        return _factorised(node, _best(_matrix(node), lambda s: rank_for(name, s)))
+        return nnx_factors.on_factors(
+            node, _best(nnx_factors.matrix(node), lambda s: rank_for(name, s))
+        )
 
     return nnx.recursive_map(convert, nnx.clone(model))
-
-
-def _dense_layers(model: nnx.Module) -> dict[str, Any]:
-    """Layers with a kernel that are not on factors, by path."""
-    return {
-        _name(path): layer
-        for path, layer in nnx.iter_modules(model)
-        if isinstance(getattr(layer, "kernel", None), nnx.Variable)
-        and not isinstance(layer, _ON_FACTORS)
-    }
 
 
 def energy_rank(s: np.ndarray, energy: float) -> int:
@@ -264,81 +230,6 @@ def energy_rank(s: np.ndarray, energy: float) -> int:
     # What is lost is summed from the small end, where no rounding of a large sum hides it.
     lost = np.append(np.cumsum(s[::-1] ** 2)[::-1], 0.0)
     return max(1, int(np.argmax(lost <= (1 - energy) * lost[0])))
-
-
-def unsupported(layer: Any) -> str | None:
-    """Why a layer cannot be factorised, or None where it can."""
-    if type(layer) not in (nnx.Linear, nnx.Conv, nnx.LinearGeneral):
-        return f"{type(layer).__name__} is neither nnx.Linear, nnx.Conv nor nnx.LinearGeneral"
-    if reason := _unlike_new(layer):
-        return reason
-    if layer.param_dtype != jnp.float32 or layer.dtype not in (None, jnp.float32):
-        return "factors are float32, this layer is not"
-    if type(layer) is nnx.LinearGeneral:
-        return "it has batch axes" if layer.batch_axis else None
-    if type(layer) is nnx.Linear:
-        return None
-    if len(layer.kernel_size) != 2:
-        return f"kernel_size={layer.kernel_size} is not two-dimensional"
-    if layer.in_features > 1 and layer.feature_group_count == layer.in_features:
-        return "depthwise: its factors would hold more than its kernel"
-    if np.any(np.asarray(layer.input_dilation or 1) != 1):
-        return f"input_dilation={layer.input_dilation}"
-    if layer.mask is not None:
-        return "it has a mask"
-    if isinstance(layer.padding, str) and layer.padding.upper() not in ("SAME", "VALID"):
-        return f"padding={layer.padding}"
-    return None
-
-
-def _unlike_new(layer: Any) -> str | None:
-    """What a stock layer has that a new one of its size has not, or None."""
-    sizes = [layer.in_features, layer.out_features]
-    if isinstance(layer, nnx.Conv):
-        sizes.append(layer.kernel_size)
-    options: dict[str, Any] = {}
-    if isinstance(layer, nnx.Conv):
-        options = {"feature_group_count": layer.feature_group_count}
-    elif isinstance(layer, nnx.LinearGeneral):
-        options = {"axis": layer.axis, "batch_axis": layer.batch_axis}
-    new = nnx.eval_shape(lambda: type(layer)(*sizes, **options, rngs=nnx.Rngs(0)))
-    for name, value in vars(layer).items():
-        known = name in _UNDERSTOOD or name.startswith("_")
-        known |= value is conv_general_dilated
-        if not known and (not hasattr(new, name) or getattr(new, name) != value):
-            return f"its {name} is not that of a new layer"
-    for name in ("kernel", "bias"):
-        variable, fresh = getattr(layer, name), getattr(new, name)
-        if variable is None:
-            continue
-        if type(variable) is not nnx.Param:
-            return f"its {name} is a {type(variable).__name__}"
-        if variable.shape != fresh.shape:
-            return f"its {name} has shape {variable.shape}, not {fresh.shape}: a stack of layers"
-        if variable.get_metadata() != fresh.get_metadata():
-            return f"its {name} has metadata"
-    return None
-
-
-def _uses(model: nnx.Module) -> collections.Counter[int]:
-    """How many nodes of a model hold each of its variables, by identity."""
-    held: list[Any] = []
-    for _, node in nnx.iter_graph(model):
-        if isinstance(node, dict | list | tuple):
-            held += node.values() if isinstance(node, dict) else node
-        elif isinstance(node, nnx.Pytree):
-            held += vars(node).values()
-    return collections.Counter(id(x) for x in held if isinstance(x, nnx.Variable))
-
-
-def _against(layer: Any, uses: Mapping[int, int]) -> str | None:
-    """Why a layer of a model is not put on factors, or None."""
-    shared = [name for name in ("kernel", "bias") if uses[id(getattr(layer, name, None))] > 1]
-    return f"its {shared[0]} is another layer's too" if shared else unsupported(layer)
-
-
-def _name(path: Any) -> str:
-    return "/".join(map(str, path))
 
 
 def _check_named(
@@ -349,40 +240,6 @@ def _check_named(
             raise ValueError(f"no layer with a kernel at {path!r}, there are {list(layers)}")
         if reasons[path]:
             raise ValueError(f"{path} cannot be factorised: {reasons[path]}")
-        full = min(_matrix(layers[path]).shape)
+        full = min(nnx_factors.matrix(layers[path]).shape)
         if not isinstance(r, int) or not 1 <= r <= full:
             raise ValueError(f"the rank of {path} must be a whole number in [1, {full}], got {r}")
-
-
-def _matrix(layer: Any) -> Any:
-    """The matrix (d_out, d_in) that is factorised."""
-    kernel = layer.kernel.get_value()
-    if isinstance(layer, nnx.Conv):
-        return kernel_to_matrix(kernel)
-    inputs = math.prod(layer.in_features) if isinstance(layer, nnx.LinearGeneral) else len(kernel)
-    return kernel.reshape(inputs, -1).T
-
-
-def _factorised(layer: Any, kernel: Factors) -> nnx.Module:
-    """The layer on given factors, with its own bias."""
-
-    def make() -> Any:
-        options: dict[str, Any] = {"use_bias": layer.bias is not None, "rngs": nnx.Rngs(0)}
-        if isinstance(layer, nnx.LinearGeneral):
-            options["axis"] = layer.axis
-            return SVDLinearGeneral(layer.in_features, layer.out_features, **options)
-        if isinstance(layer, nnx.Linear):
-            return SVDDense(layer.in_features, layer.out_features, **options)
-        options |= {"strides": layer.strides or 1, "padding": layer.padding}
-        options |= {
-            "kernel_dilation": layer.kernel_dilation or 1,
-            "feature_group_count": layer.feature_group_count,
-        }
-        return SVDConv(layer.in_features, layer.out_features, layer.kernel_size, **options)
-
-    # Made of shapes alone: an initialisation would take an SVD only to be replaced.
-    new = nnx.eval_shape(make)
-    new.kernel.set_value(kernel)
-    if layer.bias is not None:
-        new.bias.set_value(layer.bias.get_value())
-    return new

@@ -42,10 +42,7 @@ def _dense(module: linen.Dense, kernel: Factors, inputs: Array) -> Array:
 
 def _dense_general(module: linen.DenseGeneral, kernel: Factors, inputs: Array) -> Array:
     axis, features = (_tuple(x) for x in (module.axis, module.features))
-    x = jnp.moveaxis(inputs, axis, range(-len(axis), 0))
-    kept = x.shape[: x.ndim - len(axis)]
-    y = products.dense(kernel, x.reshape(*kept, -1))
-    return _bias(module, y.reshape(*kept, *features))
+    return _bias(module, products.dense_general(kernel, inputs, axis, features))
 
 
 def _conv(module: linen.Conv, kernel: Factors, inputs: Array) -> Array:
@@ -80,12 +77,12 @@ _LAYERS: dict[type, Callable[..., Array]] = {
 
 def layers_of(model: Any, variables: Tree, x: Any, **mode: bool) -> dict[str, linen.Module]:
     """The layers with a kernel that a model calls, by their path in its parameters."""
-    found: dict[str, linen.Module] = {}
+    layers: dict[str, linen.Module] = {}
 
     def note(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            found["/".join(module.path)] = module.copy(parent=None)
+            layers["/".join(module.path)] = module.copy(parent=None)
         return following(*args, **kwargs)
 
     def run(variables: Tree, x: Any) -> Any:
@@ -94,7 +91,7 @@ def layers_of(model: Any, variables: Tree, x: Any, **mode: bool) -> dict[str, li
 
     with linen.intercept_methods(note):
         jax.eval_shape(run, variables, x)
-    return found
+    return layers
 
 
 def against(layer: linen.Module) -> str | None:

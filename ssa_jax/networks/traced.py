@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax.factors import WithFeedback, is_factors
-from ssa_jax.networks.cut import CutError, Flat, Packing, Program, Segment
+from ssa_jax.networks.cut import CutError, Flat
+from ssa_jax.networks.packing import Packing
+from ssa_jax.networks.program import Program, Segment
 from ssa_jax.networks.units import Unit
 
 Array = jax.Array

@@ -175,8 +175,8 @@ def from_first(text: str) -> str:
     """What the first process gives, in all of them; at most 4096 bytes of UTF-8."""
     if jax.process_count() == 1:
         return text
-    told = np.zeros(_TEXT_BYTES, np.uint8)
+    sent = np.zeros(_TEXT_BYTES, np.uint8)
     data = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
-    told[: data.size] = data
-    heard = multihost_utils.broadcast_one_to_all(told)
-    return heard.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
+    sent[: data.size] = data
+    received = multihost_utils.broadcast_one_to_all(sent)
+    return received.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")

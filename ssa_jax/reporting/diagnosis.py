@@ -4,14 +4,14 @@
   gradients stand at large angles to the true ones (feedback alignment's plateau below BP);
 - *orthogonality lost*: U or V has left the Stiefel manifold, so W = U diag(s) Vᵀ is no SVD;
 - *sudden drop at a rank step*: truncation raised the loss, or an epoch of truncation cost accuracy.
+
+A config is here whatever has the fields of `runs.config.Config` that are read.
 """
 
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
-
-from ssa_jax.runs.config import Config
 
 Row = dict[str, Any]
 
@@ -49,22 +49,22 @@ class Finding(NamedTuple):
         return f"{self.name} (epoch {self.epoch}): {self.shown}; try {self.flag}"
 
 
-def diagnose(rows: Sequence[Row], config: Config) -> list[Finding]:
+def diagnose(rows: Sequence[Row], config: Any) -> list[Finding]:
     """The failures in the rows of metrics.jsonl, one of a kind at most; empty for a healthy run."""
-    found = (_plateau(rows, config), _drift(rows, config), _rank_step(rows, config))
-    return [f for f in found if f is not None]
+    findings = (_plateau(rows, config), _drift(rows, config), _rank_step(rows, config))
+    return [f for f in findings if f is not None]
 
 
-def tell(findings: Iterable[Finding], told: Iterable[Finding] = ()) -> list[Finding]:
+def tell(findings: Iterable[Finding], before: Iterable[Finding] = ()) -> list[Finding]:
     """Prints a line a finding that was not told before; returns all."""
-    findings, told = list(findings), list(told)
+    findings, before = list(findings), list(before)
     for finding in findings:
-        if finding not in told:
+        if finding not in before:
             print(f"diagnosis: {finding}", flush=True)
     return findings
 
 
-def _plateau(rows: Sequence[Row], config: Config) -> Finding | None:
+def _plateau(rows: Sequence[Row], config: Any) -> Finding | None:
     third = len(rows) // 3
     if len(rows) < LEAST_EPOCHS or "train_accuracy" not in rows[-1]:
         return None
@@ -85,7 +85,7 @@ def _plateau(rows: Sequence[Row], config: Config) -> Finding | None:
     )
 
 
-def _alignment_flag(config: Config) -> str:
+def _alignment_flag(config: Any) -> str:
     if config.method != "ssa":
         return "--method=ssa"
     if config.feedback == "random":
@@ -97,7 +97,7 @@ def _alignment_flag(config: Config) -> str:
     return f"--feedback_lookahead={config.feedback_lookahead + 1}"
 
 
-def _drift(rows: Sequence[Row], config: Config) -> Finding | None:
+def _drift(rows: Sequence[Row], config: Any) -> Finding | None:
     bound = config.drift_bound or DRIFT
     # Not "at most": a drift that is no number is lost too.
     lost = next((row for row in rows if not row["drift"] <= bound), None)
@@ -113,7 +113,7 @@ def _drift(rows: Sequence[Row], config: Config) -> Finding | None:
     return Finding("orthogonality lost", lost["epoch"], lost["drift"], shown, flag)
 
 
-def _rank_step(rows: Sequence[Row], config: Config) -> Finding | None:
+def _rank_step(rows: Sequence[Row], config: Any) -> Finding | None:
     """The largest jump of the loss, or the largest drop of accuracy where no jump is large."""
     name, flag = "sudden drop at a rank step", _rank_flag(config)
     cuts = [row for row in rows if "truncations" in row]
@@ -127,7 +127,7 @@ def _rank_step(rows: Sequence[Row], config: Config) -> Finding | None:
     pairs = [pair for pair in itertools.pairwise(rows) if "truncations" in pair[1]]
     drop, before, after = max(
         ((a["test_accuracy"] - b["test_accuracy"], a, b) for a, b in pairs if _ACCURACY in a),
-        key=lambda found: found[0],
+        key=lambda drop: drop[0],
         default=(0.0, {}, {}),
     )
     if drop <= ACCURACY_DROP:
@@ -147,7 +147,7 @@ def _jump(row: Row) -> float:
     return row["loss_after_truncation"] - row["loss_before_truncation"]
 
 
-def _rank_flag(config: Config) -> str:
+def _rank_flag(config: Any) -> str:
     if config.rank_schedule == "linear":
         return f"more --epochs than {config.epochs}, for a slower fall"
     if config.rank_budget:

@@ -14,10 +14,10 @@ File = TypeVar("File", Path, IO[bytes])
 
 def available() -> bool:
     """Whether matplotlib is there; a line on the terminal says so if not."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
+    is_there = importlib.util.find_spec("matplotlib") is not None
+    if not is_there:
         print("no plots: pip install 'ssa_jax[plots]'")
-    return found
+    return is_there
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:

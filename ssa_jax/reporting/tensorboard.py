@@ -94,13 +94,13 @@ class Board:
 
 def scalars(row: Row) -> dict[str, float]:
     """Each number of a row by its tag; units count from 1, as in the plots."""
-    found = {tag: row[name] for name, tag in _SCALARS.items() if name in row}
+    values = {tag: row[name] for name, tag in _SCALARS.items() if name in row}
     terms = [name for name in row if name.startswith("local_")]
     for name in (*_A_UNIT, *terms):
         for i, value in enumerate(row.get(name, ()), start=1):
             if value is not None:
-                found[f"{name}/unit_{i}"] = value
-    return found | {f"rank/{name}": rank for name, rank in row["ranks"].items()}
+                values[f"{name}/unit_{i}"] = value
+    return values | {f"rank/{name}": rank for name, rank in row["ranks"].items()}
 
 
 def _pictures(rows: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -114,9 +114,9 @@ def _pictures(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     if layers:
         ranks = [[r["ranks"][layer] / rows[0]["ranks"][layer] for layer in layers] for r in rows]
         maps["ranks"] = (layers, ranks, 1.0, "Stored rank over that after the first epoch")
-    epochs, found = [r["epoch"] for r in rows], {}
+    epochs, pictures = [r["epoch"] for r in rows], {}
     for tag, (labels, values, top, title) in maps.items():
         file = io.BytesIO()
         if plots.draw_heat_map(file, np.array(values, float).T, labels, epochs, top, title):
-            found[f"maps/{tag}"] = np.asarray(Image.open(file).convert("RGB"))
-    return found
+            pictures[f"maps/{tag}"] = np.asarray(Image.open(file).convert("RGB"))
+    return pictures

@@ -6,35 +6,22 @@ import os
 from typing import Any
 
 from ssa_jax.data import DATASETS
-from ssa_jax.data.streams import ON_CORRUPT, STREAMS
+from ssa_jax.data.decoding import ON_CORRUPT
+from ssa_jax.data.streams import STREAMS
 from ssa_jax.errors import ConfigError
-from ssa_jax.factors.linalg import PROJECTIONS, RETRACTIONS
+from ssa_jax.factors.retractions import PROJECTIONS, RETRACTIONS
 from ssa_jax.methods import METHODS, ON_FACTORS
 from ssa_jax.methods.feedback import FORMS
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
-from ssa_jax.plugins import is_reference
-from ssa_jax.runs.budgets import KINDS
+from ssa_jax.settings import check, setting
 from ssa_jax.training import record
+from ssa_jax.training.budgets import KINDS
 from ssa_jax.training.optim import OPTIMIZERS
 from ssa_jax.training.passes import MEMORY_MODES
 from ssa_jax.training.ranks import LINEAR_TARGET, SCHEDULES
 from ssa_jax.training.tasks import LOSSES
-
-# The largest integer that a step counter, a seed or a size can be: those of JAX have 32 bits.
-MOST = 2**31 - 1
-
-
-def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help and limits: choices, low, high, or above (an open bound).
-
-    Choices that are a table are read when they are checked; beside its names they may be
-    ``package.module:name`` where the field is ``open``.
-
-    An integer without a high goes to `MOST`. A field that is a path says so by ``path=True``.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +29,7 @@ class Config:
     """One run. The defaults train SSA on CIFAR-10 within a laptop's patience."""
 
     recipe: str = setting(
-        "none",
-        "Named settings, the defaults of the other flags; see experiments/recipes.py.",
+        "none", "Named settings, the defaults of the other flags; see experiments/recipes.py."
     )
     method: str = setting("ssa", "Learning method.", choices=METHODS, open=True)
     model: str = setting("smallconv", "Network.", choices=MODELS, open=True)
@@ -51,10 +37,7 @@ class Config:
         "cifar10", "Data set.", choices=collections.ChainMap(DATASETS, STREAMS), open=True
     )
     loss: str = setting(
-        "cross_entropy",
-        "Loss of the outputs; its gradient is the error.",
-        choices=LOSSES,
-        open=True,
+        "cross_entropy", "Loss whose gradient is the error.", choices=LOSSES, open=True
     )
     data_dir: str | None = setting(
         None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.", path=True
@@ -117,7 +100,7 @@ class Config:
     )
     seed: int = setting(0, "Seed of all randomness.", low=0)
     workdir: str | None = setting(
-        None, "Where results go; default: a new folder under runs/.", path=True
+        None, "Results' folder; default: a new one under runs/.", path=True
     )
     compile_cache: str | None = setting(
         None,
@@ -135,9 +118,7 @@ class Config:
         None, "HOST:PORT of the first of several processes, where nothing tells of them."
     )
     num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
-    process_id: int = setting(
-        -1, "This one's, from 0 on, with --coordinator_address; -1: none.", low=-1
-    )
+    process_id: int = setting(-1, "This one's, from 0, with --coordinator_address.", low=-1)
     shard_params: bool = setting(
         False, "Each device keeps a part of U and V of every layer, not all of them."
     )
@@ -154,9 +135,7 @@ class Config:
         choices=("stop", "rollback"),
     )
     drift_bound: float = setting(
-        1e-2,
-        "Repair U and V at the end of an epoch where |XᵀX - I| exceeds this; 0: never.",
-        low=0.0,
+        1e-2, "Repair U and V after an epoch where |XᵀX - I| exceeds this; 0: never.", low=0.0
     )
     watch: bool = setting(False, "Diagnose after every epoch, not at the end alone.")
     callbacks: str = setting(
@@ -172,9 +151,7 @@ class Config:
     gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
     kappa: float = setting(0.0, "Coefficient of the cosine term.", low=0.0)
     label_smoothing: float = setting(0.0, "Label smoothing of the output loss.", low=0.0, high=0.9)
-    hoyer: float = setting(
-        1e-4, "Coefficient of the Hoyer term, where the schedule has it.", low=0.0
-    )
+    hoyer: float = setting(1e-4, "Coefficient of the Hoyer term, where scheduled.", low=0.0)
     rank_schedule: str = setting("none", "How ranks fall.", choices=SCHEDULES, open=True)
     rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
     rank_target: float = setting(
@@ -198,9 +175,7 @@ class Config:
         "Layers that keep their rank: patterns, by commas, such as '0/*'; '' for none; auto: a "
         "first layer of fewer inputs than outputs, unless there is a budget.",
     )
-    rank_cuts: int = setting(
-        0, "Cuts of the energy rule in all; 0: one an epoch, ten at most.", low=0
-    )
+    rank_cuts: int = setting(0, "Cuts of the energy rule; 0: one an epoch, ten at most.", low=0)
     energy: float = setting(0.95, "Energy share that the energy rule keeps.", above=0.0, high=1.0)
     feedback: str = setting("composed", "How the error reaches a unit.", choices=PATHS)
     feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)
@@ -249,29 +224,12 @@ class Config:
         Raises:
           ConfigError: one line that names the flag, its value and what it may be.
         """
-        for field in dataclasses.fields(self):
-            value, m = getattr(self, field.name), field.metadata
-            wanted = None
-            high = m.get("high", MOST if isinstance(value, int) else None)
-            if "choices" in m and value not in m["choices"]:
-                if not (m.get("open") and is_reference(value)):
-                    wanted = "one of " + ", ".join(m["choices"])
-            elif "low" in m and not value >= m["low"]:
-                wanted = f"at least {m['low']}"
-            elif "above" in m and not value > m["above"]:
-                wanted = f"more than {m['above']}"
-            elif high is not None and not value <= high:
-                wanted = f"at most {high}"
-            elif isinstance(value, float) and value == float("inf"):
-                wanted = "finite"
-            if wanted:
-                raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+        check(self)
         if self.rank_schedule == "adaptive" and self.factorized and not self.rank_budget:
             raise ConfigError("--rank_schedule=adaptive needs --rank_budget, such as 0.3")
-        if self.rank_budget and not self.factorized:
-            raise ConfigError("--rank_budget needs a factorised model: --factorize=on")
-        if self.shard_params and not self.factorized:
-            raise ConfigError("--shard_params needs a factorised model: --factorize=on")
+        for flag in ("rank_budget", "shard_params"):
+            if getattr(self, flag) and not self.factorized:
+                raise ConfigError(f"--{flag} needs a factorised model: --factorize=on")
         if self.image_size and self.dataset not in STREAMS:
             raise ConfigError(
                 f"--image_size is for streamed data sets ({', '.join(STREAMS)}), not {self.dataset}"
@@ -300,19 +258,3 @@ def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
 def differences(config: Config, stored: dict[str, Any]) -> str:
     """The identity settings in which a run differs from a stored one, as one phrase."""
     return record.differences(identity(config), identity(stored))
-
-
-def check_seeds(seed: int, seeds: int) -> None:
-    """Checks a number of runs at `seed`, `seed` + 1, ...
-
-    Raises:
-      ConfigError: none, or seeds beyond `MOST`.
-    """
-    if seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1, got {seeds}")
-    if seeds > MOST:
-        raise ConfigError(f"--seeds must be at most {MOST}, got {seeds}")
-    if seed + seeds - 1 > MOST:
-        raise ConfigError(
-            f"--seed must be at most {MOST - seeds + 1} with --seeds={seeds}, got {seed}"
-        )

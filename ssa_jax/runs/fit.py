@@ -3,163 +3,31 @@
 import contextlib
 import dataclasses
 import difflib
-import functools
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from ssa_jax import data as data_lib
 from ssa_jax.data import Dataset
-from ssa_jax.data.arrays import is_pair, open_data
-from ssa_jax.data.batches import Batches, from_batches
-from ssa_jax.errors import ConfigError, DataError
-from ssa_jax.networks.forward import predict
+from ssa_jax.data.batches import Batches
+from ssa_jax.errors import ConfigError
 from ssa_jax.networks.models import start
-from ssa_jax.networks.units import Unit
-from ssa_jax.reporting import plots
-from ssa_jax.runs import build, inputs
-from ssa_jax.runs.build import Built, Given
+from ssa_jax.runs import build
 from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.fitted import Described, Run
+from ssa_jax.runs.given import PREFIX, Given, name_given
+from ssa_jax.runs.inputs import from_arguments
 from ssa_jax.runs.run import train_given
-from ssa_jax.runs.summary import shown_score
-from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, stored_config, write_json
-from ssa_jax.training import train
+from ssa_jax.runs.workdir import Workdir, WorkdirError, stored_config
 from ssa_jax.training.checkpoint import Checkpoints
-from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
 Row = dict[str, Any]
-Moments = tuple[np.ndarray, np.ndarray] | None
-
-_DATA = "data.json"
-# Examples at a time in `Run.predict` and `Run.evaluate`.
-_ROWS = 500
-
-
-class Described(NamedTuple):
-    """What is known of a run's data without having it; see `data.Images`."""
-
-    image_shape: tuple[int, ...]
-    classes: int
-    train_size: int
-    dtype: str
-    moments: Moments
-
-    @property
-    def example(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of one input as the model gets it, (1, ...)."""
-        return jax.ShapeDtypeStruct((1, *self.image_shape), self.dtype)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Run:
-    """A trained model, and what is known of its training.
-
-    Attributes:
-      config: the settings.
-      folder: its workdir.
-      built: the network, its method and optimiser.
-      state: the training state at the end.
-      data: what is known of the data that it was trained on.
-    """
-
-    config: Config
-    folder: Path
-    built: Built
-    state: TrainState
-    data: Described
-    _kept: Any = None
-
-    def __repr__(self) -> str:
-        config, rows = self.config, self.history
-        reached = f", {shown_score(rows[-1])} after epoch {rows[-1]['epoch']}" if rows else ""
-        return f"<Run: {config.method}, {config.model} on {config.dataset}{reached}>"
-
-    @property
-    def history(self) -> list[Row]:
-        """One row an epoch: losses, metrics, angles, ranks, times."""
-        return Workdir(self.folder).rows()
-
-    @property
-    def summary(self) -> Row:
-        """What the run ended with."""
-        return read_json(self.folder / "summary.json") or {}
-
-    @property
-    def model(self) -> Any:
-        """The model with the trained values, in evaluation mode, at the stored ranks.
-
-        An NNX module, a `LinenModel` or a `Functional`, as it was given. It takes normalised
-        inputs; `predict` takes raw ones.
-        """
-        return self.built.merge(self.state.params, self.state.mstate)
-
-    def predict(self, x: Any) -> np.ndarray:
-        """Outputs (n, ...) for raw inputs x (n, ...), normalised as in training."""
-        x = np.asarray(x)
-        if x.ndim == len(self.data.image_shape) and x.dtype == np.uint8:
-            # Gray images need not have an axis for their channel.
-            x = x[..., None]
-        if x.shape[1:] != self.data.image_shape:
-            raise ValueError(
-                f"the model takes inputs (n, {', '.join(map(str, self.data.image_shape))}), got "
-                f"{x.shape}"
-            )
-        found = [
-            np.asarray(self._outputs(self.state.params, self.state.mstate, rows))[:count]
-            for rows, count in self._rows(x)
-        ]
-        return np.concatenate(found)
-
-    @functools.cached_property
-    def _outputs(self) -> Callable[[Any, Any, Any], Array]:
-        """The compiled (params, mstate, rows) -> outputs, one for all calls."""
-        return jax.jit(functools.partial(predict, self.built.units))
-
-    def _rows(self, x: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        size = min(_ROWS, len(x))
-        for begin in range(0, len(x), size):
-            rows = x[begin : begin + size]
-            missing = size - len(rows)
-            padded = np.concatenate([rows, np.repeat(rows[:1], missing, 0)]) if missing else rows
-            yield data_lib.normalise(padded, self.data.moments), len(rows)
-
-    def evaluate(self, test: tuple[Any, Any]) -> Row:
-        """Mean loss and metrics on raw inputs and targets, by name."""
-        x, y = (np.asarray(a) for a in test)
-        outputs = jnp.asarray(self.predict(x))
-        targets = jnp.asarray(y if np.issubdtype(y.dtype, np.floating) else y.astype(np.int32))
-        measure = train.make_eval((_IDENTITY,), self.built.task)
-        found = measure(({},), ({},), Batch(outputs, targets, jnp.ones(len(y))))
-        return {name: float(v) / len(y) for name, v in found.items() if name != "count"}
-
-    def save(self, path: str | Path) -> Path:
-        """Copies the run's folder; `ssa_jax.load` reads it.
-
-        Raises:
-          WorkdirError: the path exists.
-        """
-        path = Path(path).expanduser()
-        if path.exists():
-            raise WorkdirError(f"{path} exists; nothing was written")
-        shutil.copytree(self.folder, path)
-        return path
-
-    def plot(self) -> Any:
-        """A matplotlib figure of loss, accuracy and ranks by epoch."""
-        return plots.overview(self.history)
-
-
-# What `train.make_eval` takes for a network where outputs are there already.
-_IDENTITY = Unit(lambda p, m, x, train: (x, m), lambda p, t, m, x: x)
 
 
 def fit(
@@ -230,27 +98,29 @@ def fit(
             if "rank_init" in settings:
                 raise ConfigError("--rank_init is not for a run, whose model keeps its ranks")
             model = model.model
-        data, dataset = _data(train, test, loss, crop, flip, size, outputs, name, steps_per_epoch)
+        data, dataset = from_arguments(
+            train, test, loss, crop, flip, size, outputs, name, steps_per_epoch
+        )
         if isinstance(data, Batches):
             batch_size = data.batch_size
         if moments is not None and isinstance(data, Dataset):
             data = data._replace(moments=moments)
-        kept = None if workdir else _Temporary()
-        folder = kept.path / "run" if kept else Path(str(workdir)).expanduser()
-        names, given = _given(
+        temporary = None if workdir else _Temporary()
+        folder = temporary.path / "run" if temporary else Path(str(workdir)).expanduser()
+        names, given = name_given(
             callbacks, model=model, method=method, loss=loss, optimizer=optimizer,
             rank_schedule=rank_schedule,
         )  # fmt: skip
         config = _config(
-            settings, kept is not None, dataset=dataset, epochs=epochs, batch_size=batch_size,
+            settings, temporary is not None, dataset=dataset, epochs=epochs, batch_size=batch_size,
             workdir=str(folder), **names,
         )  # fmt: skip
         if given.model is not None and data is not None:
             given = given._replace(model=start(given.model, data.example, config.seed))
         _, trainer = train_given(config, data, given)
-        described = _described(trainer.data)
-        _write(folder, described)
-        return Run(config, folder, trainer.built, trainer.state, described, kept)
+        described = Described.of(trainer.data)
+        described.write(folder)
+        return Run(config, folder, trainer.built, trainer.state, described, temporary)
 
 
 def load(
@@ -277,8 +147,8 @@ def load(
     with _without_dashes():
         folder = Path(path).expanduser()
         stored = stored_config(folder)
-        described = read_json(folder / _DATA)
-        if stored is None or described is None:
+        data = Described.read(folder)
+        if stored is None or data is None:
             raise WorkdirError(f"{folder} holds no run of ssa_jax.fit")
         config = Config(**stored)
         objects = {
@@ -286,12 +156,11 @@ def load(
             "rank_schedule": rank_schedule,
         }  # fmt: skip
         for field, value in objects.items():
-            if value is None and getattr(config, field).startswith(f"{_GIVEN}:"):
+            if value is None and getattr(config, field).startswith(f"{PREFIX}:"):
                 raise WorkdirError(
                     f"the run was given an object for its {field} ({getattr(config, field)}); give "
                     f"one to load as well: load(path, {field}=...)"
                 )
-        data = _read(described)
         given = Given(**objects)
         if model is not None:
             given = given._replace(model=start(model, data.example, config.seed))
@@ -301,26 +170,7 @@ def load(
         return Run(config, folder, built, state, data)
 
 
-# Stands for a module in the names of objects that were given.
-_GIVEN = "given"
-
-
-def _named(value: Any) -> str:
-    name = getattr(value, "__qualname__", None) or type(value).__name__
-    return f"{_GIVEN}:{re.sub(r'[^0-9a-zA-Z]+', '_', name).strip('_') or 'object'}"
-
-
-def _given(callbacks: Sequence[Any], **asked: Any) -> tuple[dict[str, str], Given]:
-    """Names for the config, and the objects that were not given by name."""
-    names = {n: v if isinstance(v, str) else _named(v) for n, v in asked.items()}
-    objects = {n: v for n, v in asked.items() if not isinstance(v, str)}
-    # Those by name are found by the run.
-    names["callbacks"] = ",".join(c for c in callbacks if isinstance(c, str))
-    called = tuple(c for c in callbacks if not isinstance(c, str))
-    return names, Given(**objects, callbacks=called)
-
-
-def _config(settings: Mapping[str, Any], kept: bool, **fields: Any) -> Config:
+def _config(settings: Mapping[str, Any], temporary: bool, **fields: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)} - {"dataset"}
     for name in sorted(settings.keys() - known):
         if name == "dataset":
@@ -330,73 +180,9 @@ def _config(settings: Mapping[str, Any], kept: bool, **fields: Any) -> Config:
             f"fit has no setting {name}; "
             + (f"did you mean {' or '.join(close)}?" if close else f"there are {sorted(known)}")
         )
-    if settings.get("resume") and kept:
+    if settings.get("resume") and temporary:
         raise ConfigError("--resume needs the workdir of the run that it goes on with")
     return Config(**{**settings, **fields})
-
-
-def _data(
-    train: Any, test: Any, loss: Any, crop: int, flip: bool, size: int | None,
-    outputs: int | None, name: str, steps: int | None,
-) -> tuple[Any, str]:  # fmt: skip
-    """The data, and their name in the config; None for data that the config names."""
-    if test is not None and isinstance(train, str | Path | Dataset):
-        raise DataError(
-            "test goes with arrays and batches; a name, a path or a Dataset has its own"
-        )
-    named = isinstance(train, str) and not Path(train).expanduser().exists()
-    batches = not named and not isinstance(train, str | Path | Dataset) and not is_pair(train)
-    _refuse_unused(
-        {"crop": crop, "flip": flip, "size": size},
-        named or batches or isinstance(train, Dataset),
-        "is for arrays and files; a named data set, a Dataset and batches come as they are",
-    )
-    _refuse_unused(
-        {"outputs": outputs}, named, "is for data that do not tell it; a named data set does"
-    )
-    _refuse_unused({"steps_per_epoch": steps}, not batches, "is for an iterable of batches")
-    if named:
-        return None, train
-    labelled = loss == "cross_entropy" or getattr(loss, "classes", False)
-    kinds: dict[str, Any] = {"classes": labelled, "outputs": outputs}
-    if batches:
-        data: Any = from_batches(train, test, name=name, steps_per_epoch=steps, **kinds)
-        return data, f"{_GIVEN}:{re.sub(r'[^0-9a-zA-Z]+', '_', name)}"
-    options = {**kinds, "crop": crop, "flip": flip}
-    if isinstance(train, str | Path):
-        options = {n: v for n, v in options.items() if v is not None}
-        options |= {"size": size} if Path(train).expanduser().is_dir() else {}
-    else:
-        options["name"] = name
-    data = open_data(train, test, **options)
-    return data, f"{_GIVEN}:{data.name or 'data'}"
-
-
-def _refuse_unused(arguments: dict[str, Any], unused: bool, why: str) -> None:
-    """Raises DataError for an argument that is given and would do nothing."""
-    for name, value in arguments.items():
-        if unused and value not in (0, None):
-            raise DataError(f"{name} {why}")
-
-
-def _described(data: Any) -> Described:
-    example = data.example
-    return Described(
-        tuple(data.image_shape), data.classes, data.train_size, str(example.dtype),
-        inputs.moments(data),
-    )  # fmt: skip
-
-
-def _write(folder: Path, data: Described) -> None:
-    found = None if data.moments is None else [m.tolist() for m in data.moments]
-    write_json(folder / _DATA, {**data._asdict(), "moments": found})
-
-
-def _read(stored: Row) -> Described:
-    found = stored["moments"]
-    moments = None if found is None else tuple(np.asarray(m, np.float32) for m in found)
-    shape = tuple(stored["image_shape"])
-    return Described(**{**stored, "image_shape": shape, "moments": moments})
 
 
 class _Temporary:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from ssa_jax.runs import build, inputs, workdir
+from ssa_jax.runs import build, inputs, network, workdir
 from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -32,10 +33,7 @@ class Trained(NamedTuple):
 
 
 def restore(
-    path: Path,
-    data_dir: str | None = None,
-    data: Data | None = None,
-    given: build.Given = build.NOTHING,
+    path: Path, data_dir: str | None = None, data: Data | None = None, given: Given = NOTHING
 ) -> Trained:
     """Reads a run without changing its folder.
 
@@ -62,7 +60,7 @@ def restore(
     data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir), data)
     built = build.build(config, data, given=given)
     position, state = checkpoints.restore(built.state)
-    model = build.split_model(config, data, given, factorized=config.factorized).merge(
+    model = network.split_model(config, data, given, factorized=config.factorized).merge(
         state.params, state.mstate
     )
     accuracy = {row["step"]: row.get("test_accuracy") for row in folder.rows()}

@@ -2,31 +2,30 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from ssa_jax import factors
 from ssa_jax.data import Feed
 from ssa_jax.errors import DataError, NotFiniteError
 from ssa_jax.methods import Method
+from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
-from ssa_jax.runs import build, inputs, summary
-from ssa_jax.runs.compiling import Compiling
+from ssa_jax.reporting.progress import bar
+from ssa_jax.runs import build, inputs
 from ssa_jax.runs.config import Config
+from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.tally import Tally
 from ssa_jax.training import metrics, ranks, train
-from ssa_jax.training.dispatch import Dispatch, dispatches, fitting_length, make_dispatch
+from ssa_jax.training.dispatch import Steps, dispatches, make_steps
+from ssa_jax.training.running_means import RunningMeans
 from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
 Row = dict[str, Any]
-T = TypeVar("T")
 
 # Examples of the fixed batch on which angles and loss terms are measured.
 PROBE_SIZE = 512
@@ -35,14 +34,6 @@ PROBE_SIZE = 512
 # than as single programs, and starts a program in no time.
 _STEPS_PER_DISPATCH = {"cpu": 1}
 _STEPS_PER_DISPATCH_ELSE = 10
-
-
-class Steps(NamedTuple):
-    """The steps of a method: what is due at which of them, and their programs by length."""
-
-    periods: tuple[int, ...]
-    length: int
-    programs: dict[int, Dispatch]
 
 
 class Programs(NamedTuple):
@@ -75,7 +66,7 @@ class Trainer:
         built: build.Built,
         compiling: Compiling,
         layout: Layout = ONE_DEVICE,
-        given: build.Given = build.NOTHING,
+        given: Given = NOTHING,
     ):
         self.given = given
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
@@ -104,27 +95,24 @@ class Trainer:
         )
         keep, whole = self.layout.keep, self.layout.whole
         step = self.layout.returning(lambda done: (keep(done[0]), whole(done[1])), step)
-        periods = (method.refresh_every, config.save_every)
         asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
             jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
         )
-        length = fitting_length(asked, (*periods, self.loader.steps_at_once))
-        programs = {
-            n: make_dispatch(step, self.loader.batch_at, n, self.compiling) for n in {1, length}
-        }
-        return Steps(periods, length, programs)
+        most = min(asked, self.loader.steps_at_once or asked)
+        periods = (method.refresh_every, config.save_every)
+        return make_steps(step, self.loader.batch_at, most, periods, self.compiling)
 
     @property
     def step(self) -> int:
         """Steps done."""
         return int(jax.device_get(self.state.step))
 
-    def train_epoch(self, epoch: int, tally: Tally, between: Callable[[int], None]) -> Row:
-        """The rest of an epoch, in the order that seed and epoch give; all metrics are tallied.
+    def train_epoch(self, epoch: int, means: RunningMeans, between: Callable[[int], None]) -> Row:
+        """The rest of an epoch, in the order that seed and epoch give; all metrics are averaged.
 
         Args:
           epoch: whole epochs done.
-          tally: of the steps done in this one; counts on.
+          means: of the steps done in this one; counts on.
           between: called before every dispatch with the number of its first step, so before
             every step at which a save or a refresh is due.
 
@@ -132,7 +120,7 @@ class Trainer:
           NotFiniteError: the loss is not finite.
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
-        feeds = self.loader.feeds(self.state.key, epoch, size, tally.steps)
+        feeds = self.loader.feeds(self.state.key, epoch, size, means.steps)
         steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
@@ -140,17 +128,10 @@ class Trainer:
             last = min(last, self.config.max_steps)
         with (
             contextlib.closing(feeds),
-            tqdm(
-                total=(last - first) * size,
-                initial=tally.steps * size,
-                unit="img",
-                desc=f"epoch {epoch + 1}/{self.config.epochs}",
-                disable=not _is_watched(),
-                leave=False,
-            ) as bar,
+            bar(epoch + 1, self.config.epochs, (last - first) * size, means.steps * size) as shown,
         ):
             runs = dispatches(
-                first + tally.steps, last, steps.length, steps.periods, self.built.cuts_at
+                first + means.steps, last, steps.length, steps.periods, self.built.cuts_at
             )
             for step, count in runs:
                 between(step)
@@ -158,17 +139,14 @@ class Trainer:
                 # operation outside of a program takes its constants from there.
                 guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
                 with jax.transfer_guard(guard):
-                    self._dispatch(steps, next(feeds), step, count, tally)
-                _check_finite(tally.finite)
-                bar.update(count * size)
-                if tally.loss is not None:
-                    bar.set_postfix(loss=f"{tally.loss:.3f}", refresh=False)
-        tally.flush()
-        _check_finite(tally.finite)
-        return {
-            "images": tally.steps * size,
-            "learning_rate": self._rate(first + tally.steps - 1),
-        }
+                    self._dispatch(steps, next(feeds), step, count, means)
+                _check_finite(means.finite)
+                shown.update(count * size)
+                if means.loss is not None:
+                    shown.set_postfix(loss=f"{means.loss:.3f}", refresh=False)
+        means.flush()
+        _check_finite(means.finite)
+        return {"images": means.steps * size, "learning_rate": self._rate(first + means.steps - 1)}
 
     def _rate(self, step: int) -> float | None:
         """The learning rate at a step; None of an optimiser that has its own."""
@@ -178,7 +156,9 @@ class Trainer:
     def _warming_up(self, epoch: int) -> bool:
         return epoch < self.built.warmup_epochs
 
-    def _dispatch(self, steps: Steps, feed: Feed, step: int, count: int, tally: Tally) -> None:
+    def _dispatch(
+        self, steps: Steps, feed: Feed, step: int, count: int, means: RunningMeans
+    ) -> None:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
         # Paths of the method that takes over may be old.
@@ -186,10 +166,10 @@ class Trainer:
         if (every and step % every == 0) or 0 < takes_over == step:
             self.state = self.programs.refresh(self.state)
         self.state, measured = steps.programs[count](self.state, feed.source)
-        tally.add(measured | feed.counts, count)
+        means.add(measured | feed.counts, count)
         if self.built.cuts_at(step):
             losses = self.programs.truncation(self.state, self._probe_batch())
-            tally.add({name: loss[..., None] for name, loss in losses.items()}, 0)
+            means.add({name: loss[..., None] for name, loss in losses.items()}, 0)
 
     def measure(self) -> Row:
         """Evaluates and probes, and mends and shrinks the factors where that is due.
@@ -199,7 +179,7 @@ class Trainer:
         """
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
-        row |= summary.probe_row(self.programs.probe(self.state, self._probe_batch()))
+        row |= metrics.probe_row(self.programs.probe(self.state, self._probe_batch()))
         row |= self._repair(row)
         row |= self._compact(row)
         return row
@@ -212,9 +192,9 @@ class Trainer:
         with jax.transfer_guard("allow"):
             return self.loader.fixed_batch(np.arange(size))
 
-    def check(self, tally: Tally) -> None:
+    def check(self, means: RunningMeans) -> None:
         """Raises NotFiniteError where a metric or an entry of the state is not finite."""
-        _check_finite(tally.finite and train.all_finite(self.state))
+        _check_finite(means.finite and train.all_finite(self.state))
 
     def evaluate(self) -> Row:
         """Loss and accuracy on the test set, without what cannot be decoded."""
@@ -260,15 +240,7 @@ class Trainer:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
         self._refreshed(ranks.compact(self.state, chosen))
-        return {
-            **_before("compaction", evaluated),
-            **self.evaluate(),
-        }
-
-
-def _is_watched() -> bool:
-    """Whether somebody sees a bar: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+        return {**_before("compaction", evaluated), **self.evaluate()}
 
 
 def _before(change: str, evaluated: Row) -> Row:

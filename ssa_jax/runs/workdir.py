@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from ssa_jax.parallel import mesh
+from ssa_jax.reporting.environment import commit, hardware
 from ssa_jax.runs.config import Config, differences
-from ssa_jax.runs.environment import commit, hardware
 from ssa_jax.training.record import versions
 
 LOCK = ".lock"

@@ -7,17 +7,15 @@ finished folder, so a killed process leaves whole checkpoints and at most one te
 which the next writer removes.
 """
 
-import gc
+import contextlib
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ssa_jax.parallel.mesh import barrier
@@ -28,9 +26,11 @@ from ssa_jax.training.record import (
     Record,
     describe,
     differences,
+    one_line,
+    read_arrays,
+    read_record,
     seal,
     shapes,
-    unseal,
     versions,
 )
 from ssa_jax.training.train import ranks as ranks_of
@@ -112,7 +112,7 @@ class Checkpoints:
             "ranks": ranks_of(state.params),
             "arrays": describe(state),
         }
-        try:
+        with self._writing():
             writer = self._open()
             # Before the save, which decides what to keep.
             if position.score is not None:
@@ -121,8 +121,6 @@ class Checkpoints:
             writer.save_checkpointables_async(
                 step, {"state": state}, custom_metadata=seal(record), force=True
             )
-        except Exception as e:
-            raise self._write_error(e) from e
 
     def restore(
         self,
@@ -148,7 +146,7 @@ class Checkpoints:
             try:
                 record, state = self._read(candidate, like, place)
             except DamagedError as e:
-                damaged.append(f"checkpoint {candidate} is damaged ({_one_line(e)})")
+                damaged.append(f"checkpoint {candidate} is damaged ({one_line(e)})")
                 continue
             for line in damaged:
                 self._tell(f"{line}: going back to checkpoint {candidate}")
@@ -179,54 +177,45 @@ class Checkpoints:
           CheckpointError: it could not be.
         """
         if self._writer is not None:
-            try:
+            with self._writing():
                 self._writer.wait()
-            except Exception as e:
-                raise self._write_error(e) from e
 
     def close(self) -> None:
         """Like `wait`, and ends the writer's threads."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            try:
+            with self._writing():
                 writer.close()
-            except Exception as e:
-                raise self._write_error(e) from e
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._writer is None:
             policies = ocp.training.preservation_policies
             self._accuracies = self._read_accuracies()
+            kept = [policies.LatestN(self._keep), _Best(self._accuracies)]
             self._writer = ocp.training.Checkpointer(
                 self._directory.resolve(),
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(self._keep), _Best(self._accuracies)]
-                ),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
             )
         return self._writer
 
     def _read_accuracies(self) -> dict[int, float]:
-        accuracies = {}
+        scores = {}
         for step in self.steps():
-            try:
-                accuracy = _record(self._directory / str(step))["position"]["score"]
-            except DamagedError:
-                continue
-            if accuracy is not None:
-                accuracies[step] = accuracy
-        return accuracies
+            with contextlib.suppress(DamagedError):
+                scores[step] = read_record(self._directory / str(step))["position"]["score"]
+        return {step: score for step, score in scores.items() if score is not None}
 
     def _read(
         self, step: int, like: TrainState, place: Callable[[TrainState], TrainState]
     ) -> tuple[Record, TrainState]:
         folder = self._directory / str(step)
-        record = _record(folder)
+        record = read_record(folder)
         if self._config and (different := differences(self._config, record["config"] or {})):
             raise CheckpointError(f"{folder} is of another run: {different}")
-        target = place(_at_ranks(like, record["ranks"]))
-        here, there = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
-        if different := differences(here, there):
+        target = place(ranks.at_ranks(like, like.params, record["ranks"]))
+        ours, stored = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
+        if different := differences(ours, stored):
             raise CheckpointError(
                 f"{folder} does not fit this run, whose model or optimiser has other arrays: "
                 f"{different}"
@@ -235,26 +224,30 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
         # Copied, since the buffers may belong to the reader and the first step is donated them.
-        loaded = jax.tree.map(jnp.copy, _load(folder, abstract))
+        loaded = jax.tree.map(jnp.copy, read_arrays(folder, abstract))
         if different := differences(describe(loaded), record["arrays"], limit=1):
             raise DamagedError(f"its arrays are altered: {different}")
         return record, loaded
 
-    def _write_error(self, error: Exception) -> Exception:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says of what fails in the block where it was to be written, and what to do."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
             # Of a device or another process, and not of the directory.
-            return error
-        return CheckpointError(
-            f"a checkpoint could not be written to {self._directory}: {_one_line(error)}; the "
-            "ones before it are kept, make room and go on with --resume"
-        )
+            raise
+        except Exception as e:
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._directory}: {one_line(e)}; the "
+                "ones before it are kept, make room and go on with --resume"
+            ) from e
 
 
 class _Best(ocp.training.preservation_policies.PreservationPolicy):
-    """Keeps the checkpoint of best accuracy, the later of equals.
+    """Keeps the checkpoint of best accuracy, the later of equals, by our own records.
 
-    By the accuracies of our own records: Orbax's policy reads them from a file that nothing
-    protects, and raises where one is damaged.
+    Orbax's policy reads them from a file that nothing protects, and raises where one is damaged.
     """
 
     def __init__(self, accuracies: dict[int, float]):
@@ -265,42 +258,3 @@ class _Best(ocp.training.preservation_policies.PreservationPolicy):
         known = [c.step for c in checkpoints if c.step in self._accuracies]
         best = max(known, key=lambda step: (self._accuracies[step], step), default=None)
         return [c.step == best for c in checkpoints]
-
-
-def _record(folder: Path) -> Record:
-    return unseal(_read_by(lambda: ocp.checkpointables_metadata(folder.resolve())).custom_metadata)
-
-
-def _load(folder: Path, abstract: TrainState) -> TrainState:
-    return _read_by(lambda: ocp.load_checkpointables(folder.resolve(), {"state": abstract}))[
-        "state"
-    ]
-
-
-def _read_by(read: Callable[[], Any]) -> Any:
-    """What a call of Orbax gives; DamagedError where it fails."""
-    result, error = None, ""
-    with warnings.catch_warnings():
-        # Where something is damaged Orbax leaves coroutines behind, of which Python would warn.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        try:
-            result = read()
-        except Exception as e:
-            error = str(e.__cause__ or e) or repr(e)
-        gc.collect()
-    if error:
-        raise DamagedError(error)
-    return result
-
-
-def _at_ranks(like: TrainState, stored: dict[str, int]) -> TrainState:
-    """The state `like` with its factors sliced to stored ranks, where they can be."""
-    here = ranks_of(like.params)
-    smaller = {k: np.arange(min(stored.get(k, here[k]), here[k])) for k in here}
-    return ranks.compact(like, {k: i for k, i in smaller.items() if len(i) < here[k]})
-
-
-def _one_line(error: object) -> str:
-    text = " ".join(str(error).split())
-    # What went wrong stands at the end of such messages.
-    return text if len(text) <= 200 else f"{text[:60]} ... {text[-120:]}"

@@ -15,6 +15,7 @@ from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import Unit
 from ssa_jax.training import tasks
 from ssa_jax.training.losses import LossWeights
+from ssa_jax.training.memory import activation_bytes, nbytes
 from ssa_jax.training.passes import local_gradients
 
 Tree = Any
@@ -117,7 +118,7 @@ def _equation_macs(eqn: Any, live: Sequence[int]) -> int:
         # Zeros between the entries of a dilated input are no work.
         taps = math.prod(kernel) // out_features / math.prod(eqn.params["lhs_dilation"])
         return round(math.prod(eqn.outvars[0].aval.shape) * taps)
-    found = [
+    of_bodies = [
         _count(sub, live if len(sub.outvars) == len(eqn.outvars) else range(len(sub.outvars)),
                _equal_values(sub))
         for sub in _subjaxprs(eqn.params)
@@ -125,30 +126,23 @@ def _equation_macs(eqn: Any, live: Sequence[int]) -> int:
     if eqn.primitive.name == "cond":
         # One program in several forms, of which `lax.platform_dependent` puts the default last.
         by_platform = eqn.params.get("branches_platforms") is not None
-        return found[-1] if by_platform else max(found)
-    return sum(found) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        return of_bodies[-1] if by_platform else max(of_bodies)
+    return sum(of_bodies) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
 
 
 def _subjaxprs(params: dict[str, Any]) -> list[Any]:
-    found = []
+    bodies = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
-                found.append(inner)
-    return found
+                bodies.append(inner)
+    return bodies
 
 
 def parameters(params: Tree) -> int:
     """Number of stored parameters."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-
-
-def nbytes(tree: Tree) -> int:
-    """Bytes of all arrays of a tree; typed PRNG keys count for nothing."""
-    keys = jax.dtypes.prng_key
-    leaves = (x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, keys))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
 class UnitCosts(NamedTuple):
@@ -194,7 +188,7 @@ def step_costs(
     inputs = jax.eval_shape(
         lambda s, b: forward(units, s.params, s.mstate, b.images)[2].inputs, state, batch
     )
-    kept = activation_bytes(units, method, state.params, state.mstate, inputs)
+    activations = activation_bytes(units, method, state.params, state.mstate, inputs)
     n = len(units)
     # Counted from the last unit down: a signal may pass through those of the units above.
     sent = [step.macs(outputs, signals[i:]) for i in range(n)] + [step.macs(outputs)]
@@ -206,7 +200,7 @@ def step_costs(
             signal=sent[i] - sent[i + 1],
             update=step.macs(outputs, signals, gradients[i]) - sent[0],
             optimizer=chain.macs(chain.outputs[0][i]),
-            activation_bytes=kept[i],
+            activation_bytes=activations[i],
             optimizer_bytes=_optimizer_bytes(optimizer, state.params, i),
         )
         for i in range(n)
@@ -221,49 +215,6 @@ def _passes(
     signals = tuple(method.signals(state.feedback, state.params, tape, error, batch))
     twins = method.twins(state.feedback)
     return tape.outputs, signals, local_gradients(state.params, twins, tape, signals, weights)
-
-
-def activation_bytes(
-    units: Sequence[Unit], method: Method, params: Tree, mstate: Tree, inputs: Sequence[Any]
-) -> list[int]:
-    """Bytes that the gradient of every unit keeps of the forward pass, its input included.
-
-    Their sum is what a taped step holds, their maximum what a streamed one does, but for what
-    the compiler recomputes. Direct methods keep nothing for a gradient of the input.
-
-    Args:
-      units: the network.
-      method: with or without direct signals.
-      params: one parameter tree a unit.
-      mstate: one state tree a unit.
-      inputs: of the units, (batch, ...).
-    """
-    return [
-        nbytes(x) + _residual_bytes(unit, p, m, x, direct=method.direct is not None)
-        for unit, p, m, x in zip(units, params, mstate, inputs, strict=True)
-    ]
-
-
-def _residual_bytes(unit: Unit, params: Tree, mstate: Tree, x: Any, *, direct: bool) -> int:
-    def residuals(params: Tree, mstate: Tree, x: Any) -> Any:
-        def of_params(p: Tree) -> Any:
-            return unit.apply(p, mstate, x, train=True)
-
-        def of_both(p: Tree, x: Any) -> Any:
-            return unit.apply(p, mstate, x, train=True)
-
-        if direct:
-            return jax.vjp(of_params, params, has_aux=True)[1]
-        return jax.vjp(of_both, params, x, has_aux=True)[1]
-
-    jaxpr = jax.make_jaxpr(residuals)(params, mstate, x).jaxpr
-    # A reshaped array is no second one.
-    origin: dict[Any, Any] = {}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "reshape":
-            origin[eqn.outvars[0]] = origin.get(eqn.invars[0], eqn.invars[0])
-    kept = {origin.get(v, v) for v in jaxpr.outvars if _is_variable(v)} - set(jaxpr.invars)
-    return nbytes([v.aval for v in kept])
 
 
 def _optimizer_bytes(optimizer: Any, params: Tree, i: int) -> int:

@@ -1,7 +1,7 @@
 """Runs of training steps as one program each, fed on the device."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -87,6 +87,22 @@ def dispatches(
         step += steps
 
 
-def fitting_length(length: int, periods: Sequence[int] = ()) -> int:
-    """`length`, or the shortest period where that is less: no longer run would ever start."""
-    return min([length, *(p for p in periods if p)])
+class Steps(NamedTuple):
+    """Training steps: what is due at which of them, and their programs by length."""
+
+    periods: tuple[int, ...]
+    length: int
+    programs: dict[int, Dispatch]
+
+
+def make_steps(
+    step: Step, batch_at: Callable[[Tree, Array], Batch], most: int, periods: tuple[int, ...],
+    on_compile: Callable[[], None],
+) -> Steps:  # fmt: skip
+    """The programs of one step and of `most`, or of the shortest period where that is less.
+
+    No longer run would ever start; arguments as those of `make_dispatch` and `dispatches`.
+    """
+    length = min([most, *(p for p in periods if p)])
+    programs = {n: make_dispatch(step, batch_at, n, on_compile) for n in {1, length}}
+    return Steps(periods, length, programs)

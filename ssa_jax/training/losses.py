@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, spectra
 from ssa_jax.training.tasks import CROSS_ENTROPY, Task
 
 Array = jax.Array
@@ -91,7 +91,7 @@ def orthogonality_term(params: Tree) -> Array:
 
 def hoyer_term(params: Tree) -> Array:
     """Σ ‖s‖₁/‖s‖₂ over the `Factors` of a unit."""
-    return _total(linalg.hoyer(f.s) for f in factors.leaves(params))
+    return _total(spectra.hoyer(f.s) for f in factors.leaves(params))
 
 
 def regulariser(params: Tree, twins: Tree | None, weights: LossWeights) -> Array:

@@ -1,13 +1,13 @@
 """What is measured beside the loss: how the local learning of every unit is doing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, retractions
 from ssa_jax.methods import Method, chain
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import Unit
@@ -17,6 +17,7 @@ from ssa_jax.training.passes import local_gradients
 from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
+Row = dict[str, Any]
 Tree = Any
 
 
@@ -127,7 +128,7 @@ def tangent(params: Tree, gradient: Tree) -> Tree:
     def project(f: Any, g: Any) -> Any:
         if not factors.is_factors(f):
             return g
-        u, v = linalg.project_stiefel(f.u, g.u), linalg.project_stiefel(f.v, g.v)
+        u, v = retractions.project_stiefel(f.u, g.u), retractions.project_stiefel(f.v, g.v)
         return g._replace(u=u, v=v)
 
     return jax.tree.map(project, params, gradient, is_leaf=factors.is_factors)
@@ -171,3 +172,22 @@ def flatten(tree: Tree) -> Array:
 
 def _each(measure: Callable[[Tree, Tree], Array], a: Sequence[Tree], b: Sequence[Tree]) -> Array:
     return jnp.stack([measure(x, y) for x, y in zip(a, b, strict=True)])
+
+
+def probe_row(probe: Probe) -> Row:
+    """The part of an epoch's row that a probe measured."""
+    return {
+        "angles": _degrees(probe.angles),
+        "weight_angles": _degrees(probe.weight_angles),
+        "signal_angles": _degrees(probe.signal_angles),
+        "subspace_angles": _degrees(probe.subspace_angles),
+        "gradient_ratios": [float(r) for r in probe.gradient_ratios],
+        "signal_ratios": [float(r) for r in probe.signal_ratios],
+        "drift": float(probe.drift),
+        "gradient_norm": float(probe.gradient_norm),
+        **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
+    }
+
+
+def _degrees(angles: Iterable[Array | None]) -> list[float | None]:
+    return [None if a is None else round(float(a), 3) for a in angles]

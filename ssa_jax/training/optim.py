@@ -14,6 +14,7 @@ import optax
 from ssa_jax import transforms
 from ssa_jax.factors import is_factors
 from ssa_jax.training import ranks
+from ssa_jax.training.unitwise import Alone
 from ssa_jax.transforms.selection import path_name
 
 Array = jax.Array
@@ -58,8 +59,8 @@ class OptimizerConfig(NamedTuple):
       rank_costs: of one singular direction of each layer, by path; for `adaptive`.
       rank_budget: for the sum of those costs, at the start and at the end; for `adaptive`.
       energy: share of Σ s² that the energy rule keeps.
-      projection: a name in `linalg.PROJECTIONS`.
-      retraction: a name in `linalg.RETRACTIONS`.
+      projection: a name in `retractions.PROJECTIONS`.
+      retraction: a name in `retractions.RETRACTIONS`.
       retract_every: steps between retractions.
     """
 
@@ -182,10 +183,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         rank_mask=_rank_mask(config),
     )
     rule = RULES.get(config.rank_schedule)
-    return _quietly(chain if rule is None else rule(config, chain))
+    # Those rules share out ranks, or wait, over all units; all else here treats every array alone.
+    alone = rule is None and (not whole or isinstance(config.optimizer, Alone))
+    return _quietly(chain if rule is None else rule(config, chain), alone)
 
 
-def _quietly(chain: optax.GradientTransformation) -> optax.GradientTransformation:
+def _quietly(chain: optax.GradientTransformation, alone: bool) -> optax.GradientTransformation:
     """The chain, of which a network without factors is no mistake: it is that of all methods."""
 
     def init(params: optax.Params) -> optax.OptState:
@@ -193,7 +196,8 @@ def _quietly(chain: optax.GradientTransformation) -> optax.GradientTransformatio
             warnings.simplefilter("ignore", transforms.NothingToActOn)
             return chain.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(chain).update)
+    kind = Alone if alone else optax.GradientTransformationExtraArgs
+    return kind(init, optax.with_extra_args_support(chain).update)
 
 
 def _fraction(config: OptimizerConfig, count: Array) -> Array:

@@ -85,22 +85,22 @@ def taped(
     loss, error = tasks.output_error(weights.task, logits, batch.labels)
     if method.direct is None or method.ahead:
         signals = method.signals(feedback, params, tape, error, batch)
-        gradients = local_gradients(params, method.twins(feedback), tape, signals, weights)
-        return Pass(logits, loss, mstate, gradients, tape)
+        of_units = local_gradients(params, method.twins(feedback), tape, signals, weights)
+        return Pass(logits, loss, mstate, of_units, tape)
     twins = method.twins(feedback)
     last = len(units) - 1
-    found: list[Tree] = []
-    here = error
+    gradients: list[Tree] = []
+    waited_error = error
     # Each signal is made when its unit's turn comes: all at once would weigh as much as the tape.
     # On a mesh that would send each unit's gradient by itself, since the wait is for the sum over
     # all devices; there the compiler's own order has to do.
     in_turn = jax.sharding.get_abstract_mesh().empty
     for i in reversed(range(len(units))):
-        signal = here if i == last else method.direct(feedback, here, batch, i)
+        signal = waited_error if i == last else method.direct(feedback, waited_error, batch, i)
         unit = Visited(i, params[i], tape.outputs[i], tape.pullbacks[i])
-        found.insert(0, _gradient_of(unit, twins, signal, weights, last=i == last))
-        here = after(error, found[0]) if in_turn else error
-    return Pass(logits, loss, mstate, tuple(found), tape)
+        gradients.insert(0, _gradient_of(unit, twins, signal, weights, last=i == last))
+        waited_error = after(error, gradients[0]) if in_turn else error
+    return Pass(logits, loss, mstate, tuple(gradients), tape)
 
 
 class Visited(NamedTuple):
@@ -149,24 +149,24 @@ def streamed(
     logits = predict_in_turn(units, params, mstate, batch.images)
     loss, error = tasks.output_error(weights.task, logits, batch.labels)
     twins, last = method.twins(feedback), len(units) - 1
-    x, here = after(batch.images, error), error
+    x, waited_error = after(batch.images, error), error
     gradients: dict[int, Tree] = {}
     states = []
     waiting: list[Visited] = []
     for j, unit in enumerate(units):
         # What the first pass made of the parameters alone is made again: kept, it would add up.
-        own = after(params[j], here)
+        own = after(params[j], waited_error)
         x, pullback, state = visit(unit, own, mstate[j], x)
         states.append(state)
         waiting.append(Visited(j, own, x, pullback))
-        signal = here if j == last else method.direct(feedback, here, batch, j)
+        signal = waited_error if j == last else method.direct(feedback, waited_error, batch, j)
         # Down through the units that wait: each but the lowest of a full row only hands it on.
         for v in reversed(list(waiting)):
             if j == last or v.i == j - method.ahead:
-                found = _gradient_of(v, twins, signal, weights, last=v.i == last)
-                gradients[v.i], done = take(v.i, v.params, found)
+                gradient = _gradient_of(v, twins, signal, weights, last=v.i == last)
+                gradients[v.i], done = take(v.i, v.params, gradient)
                 # The error waits for one unit at a time: in a chain of waits sums would add up.
-                x, here = after((x, error), done)
+                x, waited_error = after((x, error), done)
             if v.i > max(0, j - method.ahead):
                 signal = v.pullback(signal)[1]
         waiting = [v for v in waiting if v.i not in gradients]

@@ -6,7 +6,7 @@ behind it zero the rest inside the step, and `compact` removes the zeroes betwee
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -229,3 +229,10 @@ def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
         )
 
     return jax.tree_util.tree_map_with_path(slice_node, tree, is_leaf=is_factors)
+
+
+def at_ranks(tree: Tree, params: Tree, stored: Mapping[str, int]) -> Tree:
+    """A tree with its factors sliced to stored ranks, by layers of `params`, where they can be."""
+    layers = named_leaves(params)
+    smaller = {k: np.arange(min(stored.get(k, f.rank), f.rank)) for k, f in layers.items()}
+    return compact(tree, {k: i for k, i in smaller.items() if len(i) < layers[k].rank})

@@ -5,16 +5,20 @@ stored ranks, and shape, dtype and CRC-32 of every array. It is sealed with a di
 that damage anywhere that would change what is read is found, whatever the storage format checks.
 """
 
+import gc
 import hashlib
 import importlib.metadata
 import json
 import platform
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
 from ssa_jax.parallel.mesh import on_host
 from ssa_jax.types import TrainState
@@ -67,9 +71,9 @@ def _version(name: str) -> str:
 
 def differences(here: dict[str, Any], there: dict[str, Any], limit: int = 5) -> str:
     """The first entries in which two records differ, as one phrase; empty for equal ones."""
-    found = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
-    phrases = [f"{k}={here.get(k)} here and {there.get(k)} there" for k in found[:limit]]
-    more = [f"{len(found) - limit} more"] if len(found) > limit else []
+    names = [k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k)]
+    phrases = [f"{k}={here.get(k)} here and {there.get(k)} there" for k in names[:limit]]
+    more = [f"{len(names) - limit} more"] if len(names) > limit else []
     return ", ".join(phrases + more)
 
 
@@ -115,3 +119,37 @@ def describe(state: TrainState) -> dict[str, list[Any]]:
     ]
     named = zip(shapes(state).items(), sums, strict=True)
     return {path: [*shape, crc] for (path, shape), crc in named}
+
+
+def read_record(folder: Path) -> Record:
+    """The record of the checkpoint in a folder; DamagedError where there is none as written."""
+    return unseal(_read_by(lambda: ocp.checkpointables_metadata(folder.resolve())).custom_metadata)
+
+
+def read_arrays(folder: Path, abstract: TrainState) -> TrainState:
+    """The state in a folder, its arrays as `abstract` has them; DamagedError where it cannot be."""
+    items = _read_by(lambda: ocp.load_checkpointables(folder.resolve(), {"state": abstract}))
+    return items["state"]
+
+
+def _read_by(read: Callable[[], Any]) -> Any:
+    """What a call of Orbax gives; DamagedError where it fails."""
+    result, error = None, ""
+    with warnings.catch_warnings():
+        # Where something is damaged Orbax leaves coroutines behind, of which Python would warn.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            result = read()
+        except Exception as e:
+            error = str(e.__cause__ or e) or repr(e)
+        gc.collect()
+    if error:
+        raise DamagedError(error)
+    return result
+
+
+def one_line(error: object) -> str:
+    """What an error says, in a line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    # What went wrong stands at the end of such messages.
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-120:]}"

@@ -25,11 +25,7 @@ Tree = Any
 
 
 def init_state(
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    params: Tree,
-    mstate: Tree,
-    key: Array,
+    method: Method, optimizer: optax.GradientTransformation, params: Tree, mstate: Tree, key: Array
 ) -> TrainState:
     """The state before the first step, made by one program.
 
@@ -85,19 +81,19 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         on_compile()
-        found = functools.partial(
+        take_pass = functools.partial(
             run, units, method, weights, state.params, state.mstate, state.feedback, batch
         )
         streamed = memory == "streamed" and not any(unit.shared for unit in units)
         chain = unitwise.split(optimizer, state.params) if streamed else None
         if chain is None:
-            logits, loss, mstate, gradients, tape = found()
+            logits, loss, mstate, gradients, tape = take_pass()
             gradients = sum_shared(units, gradients)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = first_copies(units, optax.apply_updates(state.params, updates))
         else:
             take = functools.partial(chain.update, opt_state=state.opt_state)
-            logits, loss, mstate, moved, tape = found(take=take)
+            logits, loss, mstate, moved, tape = take_pass(take=take)
             params, opt_state = chain.join(moved, state.opt_state)
         feedback = method.update(state.feedback, state.params, params, tape, batch)
         measured = {n: m(logits, batch.labels) for n, m in weights.task.metrics.items()}
@@ -182,11 +178,11 @@ def make_eval(
             targets = jnp.where(counts, targets, 0) if targets.ndim == 1 else targets
             if outputs.shape[-1] > _TOP:
                 measures["top5_accuracy"] = top5_accuracy
-        found = {
+        sums = {
             name: jnp.sum(jnp.where(counts, measure(outputs, targets), 0.0))
             for name, measure in measures.items()
         }
-        return {"count": jnp.sum(counts), **found}
+        return {"count": jnp.sum(counts), **sums}
 
     return jax.jit(evaluate)
 

@@ -5,14 +5,7 @@ from ssa_jax.transforms.aliases import ssa, stiefel_adam, stiefel_muon, stiefel_
 from ssa_jax.transforms.entries import keep_largest, restore_dropped
 from ssa_jax.transforms.manifold import RetractState, project_to_tangent, retract
 from ssa_jax.transforms.monitor import DriftState, orthogonality_drift
-from ssa_jax.transforms.optimizers import (
-    RiemannianAdamState,
-    StiefelMuonState,
-    TraceState,
-    scale_by_riemannian_adam,
-    scale_by_stiefel_muon,
-    trace,
-)
+from ssa_jax.transforms.optimizers import StiefelMuonState, TraceState, scale_by_stiefel_muon, trace
 from ssa_jax.transforms.penalties import (
     AlignmentState,
     HoyerState,
@@ -21,6 +14,7 @@ from ssa_jax.transforms.penalties import (
     add_hoyer,
     add_orthogonality_penalty,
 )
+from ssa_jax.transforms.riemannian_adam import RiemannianAdamState, scale_by_riemannian_adam
 from ssa_jax.transforms.selection import NothingToActOn, label_paths
 from ssa_jax.transforms.spectrum import TruncateState, truncate_rank
 from ssa_jax.transforms.stable_rank import StableRankState, truncate_stable_rank

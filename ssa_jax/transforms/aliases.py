@@ -5,12 +5,9 @@ from typing import Any
 import optax
 
 from ssa_jax.transforms.manifold import project_to_tangent, retract
-from ssa_jax.transforms.optimizers import (
-    scale_by_riemannian_adam,
-    scale_by_stiefel_muon,
-    trace,
-)
+from ssa_jax.transforms.optimizers import scale_by_stiefel_muon, trace
 from ssa_jax.transforms.penalties import ScalarOrSchedule, add_hoyer
+from ssa_jax.transforms.riemannian_adam import scale_by_riemannian_adam
 from ssa_jax.transforms.selection import Mask
 from ssa_jax.transforms.spectrum import Target, truncate_rank
 
@@ -34,8 +31,8 @@ def stiefel_sgd(
       learning_rate: η, a number or a schedule.
       momentum: decay of `trace`; None for none.
       nesterov: whether `trace` looks ahead.
-      metric: a name in `linalg.PROJECTIONS`.
-      retraction: a name in `linalg.RETRACTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
+      retraction: a name in `retractions.RETRACTIONS`.
       every: retract in every k-th step only.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
@@ -91,8 +88,8 @@ def stiefel_adam(
       b2: decay of the second moment.
       eps: ε.
       second_moment: ``elementwise``, ``column`` or ``matrix``.
-      metric: a name in `linalg.PROJECTIONS`.
-      retraction: a name in `linalg.RETRACTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
+      retraction: a name in `retractions.RETRACTIONS`.
       every: retract in every k-th step only.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
@@ -138,8 +135,8 @@ def stiefel_muon(
       learning_rate: η, about the largest angle in radians that a step turns a column by.
       decay: decay of the momentum m.
       nesterov: whether the momentum looks ahead.
-      metric: a name in `linalg.PROJECTIONS`.
-      retraction: a name in `linalg.RETRACTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
+      retraction: a name in `retractions.RETRACTIONS`.
       every: retract in every k-th step only.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
@@ -197,8 +194,8 @@ def ssa(
       floor: lowest rank of the energy rule, as a fraction of the initial one.
       truncate_every: period of the energy rule in steps.
       least_rank: no rank goes below this number.
-      metric: a name in `linalg.PROJECTIONS`.
-      retraction: a name in `linalg.RETRACTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
+      retraction: a name in `retractions.RETRACTIONS`.
       retract_every: steps between retractions.
       mask: which leaves outside `Factors` are orthonormal too, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.

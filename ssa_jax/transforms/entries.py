@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import Factors, is_factors, linalg, named_leaves
-from ssa_jax.transforms.selection import SPECTRUM, Mask, compute_dtype, kinds_at_init, path_name
+from ssa_jax.factors import Factors, is_factors, named_leaves, spectra
+from ssa_jax.transforms.mapping import compute_dtype
+from ssa_jax.transforms.selection import SPECTRUM, Mask, kinds_at_init, path_name
 
 Array = jax.Array
 
@@ -22,7 +23,7 @@ def keep_largest(s: Array, mask: Array, k: Array) -> Array:
       k: (...,) or a scalar.
     """
     # The dropped ones are zero and come last, so that they never displace a kept one.
-    position = jnp.sum(linalg.smaller_than(jnp.where(mask, s, 0)), axis=-2)
+    position = jnp.sum(spectra.smaller_than(jnp.where(mask, s, 0)), axis=-2)
     return mask & (position < jnp.broadcast_to(k, s.shape[:-1])[..., None])
 
 
@@ -98,13 +99,13 @@ def restore_dropped(params: optax.Params, state: optax.OptState) -> optax.Params
     >>> print(restore_dropped(optax.apply_updates(f, u), state).s)
     [3.  0.1]
     """
-    found = [_by_name(x) for _, x in optax.tree.get_all_with_path(state, "dropped")]
-    if not any(found):
+    by_link = [_by_name(x) for _, x in optax.tree.get_all_with_path(state, "dropped")]
+    if not any(by_link):
         return None
 
     def restore(path: tuple[Any, ...], p: Any) -> Any:
         name = path_name(path)
-        for dropped in found:
+        for dropped in by_link:
             if name in dropped:
                 p = p._replace(s=p.s + dropped[name].s)
         return p

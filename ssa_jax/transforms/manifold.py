@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import linalg
-from ssa_jax.transforms.selection import (
-    Mask,
-    each,
-    kinds_at_init,
-    kinds_of,
-    map_matrices,
-    map_stacked,
-    need_params,
-)
+from ssa_jax.factors import polar, retractions
+from ssa_jax.transforms.mapping import each, map_matrices, map_stacked
+from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
 
@@ -63,7 +56,7 @@ def project_to_tangent(
     after it, since an elementwise rescaling leaves the tangent space.
 
     Args:
-      metric: a name in `linalg.PROJECTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
@@ -84,37 +77,29 @@ def project_to_tangent(
     [[ 0.  -0.5]
      [ 0.5  0. ]]
     """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
+    project = choose(retractions.PROJECTIONS, metric, "metric")
 
     def init(params: optax.Params) -> optax.EmptyState:
         kinds_at_init("project_to_tangent", params, mask)
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
-        state: optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        del extra_args
-        need_params(params, updates)
         return map_matrices(each(project), kinds_of(params, mask), updates, params), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def _land_by_series(xs: list[Array], us: list[Array]) -> list[Array]:
-    """Of each matrix `linalg.retract_series` less x; what is as wide shares its small products."""
-    ys, es = map_stacked(linalg.series_start, xs, us)
-    (roots,) = map_stacked(lambda e: (linalg.inverse_root_series(e),), es)
-    return map_stacked(lambda x, y, root: (linalg.series_end(y, root) - x,), xs, ys, roots)[0]
+    """Of each matrix `retract_series` less x; what is as wide shares its small products."""
+    ys, es = map_stacked(retractions.series_start, xs, us)
+    (roots,) = map_stacked(lambda e: (polar.inverse_root_series(e),), es)
+    return map_stacked(lambda x, y, root: (retractions.series_end(y, root) - x,), xs, ys, roots)[0]
 
 
 def retract(
-    method: str = "series",
-    every: int = 1,
-    *,
-    mask: Mask | None = None,
+    method: str = "series", every: int = 1, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Rewrites the updates of orthonormal matrices so that they land on the manifold.
 
@@ -132,7 +117,7 @@ def retract(
     `every` is above one, more drifts than a series takes back: ``newton_schulz`` stands in for it.
 
     Args:
-      method: a name in `linalg.RETRACTIONS`.
+      method: a name in `retractions.RETRACTIONS`.
       every: retract in every k-th step only.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
@@ -156,12 +141,12 @@ def retract(
     >>> bool(jnp.allclose(y.T @ y, jnp.eye(2), atol=1e-6))
     True
     """
-    retraction = choose(linalg.RETRACTIONS, method, "retraction method")
+    retraction = choose(retractions.RETRACTIONS, method, "retraction method")
     check_every(every, "retract")
     if every > 1 and method == "series":
-        retraction = linalg.retract_newton_schulz
+        retraction = retractions.retract_newton_schulz
     landing = each(lambda x, u: retraction(x, u) - x)
-    if retraction is linalg.retract_series:
+    if retraction is retractions.retract_series:
         landing = _land_by_series
 
     def init(params: optax.Params) -> RetractState:
@@ -169,13 +154,8 @@ def retract(
         return RetractState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: RetractState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: RetractState, params: optax.Params
     ) -> tuple[optax.Updates, RetractState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
 
@@ -184,4 +164,4 @@ def retract(
         )
         return landed, RetractState(count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

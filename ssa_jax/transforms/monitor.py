@@ -1,6 +1,6 @@
 """An optax transformation that changes nothing and measures the drift off the manifold."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -9,15 +9,8 @@ import optax
 
 from ssa_jax.factors import linalg
 from ssa_jax.transforms.manifold import check_every, when_due
-from ssa_jax.transforms.selection import (
-    ROWS,
-    Mask,
-    compute_dtype,
-    is_matrix,
-    kinds_at_init,
-    kinds_of,
-    need_params,
-)
+from ssa_jax.transforms.mapping import compute_dtype, is_matrix
+from ssa_jax.transforms.selection import ROWS, Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
 
@@ -64,13 +57,8 @@ def orthogonality_drift(
         return DriftState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
     def update(
-        updates: optax.Updates,
-        state: DriftState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: DriftState, params: optax.Params
     ) -> tuple[optax.Updates, DriftState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
         count = optax.safe_increment(state.count)
 
@@ -91,4 +79,4 @@ def orthogonality_drift(
 
         return updates, DriftState(count, when_due(count, every, measure, keep))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

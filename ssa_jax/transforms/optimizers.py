@@ -1,4 +1,4 @@
-"""Momentum, Adam and Muon whose moments live in the tangent space of the Stiefel manifold.
+"""Momentum and Muon whose momentum lives in the tangent space of the Stiefel manifold.
 
 Their updates are tangent; `retract`, at the end of the chain, makes a step on the manifold of
 them. Leaves that are not orthonormal get the ordinary Euclidean rule.
@@ -11,22 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, polar, retractions
 from ssa_jax.transforms.manifold import choose
-from ssa_jax.transforms.selection import (
-    ROWS,
-    Mask,
-    each,
-    is_matrix,
-    kinds_at_init,
-    kinds_of,
-    map_matrices,
-    need_params,
-)
+from ssa_jax.transforms.mapping import each, map_matrices
+from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
-
-SECOND_MOMENTS = ("elementwise", "column", "matrix")
 
 
 class TraceState(NamedTuple):
@@ -36,20 +26,6 @@ class TraceState(NamedTuple):
     trace: optax.Updates
 
 
-class RiemannianAdamState(NamedTuple):
-    """Moments of the tangent gradient.
-
-    Attributes:
-      count: steps done.
-      mu: first moment, tangent, shaped like the parameters.
-      nu: second moment: elementwise, or with axes of length one where it is shared.
-    """
-
-    count: chex.Array
-    mu: optax.Updates
-    nu: optax.Updates
-
-
 class StiefelMuonState(NamedTuple):
     """Steps done and the tangent momentum, shaped like the parameters."""
 
@@ -57,17 +33,13 @@ class StiefelMuonState(NamedTuple):
     mu: optax.Updates
 
 
-def _accumulate(moment: Any, decay: Any, updates: Any, weight: Any) -> Any:
+def accumulate(moment: Any, decay: Any, updates: Any, weight: Any) -> Any:
     """The sum decay · moment + weight · updates in the moment's dtype."""
     return jax.tree.map(lambda m, g: (decay * m + weight * g).astype(m.dtype), moment, updates)
 
 
 def trace(
-    decay: float = 0.9,
-    nesterov: bool = False,
-    metric: str = "stiefel",
-    *,
-    mask: Mask | None = None,
+    decay: float = 0.9, nesterov: bool = False, metric: str = "stiefel", *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum in the tangent space, carried from point to point by projection.
 
@@ -78,7 +50,7 @@ def trace(
     Args:
       decay: d.
       nesterov: whether to look ahead.
-      metric: a name in `linalg.PROJECTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
@@ -97,138 +69,25 @@ def trace(
      [0. 0.]
      [1. 1.]]
     """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
+    project = choose(retractions.PROJECTIONS, metric, "metric")
 
     def init(params: optax.Params) -> TraceState:
         kinds_at_init("trace", params, mask)
         return TraceState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update(
-        updates: optax.Updates,
-        state: TraceState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: TraceState, params: optax.Params
     ) -> tuple[optax.Updates, TraceState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
-        m = map_matrices(each(project), kinds, _accumulate(state.trace, decay, updates, 1), params)
+        m = map_matrices(each(project), kinds, accumulate(state.trace, decay, updates, 1), params)
         out = m
         if nesterov:
-            ahead = _accumulate(m, decay, updates, 1)
+            ahead = accumulate(m, decay, updates, 1)
             out = map_matrices(each(project), kinds, ahead, params)
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
         return out, TraceState(optax.safe_increment(state.count), m)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _shared_axes(kind: str, second_moment: str) -> tuple[int, ...]:
-    """Axes over which entries of one leaf share a second moment."""
-    if not is_matrix(kind) or second_moment == "elementwise":
-        return ()
-    if second_moment == "matrix":
-        return (-2, -1)
-    return (-1,) if kind == ROWS else (-2,)
-
-
-def scale_by_riemannian_adam(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    second_moment: str = "elementwise",
-    metric: str = "stiefel",
-    *,
-    mask: Mask | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam whose first moment and update are tangent.
-
-    With ξ = P_x(g): μ <- P_x(b₁ μ + (1 - b₁) ξ), ν <- b₂ ν + (1 - b₂) ⟨ξ²⟩ and the update
-    P_x(μ̂ / (√ν̂ + ε)), hats for the usual correction of the bias. The projection P_x at the
-    present x carries μ along. ν is a scale, no tangent vector, and is never transported. The mean
-    ⟨·⟩ is over nothing, a column, or the whole matrix: one scalar a matrix keeps the direction
-    of μ̂, so that the update needs no second projection (and does not depend on a rotation of
-    the coordinates); the others are projected again.
-
-    Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: ε.
-      second_moment: ``elementwise``, ``column`` (of the tall matrix) or ``matrix``.
-      metric: a name in `linalg.PROJECTIONS`.
-      mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
-        (..., r, n) by rows; see `ssa_jax.transforms.selection`. ν has shape (..., 1, r) or
-        (..., r, 1) by column and (..., 1, 1) by matrix.
-
-    Raises:
-      ValueError: an unknown metric or second moment; no params at update; a leaf that does
-        not fit its label.
-
-    References:
-      Bécigneul & Ganea, Riemannian adaptive optimization methods, 2019.
-      Li, Li & Todorovic, Efficient Riemannian optimization on the Stiefel manifold via the
-      Cayley transform, 2020.
-
-    >>> import jax.numpy as jnp
-    >>> x = jnp.eye(3, 2)
-    >>> adam = scale_by_riemannian_adam(second_moment="column", mask=True)
-    >>> state = adam.init(x)
-    >>> state.nu.shape
-    (1, 2)
-    >>> u, state = adam.update(jnp.ones((3, 2)), state, x)
-    >>> print((u**2).round(2))
-    [[0. 0.]
-     [0. 0.]
-     [3. 3.]]
-    """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
-    if second_moment not in SECOND_MOMENTS:
-        raise ValueError(
-            f"second moment must be one of {', '.join(SECOND_MOMENTS)}, got {second_moment!r}"
-        )
-
-    def init(params: optax.Params) -> RiemannianAdamState:
-        def second(kind: str, x: Array) -> Array:
-            return jnp.mean(
-                jnp.zeros_like(x), axis=_shared_axes(kind, second_moment), keepdims=True
-            )
-
-        kinds = kinds_at_init("scale_by_riemannian_adam", params, mask)
-        nu = jax.tree.map(second, kinds, params)
-        return RiemannianAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), nu)
-
-    def update(
-        updates: optax.Updates,
-        state: RiemannianAdamState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RiemannianAdamState]:
-        del extra_args
-        need_params(params, updates)
-        kinds = kinds_of(params, mask)
-        count = optax.safe_increment(state.count)
-        xi = map_matrices(each(project), kinds, updates, params)
-        moved = _accumulate(state.mu, b1, xi, 1 - b1)
-        mu = map_matrices(each(project), kinds, moved, params)
-
-        def second(kind: str, n: Array, g: Array) -> Array:
-            power = jnp.mean(jnp.square(g), axis=_shared_axes(kind, second_moment), keepdims=True)
-            return (b2 * n + (1 - b2) * power).astype(n.dtype)
-
-        nu = jax.tree.map(second, kinds, state.nu, xi)
-        # The corrections stay outside the moments' dtype: 1 - b2 is lost in bfloat16.
-        correct1 = 1 - jnp.asarray(b1, float) ** count
-        correct2 = 1 - jnp.asarray(b2, float) ** count
-
-        def scaled(m: Array, n: Array, g: Array) -> Array:
-            return (m / correct1 / (jnp.sqrt(n / correct2) + eps)).astype(g.dtype)
-
-        out = jax.tree.map(scaled, mu, nu, updates)
-        if second_moment != "matrix":
-            out = map_matrices(each(project), kinds, out, params)
-        return out, RiemannianAdamState(count, mu, nu)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def scale_by_stiefel_muon(
@@ -251,7 +110,7 @@ def scale_by_stiefel_muon(
       decay: d.
       nesterov: whether to orthogonalise P_x(d m + g) with the new m instead.
       steps: Newton-Schulz iterations.
-      metric: a name in `linalg.PROJECTIONS`.
+      metric: a name in `retractions.PROJECTIONS`.
       mask: which leaves outside `Factors` are orthonormal, (..., n, r) by columns or
         (..., r, n) by rows; see `ssa_jax.transforms.selection`.
 
@@ -270,7 +129,7 @@ def scale_by_stiefel_muon(
     >>> bool(jnp.linalg.norm(u, 2) < 1.3)
     True
     """
-    project = choose(linalg.PROJECTIONS, metric, "metric")
+    project = choose(retractions.PROJECTIONS, metric, "metric")
     if steps < 1:
         raise ValueError(f"muon steps must be at least 1, got {steps}")
 
@@ -279,13 +138,8 @@ def scale_by_stiefel_muon(
         return StiefelMuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update(
-        updates: optax.Updates,
-        state: StiefelMuonState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: StiefelMuonState, params: optax.Params
     ) -> tuple[optax.Updates, StiefelMuonState]:
-        del extra_args
-        need_params(params, updates)
         kinds = kinds_of(params, mask)
 
         def tangent(x: Array, m: Array) -> Array:
@@ -293,14 +147,14 @@ def scale_by_stiefel_muon(
             unit, peak = linalg.unit_peak(m)
             return project(x, unit) * peak
 
-        mu = map_matrices(each(tangent), kinds, _accumulate(state.mu, decay, updates, 1), params)
-        ahead = _accumulate(mu, decay, updates, 1) if nesterov else mu
+        mu = map_matrices(each(tangent), kinds, accumulate(state.mu, decay, updates, 1), params)
+        ahead = accumulate(mu, decay, updates, 1) if nesterov else mu
 
         def orthogonalised(x: Array, m: Array) -> Array:
-            return project(x, linalg.msign(tangent(x, m) if nesterov else m, steps))
+            return project(x, polar.msign(tangent(x, m) if nesterov else m, steps))
 
         out = map_matrices(each(orthogonalised), kinds, ahead, params)
         out = jax.tree.map(lambda o, g: o.astype(g.dtype), out, updates)
         return out, StiefelMuonState(optax.safe_increment(state.count), mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

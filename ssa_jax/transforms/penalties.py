@@ -8,26 +8,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import linalg
+from ssa_jax.factors import linalg, spectra
 from ssa_jax.transforms.manifold import choose
+from ssa_jax.transforms.mapping import each, map_matrices, map_spectra
 from ssa_jax.transforms.selection import (
     SPECTRUM,
     Mask,
-    each,
     kinds_at_init,
     kinds_of,
-    map_matrices,
-    map_spectra,
     need_params,
     path_name,
+    with_params,
 )
 
 Array = jax.Array
 ScalarOrSchedule = float | Array | Callable[[Array], Array | float]
 
 HOYER_KINDS: dict[str, Callable[[Array], Array]] = {
-    "l1_l2": lambda s: jnp.sum(linalg.hoyer(s)),
-    "squared": lambda s: jnp.sum(jnp.square(linalg.hoyer(s))),
+    "l1_l2": lambda s: jnp.sum(spectra.hoyer(s)),
+    "squared": lambda s: jnp.sum(jnp.square(spectra.hoyer(s))),
 }
 
 
@@ -91,20 +90,15 @@ def add_hoyer(
         return HoyerState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: HoyerState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: HoyerState, params: optax.Params
     ) -> tuple[optax.Updates, HoyerState]:
-        del extra_args
-        need_params(params, updates)
         w = _at(weight, state.count)
         added = map_spectra(
             lambda s, g: g + w * gradient(s), kinds_of(params, mask), updates, params
         )
         return added, HoyerState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def add_orthogonality_penalty(
@@ -141,13 +135,8 @@ def add_orthogonality_penalty(
         return OrthogonalityPenaltyState(jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates,
-        state: OrthogonalityPenaltyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: OrthogonalityPenaltyState, params: optax.Params
     ) -> tuple[optax.Updates, OrthogonalityPenaltyState]:
-        del extra_args
-        need_params(params, updates)
         w = _at(weight, state.count)
         added = map_matrices(
             each(lambda x, g: g + w * linalg.orthogonality_gradient(x)),
@@ -157,7 +146,7 @@ def add_orthogonality_penalty(
         )
         return added, OrthogonalityPenaltyState(optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def add_alignment(

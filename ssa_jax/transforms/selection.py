@@ -26,7 +26,6 @@ from ssa_jax.factors import Factors, is_factors
 Array = jax.Array
 Path = tuple[str, ...]
 Mask = Any | Callable[[optax.Params], Any]
-
 COLUMNS = "columns"
 ROWS = "rows"
 SPECTRUM = "spectrum"
@@ -162,6 +161,21 @@ def need_params(params: optax.Params | None, updates: optax.Updates) -> None:
         )
 
 
+def with_params(
+    init: Callable[[optax.Params], Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of an update(updates, state, params) that needs the parameters."""
+
+    def checked(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> Any:
+        del extra_args
+        need_params(params, updates)
+        return update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, checked)
+
+
 def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
     """A tree of the parameters' structure with the kind of every leaf.
 
@@ -190,10 +204,10 @@ def kinds_of(params: optax.Params, mask: Mask | None = None) -> Any:
             return _factors_kinds(path_name(path), x, label)
         if _is_masked(x):
             return x
-        found = label or OTHER
-        if found != OTHER:
-            _check_matrix(path_name(path), found, x)
-        return found
+        named = label or OTHER
+        if named != OTHER:
+            _check_matrix(path_name(path), named, x)
+        return named
 
     return jax.tree_util.tree_map_with_path(kind, params, is_leaf=is_node)
 
@@ -214,8 +228,8 @@ def kinds_at_init(
       wanted: kinds that it acts on.
     """
     kinds = kinds_of(params, mask)
-    found = jax.tree.leaves(kinds)
-    if found and not any(kind in wanted for kind in found):
+    leaves = jax.tree.leaves(kinds)
+    if leaves and not any(kind in wanted for kind in leaves):
         if SPECTRUM in wanted:
             what, how = "no `Factors`", "make weights `ssa_jax.factors.Factors`"
         else:
@@ -226,93 +240,3 @@ def kinds_at_init(
             f"{name} finds {what}{less} and constrains nothing; {how}", NothingToActOn, stacklevel=3
         )
     return kinds
-
-
-def is_matrix(kind: str) -> bool:
-    """True for the kinds with orthonormal columns or rows."""
-    return kind in (COLUMNS, ROWS)
-
-
-def compute_dtype(*arrays: Array) -> Any:
-    """The dtype that small matrices are computed in: the widest given, at least float32."""
-    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
-
-
-# Calls in a traced program whose name is this and a number n: the i-th of n results, of any of
-# several kinds, depends on the i-th of n arguments of each kind alone.
-STACKED = "stacked_by_shape_"
-
-
-def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> list[list[Array]]:
-    """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
-
-    So an update is few large operations instead of many small ones. Each group is a call that a
-    traced program shows under a name that begins with `STACKED`. On a mesh every place is a group
-    of its own: a stack of arrays that lie differently would lie like none of them.
-
-    Args:
-      fn: takes arrays with one more axis in front, treats what lies along it alone, and returns
-        a tuple of such arrays.
-      *columns: lists of one length.
-
-    Returns:
-      For each of fn's results a list of it at every place.
-    """
-
-    def stacked(columns: tuple[list[Array], ...]) -> list[list[Array]]:
-        return [list(made) for made in fn(*(jnp.stack(column) for column in columns))]
-
-    alike: dict[Any, list[int]] = {}
-    on_mesh = not jax.sharding.get_abstract_mesh().empty
-    for i, row in enumerate(zip(*columns, strict=True)):
-        key = (i if on_mesh else None, *((x.shape, x.dtype) for x in row))
-        alike.setdefault(key, []).append(i)
-    found: dict[int, list[Array]] = {}
-    for places in alike.values():
-        stacked.__name__ = f"{STACKED}{len(places)}"
-        done = jax.jit(stacked)(tuple([column[i] for i in places] for column in columns))
-        found |= zip(places, map(list, zip(*done, strict=True)), strict=True)
-    return [list(made) for made in zip(*(found[i] for i in sorted(found)), strict=True)]
-
-
-def map_matrices(
-    fn: Callable[[list[Array], list[Array]], list[Array]], kinds: Any, updates: Any, params: Any
-) -> Any:
-    """Replaces the updates of all orthonormal matrices by fn(matrices, updates); keeps the others.
-
-    fn sees tall matrices (..., n, r) in at least float32, see `each` and `map_stacked`; the
-    results have the updates' dtypes.
-    """
-    structure, kinds = jax.tree.structure(kinds), jax.tree.leaves(kinds)
-    out, xs = jax.tree.leaves(updates), jax.tree.leaves(params)
-    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
-
-    def tall(i: int, arrays: list[Array]) -> Array:
-        x = arrays[i].astype(compute_dtype(out[i], xs[i]))
-        return x.mT if kinds[i] == ROWS else x
-
-    done = fn([tall(i, xs) for i in places], [tall(i, out) for i in places]) if places else []
-    for i, new in zip(places, done, strict=True):
-        out[i] = (new.mT if kinds[i] == ROWS else new).astype(out[i].dtype)
-    return jax.tree.unflatten(structure, out)
-
-
-def each(fn: Callable[[Array, Array], Array]) -> Callable[..., list[Array]]:
-    """For `map_matrices`: fn(x, g) of every matrix and its update, those of one shape at once."""
-
-    def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
-        return map_stacked(lambda x, g: (fn(x, g),), xs, gs)[0]
-
-    return mapped
-
-
-def map_spectra(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:
-    """Replaces the update g of every spectrum s (..., r) by fn(s, g), computed in float32."""
-
-    def one(kind: str, g: Array, s: Array) -> Array:
-        if kind != SPECTRUM:
-            return g
-        dtype = compute_dtype(g, s)
-        return fn(s.astype(dtype), g.astype(dtype)).astype(g.dtype)
-
-    return jax.tree.map(one, kinds, updates, params)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import Factors, linalg
+from ssa_jax.factors import Factors, spectra
 from ssa_jax.transforms.entries import (
     at_factors,
     cut,
@@ -19,7 +19,7 @@ from ssa_jax.transforms.entries import (
     spectrum,
 )
 from ssa_jax.transforms.manifold import check_every
-from ssa_jax.transforms.selection import Mask, need_params
+from ssa_jax.transforms.selection import Mask, with_params
 
 Array = jax.Array
 Target = float | Array | Callable[[Array], Any]
@@ -57,17 +57,12 @@ def _ranks_to_keep(s: Array, r0: Array, ask: tuple[Any, Any], floor: float, due:
     rank, energy = ask
     full = r0.astype(jnp.float32)
     by_rank = jnp.ceil(rank * full - 1e-4)
-    by_energy = jnp.maximum(linalg.energy_rank(s, energy), jnp.ceil(floor * full - 1e-4))
+    by_energy = jnp.maximum(spectra.energy_rank(s, energy), jnp.ceil(floor * full - 1e-4))
     return jnp.where(due, jnp.minimum(by_rank, by_energy), by_rank)
 
 
 def truncate_rank(
-    target: Target,
-    floor: float = 0.3,
-    every: int = 1,
-    least: int = 1,
-    *,
-    mask: Mask | None = None,
+    target: Target, floor: float = 0.3, every: int = 1, least: int = 1, *, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Zeroes the smallest singular values of every `Factors`, for good, with static shapes.
 
@@ -119,13 +114,8 @@ def truncate_rank(
         return TruncateState(jnp.zeros([], jnp.int32), masks, initial, dropped)
 
     def update(
-        updates: optax.Updates,
-        state: TruncateState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: TruncateState, params: optax.Params
     ) -> tuple[optax.Updates, TruncateState]:
-        del extra_args
-        need_params(params, updates)
         count = optax.safe_increment(state.count)
         ask = _target_at(target, count)
 
@@ -141,4 +131,4 @@ def truncate_rank(
         cut_updates = map_entries(cut, masks, updates, params)
         return cut_updates, TruncateState(count, masks, state.initial_ranks, dropped)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)

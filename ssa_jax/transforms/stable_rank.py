@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import Factors, linalg
+from ssa_jax.factors import Factors, spectra
 from ssa_jax.transforms.entries import (
     at_factors,
     cut,
@@ -18,7 +18,7 @@ from ssa_jax.transforms.entries import (
     spectrum,
 )
 from ssa_jax.transforms.manifold import check_every
-from ssa_jax.transforms.selection import Mask, need_params
+from ssa_jax.transforms.selection import Mask, with_params
 
 Array = jax.Array
 
@@ -107,13 +107,8 @@ def truncate_stable_rank(
         )
 
     def update(
-        updates: optax.Updates,
-        state: StableRankState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: StableRankState, params: optax.Params
     ) -> tuple[optax.Updates, StableRankState]:
-        del extra_args
-        need_params(params, updates)
         count = optax.safe_increment(state.count)
         first, look = count == 1, count % every == 1 % every
         spectra = map_entries(_spectrum_after, state.masks, updates, params)
@@ -142,7 +137,7 @@ def truncate_stable_rank(
             count, masks, state.initial_ranks, initial, latest, settled, dropped
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_params(init, update)
 
 
 def _spectrum_after(mask: Factors | None, update: Any, params: Any) -> Array | None:
@@ -150,4 +145,4 @@ def _spectrum_after(mask: Factors | None, update: Any, params: Any) -> Array | N
 
 
 def _stable_rank(s: Array) -> Array:
-    return linalg.stable_rank(s).astype(jnp.float32)
+    return spectra.stable_rank(s).astype(jnp.float32)

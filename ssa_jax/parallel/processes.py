@@ -1,16 +1,19 @@
-"""One run by several devices and processes: what fits them, how one joins, how it ends."""
+"""One run by several devices and processes: what fits them, how one joins, how it ends.
+
+A config is here whatever has the fields of `runs.config.Config` that are read.
+"""
 
 import faulthandler
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 
 from ssa_jax.errors import ConfigError
 from ssa_jax.parallel import mesh, pulse
 from ssa_jax.parallel.mesh import Layout
-from ssa_jax.runs.config import Config
 
 EXIT_LOST = 4
 # A process that fails leaves at once; one that is done waits so long for the others.
@@ -18,7 +21,7 @@ _SHUTDOWN_S = 50
 LOST = "another process of this run is gone; go on from the newest checkpoint with --resume"
 
 
-def validate(config: Config) -> None:
+def validate(config: Any) -> None:
     """Checks the flags that tell of other processes.
 
     Raises:
@@ -45,7 +48,7 @@ def validate(config: Config) -> None:
         raise ConfigError(f"--process_id must be less than --num_processes={number}, got {own}")
 
 
-def join(config: Config) -> None:
+def join(config: Any) -> None:
     """Makes this process one of several, where the flags say so, and all but the first silent.
 
     To be called before anything is computed.
@@ -54,15 +57,15 @@ def join(config: Config) -> None:
       ConfigError: flags that do not fit, or no other processes are found.
     """
     validate(config)
-    told = bool(config.coordinator_address)
-    if not told and not config.distributed:
+    addressed = bool(config.coordinator_address)
+    if not addressed and not config.distributed:
         return
     try:
         jax.distributed.initialize(
             coordinator_address=config.coordinator_address,
-            num_processes=config.num_processes if told else None,
-            process_id=config.process_id if told else None,
-            cluster_detection_method="deactivate" if told else None,
+            num_processes=config.num_processes if addressed else None,
+            process_id=config.process_id if addressed else None,
+            cluster_detection_method="deactivate" if addressed else None,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except ValueError as e:
@@ -80,19 +83,19 @@ def join(config: Config) -> None:
             os.dup2(nowhere.fileno(), 1)
 
 
-def layout(config: Config) -> Layout:
+def layout(config: Any) -> Layout:
     """Where the arrays of a run lie: on all devices of all processes.
 
     Raises:
       ConfigError: the devices do not divide a batch.
     """
-    found = mesh.make_layout(config.shard_params)
-    if config.batch_size % found.devices:
+    layout = mesh.make_layout(config.shard_params)
+    if config.batch_size % layout.devices:
         raise ConfigError(
-            f"--batch_size must be a multiple of {found.devices}, the number of devices, got "
+            f"--batch_size must be a multiple of {layout.devices}, the number of devices, got "
             f"{config.batch_size}"
         )
-    return found
+    return layout
 
 
 def several() -> bool:

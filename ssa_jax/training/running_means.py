@@ -16,7 +16,7 @@ _SKIPPED = "skipped"
 _COUNTED = (_COUNT, _BEFORE, _AFTER, _SKIPPED)
 
 
-class Tally:
+class RunningMeans:
     """Sums of metrics over the steps of an epoch, in float64, and its worst truncation.
 
     The metrics of a dispatch are read when the next one has begun, so that the device never
@@ -77,8 +77,8 @@ class Tally:
     def row(self) -> dict[str, Any]:
         """Mean loss and metrics over the steps, what truncation did, and records skipped."""
         self.flush()
-        found = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
+        counts = {n: self.sums[n] for n in (_COUNT, _BEFORE, _AFTER) if n in self.sums}
         if _SKIPPED in self.sums:
-            found[_SKIPPED] = int(self.sums[_SKIPPED])
+            counts[_SKIPPED] = int(self.sums[_SKIPPED])
         means = {n: v / self.steps for n, v in self.sums.items() if n not in _COUNTED}
-        return {**{f"train_{name}": value for name, value in means.items()}, **found}
+        return {**{f"train_{name}": value for name, value in means.items()}, **counts}

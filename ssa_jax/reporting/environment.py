@@ -37,11 +37,11 @@ def hardware() -> str:
 
 def commit() -> str | None:
     """Commit of the source tree, with ``+`` for uncommitted changes; None outside of one."""
-    here = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
         done = subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=10
         )
         return done.stdout.strip()
 

@@ -1,40 +1,12 @@
-"""What a run tells of itself: the row of an epoch, its line on the terminal, the summary."""
+"""What is told of a run's rows: a line an epoch, and what the summary has of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from ssa_jax.data import Images
-from ssa_jax.networks.units import Unit
-from ssa_jax.runs import build
-from ssa_jax.runs.build import Costs
-from ssa_jax.runs.config import Config
-from ssa_jax.training import train
-from ssa_jax.training.metrics import Probe
-from ssa_jax.types import TrainState
-
 Array = jax.Array
 Row = dict[str, Any]
-
-
-def probe_row(probe: Probe) -> Row:
-    """The part of an epoch's row that a probe measured."""
-    return {
-        "angles": _degrees(probe.angles),
-        "weight_angles": _degrees(probe.weight_angles),
-        "signal_angles": _degrees(probe.signal_angles),
-        "subspace_angles": _degrees(probe.subspace_angles),
-        "gradient_ratios": [float(r) for r in probe.gradient_ratios],
-        "signal_ratios": [float(r) for r in probe.signal_ratios],
-        "drift": float(probe.drift),
-        "gradient_norm": float(probe.gradient_norm),
-        **{f"local_{k}": [float(x) for x in v] for k, v in probe.terms.items()},
-    }
-
-
-def _degrees(angles: Iterable[Array | None]) -> list[float | None]:
-    return [None if a is None else round(float(a), 3) for a in angles]
 
 
 def line(row: Row, epochs: int) -> str:
@@ -65,7 +37,7 @@ def shown_score(row: Row) -> str:
     return f"loss {row['test_loss']:.4g}"
 
 
-def settings(config: Config) -> Row:
+def settings(config: Any) -> Row:
     """The settings by which tables name a run."""
     return {
         "method": config.method,
@@ -100,18 +72,3 @@ def best_epoch(rows: Sequence[Row]) -> Row:
     """The whole epoch of best `score`, the later of equals, whose checkpoint is kept."""
     best = max(rows, key=lambda row: (score(row), row["epoch"]), default={})
     return {"best_epoch": best.get("epoch"), "best_test_accuracy": best.get("test_accuracy")}
-
-
-def sizes(units: Sequence[Unit], state: TrainState, data: Images, dense: Costs) -> Row:
-    """Steps, classes, ranks and costs of a state, the latter also relative to the dense network."""
-    size = build.network_costs(tuple(units), state.params, state.mstate, data)
-    return {
-        "steps": int(state.step),
-        "classes": data.classes,
-        "params": size.params,
-        "params_ratio": size.params / dense.params,
-        "macs": size.macs,
-        "macs_ratio": size.macs / dense.macs,
-        "ranks": train.ranks(state.params),
-        "rank_fraction": build.rank_fraction(state.params),
-    }

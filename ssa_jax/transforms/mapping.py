@@ -1,0 +1,99 @@
+"""Maps over the orthonormal matrices and the spectra of a tree, those of one shape at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssa_jax.transforms.selection import COLUMNS, ROWS, SPECTRUM
+
+Array = jax.Array
+
+
+def is_matrix(kind: str) -> bool:
+    """True for the kinds with orthonormal columns or rows.
+
+    >>> [is_matrix(kind) for kind in (COLUMNS, ROWS, SPECTRUM)]
+    [True, True, False]
+    """
+    return kind in (COLUMNS, ROWS)
+
+
+def compute_dtype(*arrays: Array) -> Any:
+    """The dtype that small matrices are computed in: the widest given, at least float32."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
+
+
+def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> list[list[Array]]:
+    """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
+
+    So an update is few large operations instead of many small ones. On a mesh every place is a
+    group of its own: a stack of arrays that lie differently would lie like none of them.
+
+    Args:
+      fn: takes arrays with one more axis in front, treats what lies along it alone, and returns
+        a tuple of such arrays.
+      *columns: lists of one length.
+
+    Returns:
+      For each of fn's results a list of it at every place.
+    """
+
+    def stacked(columns: tuple[list[Array], ...]) -> list[list[Array]]:
+        return [list(made) for made in fn(*(jnp.stack(column) for column in columns))]
+
+    alike: dict[Any, list[int]] = {}
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    for i, row in enumerate(zip(*columns, strict=True)):
+        key = (i if on_mesh else None, *((x.shape, x.dtype) for x in row))
+        alike.setdefault(key, []).append(i)
+    results: list[Any] = [None] * len(columns[0])
+    for places in alike.values():
+        done = jax.jit(stacked)(tuple([column[i] for i in places] for column in columns))
+        for i, of_place in zip(places, zip(*done, strict=True), strict=True):
+            results[i] = of_place
+    return [list(result) for result in zip(*results, strict=True)]
+
+
+def map_matrices(
+    fn: Callable[[list[Array], list[Array]], list[Array]], kinds: Any, updates: Any, params: Any
+) -> Any:
+    """Replaces the updates of all orthonormal matrices by fn(matrices, updates); keeps the others.
+
+    fn sees tall matrices (..., n, r) in at least float32, see `each` and `map_stacked`; the
+    results have the updates' dtypes.
+    """
+    structure, kinds = jax.tree.structure(kinds), jax.tree.leaves(kinds)
+    out, xs = jax.tree.leaves(updates), jax.tree.leaves(params)
+    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
+
+    def tall(i: int, arrays: list[Array]) -> Array:
+        x = arrays[i].astype(compute_dtype(out[i], xs[i]))
+        return x.mT if kinds[i] == ROWS else x
+
+    done = fn([tall(i, xs) for i in places], [tall(i, out) for i in places]) if places else []
+    for i, new in zip(places, done, strict=True):
+        out[i] = (new.mT if kinds[i] == ROWS else new).astype(out[i].dtype)
+    return jax.tree.unflatten(structure, out)
+
+
+def each(fn: Callable[[Array, Array], Array]) -> Callable[..., list[Array]]:
+    """For `map_matrices`: fn(x, g) of every matrix and its update, those of one shape at once."""
+
+    def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
+        return map_stacked(lambda x, g: (fn(x, g),), xs, gs)[0]
+
+    return mapped
+
+
+def map_spectra(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:
+    """Replaces the update g of every spectrum s (..., r) by fn(s, g), computed in float32."""
+
+    def one(kind: str, g: Array, s: Array) -> Array:
+        if kind != SPECTRUM:
+            return g
+        dtype = compute_dtype(g, s)
+        return fn(s.astype(dtype), g.astype(dtype)).astype(g.dtype)
+
+    return jax.tree.map(one, kinds, updates, params)
