@@ -1,5 +1,6 @@
 """Small networks and batches that the tests share."""
 
+import re
 import warnings
 
 import jax
@@ -155,6 +156,11 @@ def make_method(name, units, params, mstate, shape=IMAGE, **options) -> Method:
     few = make_batch(4, 9, shape)
     network = Network(units, shapes, few.images, targets=few.labels)
     return METHODS[name](network, FeedbackOptions(**options))
+
+
+def unpadded(table):
+    """A table without the spaces that make its columns as wide as their widest entry."""
+    return re.sub(r" +", " ", table)
 
 
 def max_difference(a, b):

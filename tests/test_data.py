@@ -206,3 +206,29 @@ def test_cifar10_is_cifar10():
     mean, std = data.channel_moments(cifar.train_images)
     assert np.allclose(mean / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
     assert np.allclose(std / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
+
+
+def test_shrunk_images_are_means_of_squares_and_keep_their_range():
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
+    labels = np.arange(5, dtype=np.int32)
+    whole = Dataset(images, labels, images[:2], labels[:2], 5, 4, True)
+    small = data.shrunk(whole, 3)
+    assert small.train_images.dtype == np.uint8
+    assert small.image_shape == (3, 3, 3)
+    assert small.crop == 2
+    wanted = images[4, 2:4, 4:6].astype(float).mean((0, 1))
+    assert np.abs(small.train_images[4, 1, 2] - wanted).max() <= 0.5
+    assert np.array_equal(small.test_images, small.train_images[:2])
+    assert np.array_equal(small.train_labels, labels)
+    assert data.shrunk(whole, 6) is whole
+    floats = whole._replace(train_images=images / 255.0, test_images=images[:2] / 255.0)
+    assert np.allclose(data.shrunk(floats, 3).train_images[4, 1, 2], wanted / 255)
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 3), (8, 4, 3), (9,)])
+def test_images_that_cannot_be_shrunk_are_refused(shape):
+    images = np.zeros((4, *shape), np.uint8)
+    labels = np.zeros(4, np.int32)
+    whole = Dataset(images, labels, images, labels, 2, 0, False)
+    with pytest.raises(DataError, match="cannot be shrunk to squares of 4: a divisor"):
+        data.shrunk(whole, 4)

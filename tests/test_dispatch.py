@@ -56,7 +56,7 @@ def test_several_steps_are_single_steps_to_rounding():
 def test_the_state_is_updated_in_place(length):
     dispatch, state, batches = tiny_run(length)
     # What a feedback is measured on is replaced, and never read by a step.
-    feedback = state.feedback._replace(inputs=())
+    feedback = state.feedback._replace(examples=())
     kept = (state.params, state.opt_state, state.mstate, feedback)
     size = sum(x.nbytes for x in jax.tree.leaves(kept))
     memory = dispatch.lower(state, batches).compile().memory_analysis()

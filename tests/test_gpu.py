@@ -3,11 +3,11 @@
 import dataclasses
 import itertools
 import json
-import re
 import sys
 
 import numpy as np
 import pytest
+from helpers import unpadded
 
 from benchmarks import bare, gpu, gpu_data, gpu_items, gpu_page, page, records
 from benchmarks.gpu_items import Item
@@ -220,7 +220,7 @@ def test_the_page_compares_with_bp_and_pytorch_and_names_what_is_missing():
     made = {"platform": "gpu", "hardware": "A GPU", "versions": {"jax": "1"}, "commit": "abc",
             "rows": rows}  # fmt: skip
     text = gpu_page.gpu(made)
-    lines = [re.sub(r" +", " ", line) for line in text.splitlines()]
+    lines = unpadded(text).splitlines()
     assert "| vgg13, float32, 128: walk | 6 | 0.75 | 1.50 | 1 | 2.0 | - | - |" in lines
     assert "| vgg13, walk | 2 of 2 | 50.00 % | 10000 | 3 | 9 |" in lines
     assert "- steps of resnet18: may need 9 s" in text

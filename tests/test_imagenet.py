@@ -88,7 +88,10 @@ def test_what_cannot_be_measured_is_counted_and_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "digits", "image_size": 64}, "--image_size is for streamed data sets"),
+        (
+            {"dataset": "my.data:images", "image_size": 64},
+            "--image_size is for imagenet2012, tiny_imagenet10",
+        ),
         ({"steps_per_dispatch": 2}, "--steps_per_dispatch must be 1 on a streamed data set"),
         ({"on_corrupt": "ignore"}, "--on_corrupt must be one of stop, skip"),
         ({"crop_area": 0.0}, "--crop_area must be more than 0"),

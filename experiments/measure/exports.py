@@ -13,6 +13,7 @@ from experiments.measure.timing import latencies
 from experiments.show import markdown
 from experiments.show.runs import Row, text
 from ssa_jax import export
+from ssa_jax.data import DATASETS
 from ssa_jax.data.streams import STREAMS
 from ssa_jax.export import ExportError
 from ssa_jax.runs import inputs, network, trained
@@ -80,7 +81,7 @@ def evaluate_export(folder: Path, data_dir: str | None = None) -> list[Row]:
     if not {"model", "dataset"} <= metadata.keys():
         raise ExportError(f"{folder} names no model and data set to be evaluated on")
     config = Config(model=metadata["model"], dataset=metadata["dataset"])
-    if config.dataset in STREAMS:
+    if config.dataset in (*STREAMS, *DATASETS):
         config = dataclasses.replace(config, image_size=stored["input_shape"][0])
     config.validate()
     data = inputs.load(dataclasses.replace(config, data_dir=data_dir))

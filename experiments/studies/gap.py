@@ -3,10 +3,10 @@
     python -m experiments.studies.gap
     python -m experiments.studies.gap --quick --dataset=digits --model=mlp
 
-The reference is `svd_bp`. Three variants walk through a share of each layer's singular directions;
-every other one is direct SSA with one thing changed: how often the path follows the weights, how
-fine it is, how far a unit's gradient reaches, what is added to the signal, what comes before, and
-how the weights are moved.
+The reference is `svd_bp`. Three variants walk through a share of each layer's singular directions,
+one learns behind auxiliary networks; every other one is direct SSA with one thing changed: how
+often the path follows the weights, how fine it is, how far a unit's gradient reaches, what is added
+to the signal, what comes before, and how the weights are moved.
 """
 
 from typing import Any
@@ -31,6 +31,7 @@ VARIANTS = (
     _walk("walk_half", "half", 1 / 2),
     _walk("walk_quarter", "a quarter", 1 / 4),
     _walk("walk_eighth", "an eighth", 1 / 8),
+    Variant("auglocal", "auxiliary networks", {"method": "auglocal", "factorize": "on"}),
     _direct("direct", "ssa direct"),
     _direct("every_1", "path follows in every step", feedback_every=1),
     _direct("every_100", "path follows every 100 steps", feedback_every=100),

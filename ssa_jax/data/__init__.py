@@ -8,6 +8,7 @@ from ssa_jax.data.datasets import (
     limited,
     moments,
     normalise,
+    shrunk,
 )
 from ssa_jax.data.loader import Feed, Loader, epoch_order, make_loader, shift_and_flip
 from ssa_jax.data.registry import DATASETS, load
@@ -27,4 +28,5 @@ __all__ = [
     "moments",
     "normalise",
     "shift_and_flip",
+    "shrunk",
 ]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssa_jax.errors import DataError
+
 
 class Images(Protocol):
     """What a network and a run need to know of a data set, wherever its images are."""
@@ -147,3 +149,34 @@ def normalise(x: Any, moments: tuple[np.ndarray, np.ndarray] | None) -> Any:
         return x
     mean, std = (m.reshape((1,) * (x.ndim - 1) + (-1,)) for m in moments)
     return (x.astype(np.float32) - mean) / std
+
+
+def shrunk(data: Dataset, size: int) -> Dataset:
+    """The data set with square images of side `size`, each pixel the mean of a square of them.
+
+    Shifts of augmentation shrink alike.
+
+    Raises:
+      DataError: images that are not square, or whose side is no multiple of `size`.
+    """
+    side = data.image_shape[0]
+    if len(data.image_shape) != 3 or data.image_shape[1] != side or side % size:
+        shape = "x".join(map(str, data.image_shape))
+        raise DataError(
+            f"images of {shape} cannot be shrunk to squares of {size}: a divisor of "
+            "their side is needed"
+        )
+    by = side // size
+    if by == 1:
+        return data
+
+    def means(images: np.ndarray) -> np.ndarray:
+        squares = images.reshape(len(images), size, by, size, by, -1)
+        pixels = squares.mean((2, 4), dtype=np.float32)
+        return (np.rint(pixels) if images.dtype == np.uint8 else pixels).astype(images.dtype)
+
+    return data._replace(
+        train_images=means(data.train_images),
+        test_images=means(data.test_images),
+        crop=data.crop // by,
+    )

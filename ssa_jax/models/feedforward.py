@@ -58,20 +58,23 @@ def mlp(
 
 
 def _conv_stack(
-    input_shape: tuple[int, int, int], plan: list[int | str], rank: float | None, rngs: nnx.Rngs
-) -> tuple[list[Plain], int]:
+    input_shape: tuple[int, int, int], plan: list[int | str], rank: float | None, rngs: nnx.Rngs,
+    spare: int = 0,
+) -> tuple[list[Plain], int]:  # fmt: skip
     """3x3 conv + batch norm + ReLU units; "M" after a width pools 2x2. Units and features out.
+
+    So many of the last poolings as `spare` says are left out where there is one position left.
 
     The first convolution starts at full rank (9 for colour images): half of it would save
     less than a thousandth of the parameters and starve all that follows.
     """
-    check_images(input_shape, halvings=plan.count("M"))
+    check_images(input_shape, halvings=plan.count("M") - spare)
     height, width, c_in = input_shape
     units: list[Plain] = []
     for here, after in zip(plan, [*plan[1:], None], strict=True):
         if here == "M":
             continue
-        pool = Pool(2, 2) if after == "M" else None
+        pool = Pool(2, 2) if after == "M" and min(height, width) > 1 else None
         if pool:
             height, width = height // 2, width // 2
         c_out = int(here)
@@ -108,7 +111,11 @@ def smallconv(
 def vgg13(
     input_shape: tuple[int, int, int], classes: int, *, rank: float | None, rngs: nnx.Rngs
 ) -> Feedforward:
-    """VGG-13 with batch norm and one linear classifier (Simonyan & Zisserman 2015, net B)."""
+    """VGG-13 with batch norm and one linear classifier (Simonyan & Zisserman 2015, net B).
+
+    Of images below 32 pixels a side, which have one position left before it, without the last
+    pooling; its parameters are the same.
+    """
     plan: list[int | str] = [
         64,
         64,
@@ -126,5 +133,5 @@ def vgg13(
         512,
         "M",
     ]
-    units, features = _conv_stack(input_shape, plan, rank, rngs)
+    units, features = _conv_stack(input_shape, plan, rank, rngs, spare=1)
     return Feedforward([*units, _classifier(features, classes, rngs)])

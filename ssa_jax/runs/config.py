@@ -52,7 +52,7 @@ class Config:
         0, "Train on at most this many of the training images, always the same; 0: all.", low=0
     )
     image_size: int = setting(
-        0, "Side of the square images of a streamed data set; 0: its usual one.", low=0
+        0, "Side of the square images; those in memory are shrunk to it; 0: the usual one.", low=0
     )
     crop_area: float = setting(
         0.08, "Least share of a streamed image in a random crop.", above=0.0, high=1.0
@@ -230,10 +230,9 @@ class Config:
         for flag in ("rank_budget", "shard_params"):
             if getattr(self, flag) and not self.factorized:
                 raise ConfigError(f"--{flag} needs a factorised model: --factorize=on")
-        if self.image_size and self.dataset not in STREAMS:
-            raise ConfigError(
-                f"--image_size is for streamed data sets ({', '.join(STREAMS)}), not {self.dataset}"
-            )
+        if self.image_size and self.dataset not in (*STREAMS, *DATASETS):
+            named = ", ".join((*STREAMS, *DATASETS))
+            raise ConfigError(f"--image_size is for {named}, not {self.dataset}")
         if self.steps_per_dispatch > 1 and self.dataset in STREAMS:
             raise ConfigError("--steps_per_dispatch must be 1 on a streamed data set")
         if self.resume and not self.workdir:

@@ -34,7 +34,8 @@ def load(config: Config) -> Data:
     if config.dataset in streams.STREAMS:
         return streams.load(config.dataset, config.data_dir, config.image_size)
     if config.dataset in DATASETS:
-        return data_lib.load(config.dataset, config.data_dir)
+        data = data_lib.load(config.dataset, config.data_dir)
+        return data_lib.shrunk(data, config.image_size) if config.image_size else data
     return find("dataset", config.dataset, DATASETS)(config.data_dir)
 
 
