@@ -110,6 +110,20 @@ RECIPES = {
         {**_SSA, "model": "resnet32", "epochs": 100, "rank_init": 0.25},
         _ONE_GPU,
     ),
+    "cifar100_resnet32_bp": Recipe(
+        "The reference of the run of SSA with the same network and length.",
+        {**_RUN, "dataset": "cifar100", "model": "resnet32", "epochs": 100, "method": "bp"},
+        _ONE_GPU,
+    ),
+    "cifar100_resnet32_ssa": Recipe(
+        "SSA at a quarter of full rank, its paths by regression: composed ones would take a "
+        "backward pass for each of the hundred classes at every refresh.",
+        {
+            **_SSA, "dataset": "cifar100", "model": "resnet32", "epochs": 100, "rank_init": 0.25,
+            "feedback": "regression",
+        },
+        _ONE_GPU,
+    ),
     "digits_mlp_ssa": Recipe(
         "A quick look that needs no download.",
         {**_SSA, "dataset": "digits", "model": "mlp", "epochs": 20, "batch_size": 64},

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import unpadded
 
 from benchmarks import (
     contestants,
@@ -34,11 +34,6 @@ from ssa_jax.reporting import environment
 from ssa_jax.training import costs, train
 
 ROOT = Path(__file__).parent.parent
-
-
-def squeezed(page):
-    """A page whose tables' cells are not padded."""
-    return re.sub(" +", " ", page)
 
 
 def test_records_are_made_from_the_stored_results():
@@ -130,7 +125,7 @@ def test_stiefel_quick_writes_rows_with_errors_at_rounding(tmp_path):
     ours = [r for r in record["rows"] if r["library"] == "ssa_jax"]
     assert {r["optimizer"] for r in ours} >= {"sgd", "momentum", "adam (matrix)", "muon"}
     assert all(r["error"] < 1e-6 and r["median_ms"] > 0 for r in ours)
-    assert "| 96x16, sgd | 1 |" in records.stiefel(record)
+    assert "| 96x16, sgd | 1 |" in unpadded(records.stiefel(record))
 
 
 @pytest.mark.long
@@ -150,7 +145,7 @@ def test_inference_quick_writes_rows_beside_the_dense_network(tmp_path):
         assert r["macs"] < dense["macs"]
         assert r["bytes"] < dense["bytes"]
         assert r["ms"] > 0
-    page = squeezed(records.inference(record))
+    page = unpadded(records.inference(record))
     assert "| mlp, auto at 0.5 |" in page
     assert "A test." in page
 
@@ -168,7 +163,7 @@ def test_convolution_quick_writes_every_lowering_of_every_pass(tmp_path):
     for row in record["rows"]:
         assert row["ms"] > 0
         assert (row["ratio_to_lax"] == 1) or row["lowering"] != "lax"
-    assert "| 3x3, 8 to 8 on 2x2, forward |" in records.convolution(record)
+    assert "| 3x3, 8 to 8 on 2x2, forward |" in unpadded(records.convolution(record))
 
 
 def test_all_forms_of_a_factorised_convolution_are_one_function():
@@ -196,7 +191,7 @@ def test_forms_quick_writes_every_form_of_every_part(name, tmp_path):
         rows = [r for r in record["rows"] if r[part] == of_part]
         assert [r["form"] for r in rows] == forms
         assert all(r["ms"] > 0 for r in rows)
-    page = squeezed(getattr(records, name)(record))
+    page = unpadded(getattr(records, name)(record))
     ratio = record["rows"][-1]["ms"] / record["rows"][-len(forms)]["ms"]
     assert f"{ratio:.2f}" in page.splitlines()[-1]
 
@@ -227,7 +222,7 @@ def test_loader_quick_writes_every_reader_beside_the_plain_loop(tmp_path):
     ]  # fmt: skip
     assert record["rows"][0]["ratio_to_plain"] == 1
     assert all(r["images_per_second"] > 0 and r["first_batch_s"] > 0 for r in record["rows"])
-    page = squeezed(records.loader(record))
+    page = unpadded(records.loader(record))
     assert "| 64 pixels, ours, 1 worker |" in page
     assert "| 64 pixels, ours, no workers |" in page
 
@@ -371,7 +366,7 @@ def test_goals_are_judged_by_the_rows_and_left_out_where_a_row_is_missing():
         {"model": "vgg13", "batch": 128, "part": part, "share": share}
         for part, share in (("stiefel", 0.08), ("refresh", 0.03), ("chain", 0.5))
     ]
-    page = squeezed(training_page.goals({"rows": rows, "profile": parts}))
+    page = unpadded(training_page.goals({"rows": rows, "profile": parts}))
     assert "| time of bp over Flax BP, vgg13 | 1.03 | 1.040 | no |" in page
     assert "| time of dfa over Flax BP, vgg13 | 0.70 | 0.700 | yes |" in page
     assert "| time of ssa at 0.25 over Flax BP, vgg13 | 0.30 | 0.290 | yes |" in page
@@ -390,12 +385,12 @@ def test_growth_with_depth_is_that_of_streamed_steps_between_the_ends():
         )
         for depth, temp in zip((8, 16, 64), sizes, strict=True)
     ]  # fmt: skip
-    page = squeezed(training_page.growth(rows))
+    page = unpadded(training_page.growth(rows))
     assert "resident" not in page
     assert "| memory at depth 64 over 8, vgg13, dfa, streamed | 1.20 | 1.200 | yes |" in page
     assert "| memory at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no |" in page
     assert ", bp" not in page
-    page = squeezed(training_page.growth([{**r, "steps_bytes": 3 * r["temp_bytes"]} for r in rows]))
+    page = unpadded(training_page.growth([{**r, "steps_bytes": 3 * r["temp_bytes"]} for r in rows]))
     line = "resident memory of steps at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no"
     assert line in page
 
@@ -433,7 +428,7 @@ def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
     assert profile["chain"]["ms"] == pytest.approx(
         profile["adam"]["ms"] + profile["stiefel"]["ms"], abs=1e-3
     )
-    page = squeezed(records.step(record))
+    page = unpadded(records.step(record))
     assert "| mlp, ssa at 0.25, streamed |" in page
     assert "A test." in page
 
@@ -444,7 +439,7 @@ def test_depth_and_scaling_quick_write_a_row_for_every_size(tmp_path, name):
     record = quick_record(name, tmp_path / "rows.json", "--no_peak")
     field = {"depth": "depth", "scaling": "width"}[name]
     assert len({r[field] for r in record["rows"]}) == 2
-    page = squeezed(getattr(records, name)(record))
+    page = unpadded(getattr(records, name)(record))
     assert "| mlp, ssa at 0.25" in page
 
 
@@ -460,4 +455,4 @@ def test_compiling_quick_writes_a_row_of_a_fresh_process(tmp_path):
     assert row["step_s"] > 0
     # Backpropagation through a perceptron decides nothing on the way.
     assert (row["loops"], row["conditionals"]) == (0, 0)
-    assert "| mlp | digits | bp | none |" in records.compiling(record)
+    assert "| mlp | digits | bp | none |" in unpadded(records.compiling(record))

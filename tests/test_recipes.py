@@ -29,7 +29,8 @@ def like(dataset):
     """A handful of images of a data set's shape."""
     side, channels = {"digits": (8, 1), "tiny_imagenet10": (64, 3)}.get(dataset, (32, 3))
     images, labels = np.zeros((256, side, side, channels), np.uint8), np.arange(256, dtype=np.int32)
-    return Dataset(images, labels % 10, images, labels % 10, 10, 1, False)
+    classes = 100 if dataset == "cifar100" else 10
+    return Dataset(images, labels % classes, images, labels % classes, classes, 1, False)
 
 
 @pytest.mark.slow

@@ -487,3 +487,11 @@ def test_the_falls_of_digits_are_those_of_their_record():
             falls.append(max(0.0, *(max(epochs[:i]) - epochs[i] for i in late)))
         first, second, third = (f"{x:.2f}" for x in falls)
         assert f"{first}, {second} and {third}" in page
+
+
+def test_a_study_reads_the_data_that_its_flags_describe_once():
+    config = Config(dataset="digits", image_size=4)
+    data = study.load(config)
+    assert data.image_shape == (4, 4, 1)
+    assert study.load(dataclasses.replace(config, seed=1)) is data
+    assert study.load(dataclasses.replace(config, image_size=0)).image_shape == (8, 8, 1)

@@ -20,11 +20,10 @@ from experiments.show import study_page, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
 from experiments.studies.trials import Trial, going_on, result, run_trial
-from ssa_jax import data as data_lib
-from ssa_jax.data import Dataset
 from ssa_jax.reporting.environment import environment
-from ssa_jax.runs import workdir
+from ssa_jax.runs import inputs, workdir
 from ssa_jax.runs.config import Config, differences
+from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 
 _EMPTY: Mapping[str, Any] = types.MappingProxyType({})
@@ -130,12 +129,14 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
     return write_results(study, settings)
 
 
-def load(config: Config) -> Dataset:
+def load(config: Config) -> Data:
     """The data set of a config, read once in this process."""
-    return _load(config.dataset, config.data_dir)
+    return _load(config.dataset, config.data_dir, config.image_size)
 
 
-_load = functools.cache(data_lib.load)
+@functools.cache
+def _load(dataset: str, data_dir: str | None, image_size: int) -> Data:
+    return inputs.load(Config(dataset=dataset, data_dir=data_dir, image_size=image_size))
 
 
 def make_trial(settings: Settings, variant: Variant, seed: int) -> Trial:

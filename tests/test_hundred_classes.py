@@ -1,0 +1,42 @@
+"""A hundred classes on images like those of CIFAR-100: paths of every form, and guesses of five."""
+
+import numpy as np
+import pytest
+
+from ssa_jax.data import Dataset
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+
+CLASSES, SIDE = 100, 16
+# Of smallconv on these images, the values a class at all hidden units: maps, or channels alone.
+MAPS = 16 * 16 * 32 + 8 * 8 * 32 + 8 * 8 * 64 + 4 * 4 * 64
+
+
+def images_of_a_hundred_kinds():
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 256, (CLASSES, SIDE, SIDE, 3))
+
+    def some(n):
+        labels = np.arange(n, dtype=np.int32) % CLASSES
+        noisy = kinds[labels] + rng.normal(0, 20, (n, SIDE, SIDE, 3))
+        return np.clip(noisy, 0, 255).astype(np.uint8), labels
+
+    return Dataset(*some(1600), *some(200), CLASSES, 0, False, name="kinds")
+
+
+@pytest.mark.parametrize(
+    ("feedback", "form"),
+    [("composed", "full"), ("composed", "channel"), ("regression", "full")],
+)
+def test_direct_ssa_learns_a_hundred_classes(tmp_path, feedback, form):
+    config = Config(
+        model="smallconv", method="ssa", feedback=feedback, feedback_form=form, epochs=2,
+        batch_size=50, learning_rate=5e-3, workdir=str(tmp_path),
+    )  # fmt: skip
+    summary = run(config, images_of_a_hundred_kinds())
+    assert form in summary["feedback_note"] or "per-channel" in summary["feedback_note"]
+    assert summary["train_loss"] < np.log(CLASSES)
+    # By chance one in a hundred, and five.
+    assert summary["test_accuracy"] > 0.1
+    assert 0.3 < summary["test_top5_accuracy"] <= 1
+    assert summary["test_accuracy"] <= summary["test_top5_accuracy"]
