@@ -183,6 +183,14 @@ def test_random_paths_have_the_asked_rank_and_scale():
     assert float(jnp.var(full)) == pytest.approx(1 / 6, rel=0.05)
 
 
+@pytest.mark.parametrize(("limit", "loops"), [(2**20, 0), (1000, 1)])
+def test_per_channel_paths_that_fit_are_made_without_a_loop(limit, loops):
+    units, params, mstate, shapes = setup("conv")
+    plan = feedback.plan(shapes, "channel", limit)
+    program = jax.make_jaxpr(lambda p: composed(units, p, mstate, plan=plan))(params)
+    assert str(program).count("scan[") == loops
+
+
 def test_the_bound_on_memory_chooses_the_form():
     shapes = [(4, 4, 8), (32,), (10,)]
     full = 4 * 10 * (4 * 4 * 8 + 32)

@@ -26,7 +26,11 @@ def images_of_a_hundred_kinds():
 
 @pytest.mark.parametrize(
     ("feedback", "form"),
-    [("composed", "full"), ("composed", "channel"), ("regression", "full")],
+    [
+        pytest.param("composed", "full", marks=pytest.mark.slow),
+        ("composed", "channel"),
+        ("regression", "full"),
+    ],
 )
 def test_direct_ssa_learns_a_hundred_classes(tmp_path, feedback, form):
     config = Config(

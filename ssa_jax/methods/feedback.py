@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 
     Attributes:
       per_channel: one value a class and channel instead of one a class and entry of the map.
-      rows: classes that are pushed down the network at a time.
+      rows: classes times inputs that may be pushed down the network at a time.
       size: bytes of all paths.
       full_size: bytes that they would take in full form.
     """
@@ -53,7 +53,8 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
       shapes: output shape of each unit for one example, the last one (classes,).
       form: ``"full"``, ``"channel"``, or ``"auto"``: full if the paths take at most `limit`.
       limit: bytes. In per-channel form it also bounds what building the paths takes, by the
-        number of classes that go down the network at a time.
+        number of classes that go down the network at a time. As many as it allows: what is done
+        in turn is a loop, in which a CPU takes many times as long for a convolution.
 
     Raises:
       ValueError: an unknown form.
@@ -66,7 +67,7 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
         return Plan(False, classes, full, full)
     size = _FLOAT_BYTES * classes * sum(s[-1] for s in hidden)
     largest = _FLOAT_BYTES * max((math.prod(s) for s in hidden), default=1)
-    return Plan(True, min(classes, max(1, limit // largest)), size, full)
+    return Plan(True, max(1, limit // largest), size, full)
 
 
 def channel_shape(shape: Shape) -> Shape:
