@@ -135,6 +135,14 @@ def test_collectives_are_read_off_a_program():
 SIZES = {"smallconv": 16, "vgg13": 32, "resnet32": 8}
 
 
+def test_a_step_makes_one_sum_over_the_devices_whatever_the_method():
+    sent = devices_process("sums_on_devices.py")
+    # Of regression the labels of some examples too, which are whole numbers.
+    assert sent.pop("regression") == {"all-reduce": 2}
+    assert set(sent) == {"bp", "svd_bp", "direct", "one ahead"}
+    assert all(kinds == {"all-reduce": 1} for kinds in sent.values())
+
+
 def trains_what_one_device_trains(model, method, dtype, rank, bound):
     script = ("mesh_on_devices.py", model, method, str(SIZES[model]), dtype, str(rank))
     found = devices_process(*script)

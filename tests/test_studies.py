@@ -477,6 +477,20 @@ def test_the_table_of_low_rank_walks_is_its_record():
         assert shown in page
 
 
+def test_the_tables_of_regression_are_their_record():
+    record = json.loads((ROOT / "results/regression/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    assert record["command"].replace("experiments.", "experiments.studies.") in page
+    for r in record["rows"]:
+        assert (
+            f"| {r['model']} | {r['label']} | {r['keep']} | {r['ridge']} | {r['train_loss']:.3f} "
+            f"| {r['test_accuracy']:.2f} % | {r['gradient_angle']:.1f}° | {r['signal_angle']:.1f}° |"
+        ) in page
+    for r in record["refresh"]:
+        costs = f"{r['composed']:.1f} M | {r['regression']:.1f} M"
+        assert f"| {r['model']} | {r['outputs']} | {costs} |" in page
+
+
 def test_the_falls_of_digits_are_those_of_their_record():
     record = json.loads((ROOT / "results/digits_steps/record.json").read_text())
     page = (ROOT / "docs/research.md").read_text()
