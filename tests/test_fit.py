@@ -5,6 +5,7 @@ import importlib.machinery
 import re
 import sys
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ import ssa_jax
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.methods import METHODS, Method
-from ssa_jax.reporting import callbacks
+from ssa_jax.reporting import callbacks, plots, summary
+from ssa_jax.runs import trained
 from ssa_jax.runs.run import run as by_config
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training import tasks
@@ -437,3 +439,79 @@ def test_every_run_logs_to_a_wandb_run_of_its_own(tmp_path, monkeypatch):
     # By default wandb hands out the run that is open, whose steps may not go back.
     assert all(settings["reinit"] == "create_new" for settings, _ in opened)
     assert [rows for _, rows in opened] == [[(3, {"step": 3, "train_loss": 0.5})]] * 2
+
+
+def test_targets_that_are_no_shares_of_classes_are_refused_with_the_loss_they_need():
+    real = RNG.normal(size=(len(X), 2)).astype(np.float32)
+    with pytest.raises(DataError, match=r"targets \(64, 2\) are shares .* mean_squared_error"):
+        ssa_jax.fit(Net(), (X, real), **OPTIONS)
+    shares = np.abs(real) / np.abs(real).sum(1, keepdims=True)
+    assert ssa_jax.fit(Net(), (X, shares), **OPTIONS).history
+
+
+def test_a_run_s_model_is_one_object_and_fine_tuning_goes_on_from_what_it_is():
+    run = ssa_jax.fit(Net(), (X, Y), method="bp", **OPTIONS)
+    assert run.model is run.model
+    before = run.predict(X)
+    head = next(n for n, layer in vars(run.model).items() if isinstance(layer, nnx.Linear)
+                and layer.out_features == 2)  # fmt: skip
+    inputs = getattr(run.model, head).in_features
+    setattr(run.model, head, nnx.Linear(inputs, 3, rngs=nnx.Rngs(1)))
+    tuned = ssa_jax.fit(run, (X, np.arange(len(X)) % 3), method="bp", **OPTIONS)
+    assert tuned.predict(X).shape == (len(X), 3)
+    assert np.array_equal(run.predict(X), before)
+
+
+def test_a_plain_function_is_trained_dense_without_being_asked():
+    params = {"a": 0.1 * jnp.ones((16, 8)), "b": 0.1 * jnp.ones((8, 2))}
+
+    def apply(params, x):
+        h = ssa_jax.cut(jnp.tanh(x.reshape(len(x), -1) @ params["a"]))
+        return h @ params["b"]
+
+    run = ssa_jax.fit(ssa_jax.Functional(apply, params), (X, Y), **OPTIONS)
+    assert run.config.method == "ssa"
+    assert not run.config.factorized
+    assert run.predict(X).shape == (len(X), 2)
+
+
+def test_evaluate_checks_what_it_is_given():
+    run = ssa_jax.fit(Net(), (X, Y), method="bp", **OPTIONS)
+    with pytest.raises(DataError, match=r"example 0 has label 5, outside \[0, 2\)"):
+        run.evaluate((X, np.full(len(X), 5)))
+    with pytest.raises(DataError, match="evaluate takes a pair"):
+        run.evaluate("images")
+
+
+def test_a_run_on_given_data_says_how_it_is_read(tmp_path):
+    ssa_jax.fit("mlp", (X, Y), method="bp", workdir=tmp_path / "a", **OPTIONS)
+    with pytest.raises(ConfigError, match="data that were given to fit; read it by load"):
+        trained.restore(tmp_path / "a")
+    (tmp_path / "a" / "data.json").unlink()
+    with pytest.raises(
+        WorkdirError, match=r"holds no run of ssa_jax\.fit, which leaves data\.json"
+    ):
+        ssa_jax.load(tmp_path / "a")
+
+
+def test_the_line_of_an_epoch_names_the_ranks_of_many_layers_by_their_range():
+    row = {
+        "epoch": 1, "angles": [3.0, 0.0], "ranks": {f"layer{i}": i for i in range(4, 44)},
+        "train_loss": 1.0, "test_accuracy": 0.5, "images_per_second": 9.0, "wall_s": 2.0,
+    }  # fmt: skip
+    assert "ranks 4 to 43  " in summary.line(row, 2)
+    assert "ranks [4]  " in summary.line({**row, "ranks": {"a": 4}}, 2)
+
+
+def test_pictures_of_many_layers_have_room_for_their_axes(tmp_path):
+    rows = [
+        {
+            "epoch": e, "train_loss": 1.0, "test_loss": 1.0, "angles": [20.0] * 60,
+            "signal_angles": [30.0] * 60, "ranks": {f"blocks/{i}/kernel": 8 + i for i in range(72)},
+        }
+        for e in (1, 2)
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = plots.draw(rows, tmp_path)
+    assert {f.name for f in files} >= {"angles.png", "ranks.png"}

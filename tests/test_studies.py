@@ -482,9 +482,10 @@ def test_the_tables_of_regression_are_their_record():
     page = (ROOT / "docs/research.md").read_text()
     assert record["command"].replace("experiments.", "experiments.studies.") in page
     for r in record["rows"]:
+        angles = f"{r['gradient_angle']:.1f}° | {r['signal_angle']:.1f}°"
         assert (
             f"| {r['model']} | {r['label']} | {r['keep']} | {r['ridge']} | {r['train_loss']:.3f} "
-            f"| {r['test_accuracy']:.2f} % | {r['gradient_angle']:.1f}° | {r['signal_angle']:.1f}° |"
+            f"| {r['test_accuracy']:.2f} % | {angles} |"
         ) in page
     for r in record["refresh"]:
         costs = f"{r['composed']:.1f} M | {r['regression']:.1f} M"

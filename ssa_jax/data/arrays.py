@@ -84,6 +84,14 @@ def _pair(which: str, pair: Pair, classes: bool) -> Pair:
                 "its loss, such as mean_squared_error"
             )
         y = y.astype(np.int32)
+    if classes and y.ndim == 2:
+        wrong = (y < 0).any(1) | (np.abs(y.sum(1) - 1) > 1e-3)
+        if wrong.any():
+            raise DataError(
+                f"{which} targets {y.shape} are shares of classes for cross-entropy, and example "
+                f"{np.argmax(wrong)} has none that add up to one; for a regression give its loss, "
+                "mean_squared_error, for several labels binary_cross_entropy"
+            )
     return _narrow(x), _narrow(y)
 
 

@@ -93,7 +93,10 @@ def _chosen(
         if n >= LEAST_FULL_RANK and _fits(path, include) and not _fits(path, exclude)
     }
     if not ranks:
-        raise ValueError(f"no layer is left to put on factors of {', '.join(layers)}")
+        raise ValueError(
+            f"no layer is left to put on factors of {', '.join(layers)}: a full rank of at least "
+            f"{LEAST_FULL_RANK} is needed; factorize='off' trains dense layers"
+        )
     return ranks
 
 

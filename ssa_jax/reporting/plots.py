@@ -140,6 +140,10 @@ def draw_panels(file: Path, panels: Sequence[Panel], title: str) -> Path | None:
     return figure(file, fill)
 
 
+# As many as a legend as high as a figure has room for.
+_MOST_NAMES = 20
+
+
 def plain(label: str) -> str:
     """A label as it reads: matplotlib takes dollars for formulas and hides what begins with _."""
     return ("\u200a" if label.startswith("_") else "") + label.replace("$", r"\$")
@@ -214,7 +218,17 @@ def _angles(figure: Any, rows: list[Row]) -> None:
                       label=f"unit {i + 1}")  # fmt: skip
         axes.axhline(90, color="0.6", linestyle=":", label="orthogonal")
         axes.set_ylim(0, max(100, *(a + 5 for r in rows for a in r[name])))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Names beside the axes, the first and the last of more than have a place there."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > _MOST_NAMES:
+        ends = [0, 1, len(labels) - 2, len(labels) - 1]
+        handles, labels = [handles[i] for i in ends], [labels[i] for i in ends]
+        axes.set_title(f"{axes.get_title()} (named: the first two and the last two)")
+    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _ranks(figure: Any, rows: list[Row]) -> None:
@@ -223,4 +237,4 @@ def _ranks(figure: Any, rows: list[Row]) -> None:
         axes.plot([r["epoch"] for r in rows], [r["ranks"][name] for r in rows], marker=".",
                   label=name.removesuffix("/kernel"))  # fmt: skip
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)

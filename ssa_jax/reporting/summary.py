@@ -9,16 +9,21 @@ Array = jax.Array
 Row = dict[str, Any]
 
 
+# As many as have a place in a line.
+_MOST_RANKS = 16
+
+
 def line(row: Row, epochs: int) -> str:
     """The row of an epoch as one line for the terminal."""
     hidden = row["angles"][:-1]
     stored = list(row["ranks"].values())
+    shown = f"{min(stored)} to {max(stored)}" if len(stored) > _MOST_RANKS else str(stored)
     parts = [
         f"epoch {row['epoch']}/{epochs}",
         f"loss {row['train_loss']:.4f}",
         f"test {shown_score(row)}",
         f"angle {sum(hidden) / max(1, len(hidden)):.1f}°",
-        f"ranks {stored}" if stored else "",
+        f"ranks {shown}" if stored else "",
         f"{row['images_per_second']:.0f} img/s",
         f"{row['wall_s']:.0f} s",
     ]

@@ -16,7 +16,8 @@ import jax
 from ssa_jax.data import Dataset
 from ssa_jax.data.batches import Batches
 from ssa_jax.errors import ConfigError
-from ssa_jax.networks.models import start
+from ssa_jax.networks.factorize import has_factors
+from ssa_jax.networks.models import Functional, start
 from ssa_jax.runs import build
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.fitted import Described, Run
@@ -103,6 +104,9 @@ def fit(
         )
         if isinstance(data, Batches):
             batch_size = data.batch_size
+        if isinstance(model, Functional) and not has_factors(model):
+            # Which of a function's parameters are kernels it does not tell.
+            settings = {"factorize": "off", **settings}
         if moments is not None and isinstance(data, Dataset):
             data = data._replace(moments=moments)
         temporary = None if workdir else _Temporary()
@@ -149,7 +153,10 @@ def load(
         stored = stored_config(folder)
         data = Described.read(folder)
         if stored is None or data is None:
-            raise WorkdirError(f"{folder} holds no run of ssa_jax.fit")
+            raise WorkdirError(
+                f"{folder} holds no run of ssa_jax.fit"
+                + (", which leaves data.json beside config.json" if stored else "")
+            )
         config = Config(**stored)
         objects = {
             "model": model, "method": method, "loss": loss, "optimizer": optimizer,

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssa_jax import data as data_lib
+from ssa_jax.data.arrays import is_pair
+from ssa_jax.errors import DataError
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.units import Unit
 from ssa_jax.reporting import plots
@@ -102,12 +104,13 @@ class Run:
         """What the run ended with."""
         return read_json(self.folder / "summary.json") or {}
 
-    @property
+    @functools.cached_property
     def model(self) -> Any:
         """The model with the trained values, in evaluation mode, at the stored ranks.
 
         An NNX module, a `LinenModel` or a `Functional`, as it was given. It takes normalised
-        inputs; `predict` takes raw ones.
+        inputs; `predict` takes raw ones. Always the same object: what is changed in it, such as a
+        new last layer, is what `fit(run, ...)` goes on from, and not what `predict` computes.
         """
         return self.built.merge(self.state.params, self.state.mstate)
 
@@ -142,8 +145,21 @@ class Run:
             yield data_lib.normalise(padded, self.data.moments), len(rows)
 
     def evaluate(self, test: tuple[Any, Any]) -> Row:
-        """Mean loss and metrics on raw inputs and targets, by name."""
+        """Mean loss and metrics on raw inputs and targets, by name.
+
+        Raises:
+          DataError: no pair of arrays, or labels that the run has no class for.
+        """
+        if not is_pair(test):
+            raise DataError(f"evaluate takes a pair (inputs, targets), got {type(test).__name__}")
         x, y = (np.asarray(a) for a in test)
+        if self.built.task.classes and y.ndim == 1 and len(y):
+            wrong = (y < 0) | (y >= self.data.classes)
+            if wrong.any():
+                raise DataError(
+                    f"example {np.argmax(wrong)} has label {y[np.argmax(wrong)]}, outside "
+                    f"[0, {self.data.classes})"
+                )
         outputs = jnp.asarray(self.predict(x))
         targets = jnp.asarray(y if np.issubdtype(y.dtype, np.floating) else y.astype(np.int32))
         measure = train.make_eval((_IDENTITY,), self.built.task)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from ssa_jax.errors import ConfigError
 from ssa_jax.runs import build, inputs, network, workdir
 from ssa_jax.runs.config import Config, identity
-from ssa_jax.runs.given import NOTHING, Given
+from ssa_jax.runs.given import NOTHING, PREFIX, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -57,6 +58,8 @@ def restore(
     checkpoints = Checkpoints(folder.checkpoints, config=identity(config))
     if checkpoints.latest() is None:
         raise CheckpointError(f"{path} holds no checkpoint; train it first, with --resume")
+    if data is None and config.dataset.startswith(f"{PREFIX}:"):
+        raise ConfigError(f"{path} was trained on data that were given to fit; read it by load")
     data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir), data)
     built = build.build(config, data, given=given)
     position, state = checkpoints.restore(built.state)
