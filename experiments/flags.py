@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from absl import app, flags, logging
@@ -16,11 +17,13 @@ from experiments import help
 from experiments.recipes import RECIPES
 from ssa_jax.errors import ConfigError, DataError, NotFiniteError
 from ssa_jax.export import ExportError
+from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.parallel import processes
 from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError
+from ssa_jax.transforms.selection import NothingToActOn
 
 EXIT_USAGE = 2
 EXIT_NOT_FINITE = 3
@@ -112,6 +115,22 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of the library as one line; of others with the place that it comes from."""
+    if category in (LeftDense, NothingToActOn):
+        text = f"note: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
 def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
     """Parses the flags and runs main; an error a user can mend becomes one line and a code.
 
@@ -123,6 +142,7 @@ def run_program(main: Callable[..., Any], *, arguments: bool = False) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
+        warnings.showwarning = _show_warning
         try:
             main(argv[1:]) if arguments else main()
         except (ConfigError, DataError, WorkdirError, ExportError) as e:

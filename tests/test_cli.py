@@ -21,6 +21,7 @@ from experiments import flags, table
 from experiments.seeds import run_seeds
 from experiments.show import runs, variants
 from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.reporting.summary import best_epoch
 from ssa_jax.runs import config as config_lib
 from ssa_jax.runs import workdir
@@ -548,3 +549,11 @@ def test_it_runs_as_one_debugs(name, tmp_path):
     # Random numbers are others in double precision.
     bound = 1.0 if name == "JAX_ENABLE_X64" else 1e-3
     assert losses[1] == pytest.approx(losses[0], abs=bound)
+
+
+def test_what_the_library_leaves_dense_is_told_in_one_line(capsys):
+    flags._show_warning(LeftDense("left dense: a (depthwise)"), LeftDense, "vit.py", 122)
+    flags._show_warning("older than it looks", DeprecationWarning, "there.py", 3)
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "note: left dense: a (depthwise)"
+    assert rest[0].startswith("there.py:3: DeprecationWarning: older than it looks")
