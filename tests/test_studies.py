@@ -492,6 +492,18 @@ def test_the_tables_of_regression_are_their_record():
         assert f"| {r['model']} | {r['outputs']} | {costs} |" in page
 
 
+def test_the_table_of_16_pixels_is_its_record():
+    record = json.loads((ROOT / "results/gap_16_pixels/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    assert record["command"] in page
+    assert record["commit"] in page
+    for r in record["rows"]:
+        assert (
+            f"| {r['label']} | {r['train_loss']:.3f} | {r['test_accuracy']:.2f} % "
+            f"| {r['gradient_angle']:.1f}° | {r['signal_angle']:.1f}° |"
+        ) in page
+
+
 def test_the_falls_of_digits_are_those_of_their_record():
     record = json.loads((ROOT / "results/digits_steps/record.json").read_text())
     page = (ROOT / "docs/research.md").read_text()
