@@ -77,7 +77,7 @@ def moved(conv, pays, monkeypatch, *args):
         return y
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "conv", recorded)
+        patch.setattr(layers.conv, "conv", recorded)
         patch.setattr(layers.products, "conv_general_dilated", recorded)
         jax.eval_shape(local_pass(conv, pays, patch), *args)
     # Each goes forward and has a gradient of its kernel, and all but the first one of their input.

@@ -48,7 +48,7 @@ def local(network: Network, options: FeedbackOptions) -> Method:
     classes = network.shapes[-1][0]
 
     def init(key: Array, i: int) -> Tree:
-        return _init_readout(key, network.shapes[i], classes, options.readout)
+        return _init_readout(key, _spatial(network.shapes[i]), classes, options.readout)
 
     def loss(readout: Tree, i: int, h: Array, targets: Array) -> Array:
         del i
@@ -132,6 +132,11 @@ def _init_readout(key: Array, shape: tuple[int, ...], classes: int, kind: str) -
     return readout
 
 
+def _spatial(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, of tokens (T, C) that of a map one position wide."""
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+
+
 def _is_map(shape: tuple[int, ...]) -> bool:
     """Whether a unit's output has more than one position."""
     return len(shape) == 3 and shape[0] * shape[1] > 1
@@ -149,6 +154,7 @@ def _pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def readout_loss(readout: Tree, h: Array, targets: Array) -> Array:
     """ℓ of one unit's output h (batch, ...) on one-hot targets (batch, classes); see `local`."""
+    h = h.reshape(len(h), *_spatial(h.shape[1:]))
     losses = {name: _LOSSES[name](weights, h, targets) for name, weights in readout.items()}
     if len(losses) == 1:
         return losses.popitem()[1]
