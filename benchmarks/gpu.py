@@ -129,12 +129,11 @@ def _setup(args: argparse.Namespace, out: Path) -> Setup:
     if args.quick and data is None:
         data = out / "noise"
         gpu_data.split(gpu_data.noise(64, 16), data)
+    rounds = 3 if args.quick else 7
     if not gpu_data.parts(data):
-        return Setup(out / "logs", rounds=3 if args.quick else 7)
-    return Setup(
-        out / "logs", 3 if args.quick else 7, data, gpu_data.join(data).train_size,
-        max_steps=5 if args.quick else 0,
-    )  # fmt: skip
+        return Setup(out / "logs", rounds)
+    size, steps = gpu_data.join(data).train_size, 5 if args.quick else 0
+    return Setup(out / "logs", rounds, data, size, max_steps=steps)
 
 
 def _measure(setup: Setup, log: Log) -> Measure:

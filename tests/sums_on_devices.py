@@ -43,7 +43,7 @@ def main():
         built = build(Config(dataset="digits", batch_size=BATCH, **settings), data)
         step = train.make_step(built.units, built.method, built.optimizer, built.weights)
         with layout.active():
-            step = layout.returning(lambda d: (layout.keep(d[0]), layout.whole(d[1])), step)
+            step = layout.returning(layout.stepped, step)
             program = step.lower(layout.place(built.state), batch).compile().as_text()
         sent[name] = collections.Counter(c.kind for c in collectives(program))
     print(json.dumps(sent))

@@ -445,6 +445,9 @@ def test_targets_that_are_no_shares_of_classes_are_refused_with_the_loss_they_ne
     real = RNG.normal(size=(len(X), 2)).astype(np.float32)
     with pytest.raises(DataError, match=r"targets \(64, 2\) are shares .* mean_squared_error"):
         ssa_jax.fit(Net(), (X, real), **OPTIONS)
+    batches = [(X[i : i + 8], real[i : i + 8]) for i in range(0, len(X), 8)]
+    with pytest.raises(DataError, match=r"batch's targets \(8, 2\) are shares .* mean_squared"):
+        ssa_jax.fit(Net(), batches, test=(X, real), epochs=1)
     shares = np.abs(real) / np.abs(real).sum(1, keepdims=True)
     assert ssa_jax.fit(Net(), (X, shares), **OPTIONS).history
 

@@ -84,14 +84,8 @@ def _pair(which: str, pair: Pair, classes: bool) -> Pair:
                 "its loss, such as mean_squared_error"
             )
         y = y.astype(np.int32)
-    if classes and y.ndim == 2:
-        wrong = (y < 0).any(1) | (np.abs(y.sum(1) - 1) > 1e-3)
-        if wrong.any():
-            raise DataError(
-                f"{which} targets {y.shape} are shares of classes for cross-entropy, and example "
-                f"{np.argmax(wrong)} has none that add up to one; for a regression give its loss, "
-                "mean_squared_error, for several labels binary_cross_entropy"
-            )
+    if classes:
+        check_shares(which, y)
     return _narrow(x), _narrow(y)
 
 
@@ -112,13 +106,31 @@ def _held_out(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
 def _check_labels(train: np.ndarray, test: np.ndarray, classes: int | None) -> int:
     number = int(train.max()) + 1 if classes is None else classes
     for which, labels in (("train", train), ("test", test)):
-        if len(wrong := np.flatnonzero((labels < 0) | (labels >= number))):
-            raise DataError(
-                f"{which}: example {wrong[0]} has label {labels[wrong[0]]}, outside [0, {number})"
-            )
+        check_range(which, labels, number)
     if (train == train[0]).all():
         raise DataError(f"train: all labels are {train[0]}, there is nothing to tell apart")
     return number
+
+
+def check_range(which: str, labels: np.ndarray, classes: int) -> None:
+    """Raises DataError for a label outside [0, classes)."""
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
+        raise DataError(
+            f"{which}: example {wrong[0]} has label {labels[wrong[0]]}, outside [0, {classes})"
+        )
+
+
+def check_shares(which: str, targets: np.ndarray) -> None:
+    """Raises DataError for targets (n, classes) of cross-entropy that are no distributions."""
+    if targets.ndim != 2:
+        return
+    wrong = (targets < 0).any(1) | (np.abs(targets.sum(1) - 1) > 1e-3)
+    if wrong.any():
+        raise DataError(
+            f"{which} targets {targets.shape} are shares of classes for cross-entropy, and example "
+            f"{np.argmax(wrong)} has none that add up to one; for a regression give its loss, "
+            "mean_squared_error, for several labels binary_cross_entropy"
+        )
 
 
 def is_pair(train: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ssa_jax.data.arrays import check_shares
 from ssa_jax.data.loader import Feed
 from ssa_jax.errors import DataError
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
@@ -123,7 +124,8 @@ def from_batches(
       steps_per_epoch: batches in a pass; None: the length of `source`.
 
     Raises:
-      DataError: no length, no batch, no test examples, or batches that are no pairs of arrays.
+      DataError: no length, no batch, no test examples, batches that are no pairs of arrays, or
+        targets (n, classes) of cross-entropy that are no distributions.
     """
     once = iter(source) is source
     if steps_per_epoch is None and not hasattr(source, "__len__"):
@@ -137,6 +139,9 @@ def from_batches(
     if test is None:
         raise DataError("batches need examples to test on: test=(inputs, targets)")
     pair, tested = _pair(first), _read(test)
+    if classes:
+        check_shares("the first batch's", pair[1])
+        check_shares("test", tested[1])
     if classes and pair[1].ndim == 1:
         labels = np.concatenate([pair[1], tested[1]])
         outputs = int(labels.max()) + 1 if outputs is None else outputs

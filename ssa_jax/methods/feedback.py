@@ -70,9 +70,17 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
     return Plan(True, max(1, limit // largest), size, full)
 
 
-def channel_shape(shape: Shape) -> Shape:
-    """Of what is the same at every position."""
-    return (1,) * (len(shape) - 1) + shape[-1:]
+def stored_shapes(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
+    """Of the paths of the hidden units, without the axis of the outputs."""
+    if not plan.per_channel:
+        return list(shapes[:-1])
+    return [(1,) * (len(shape) - 1) + shape[-1:] for shape in shapes[:-1]]
+
+
+def over_positions(x: Array) -> Array:
+    """The mean of x (batch, ..., channels) over all axes between, which stay with size one."""
+    positions = tuple(range(1, x.ndim - 1))
+    return jnp.mean(x, positions, keepdims=True) if positions else x
 
 
 def composed_paths(
@@ -110,9 +118,8 @@ def composed_paths(
         found: list[Array] = []
         for pullback in reversed(pullbacks):
             (signal,) = pullback(signal)
-            positions = tuple(range(1, signal.ndim - 1)) if plan.per_channel else ()
             own = signs(signal) * signal
-            mean = jnp.mean(own, positions, keepdims=True) if positions else own
+            mean = over_positions(own) if plan.per_channel else own
             found.insert(0, jnp.mean(mean, 0))
         return tuple(found)
 
@@ -163,7 +170,7 @@ def random_paths(
       n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
     """
     classes = math.prod(shapes[-1])
-    stored = [channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
+    stored = stored_shapes(shapes, plan)
     paths = []
     for k, shape, rank in zip(jax.random.split(key, len(shapes)), stored, ranks, strict=False):
         k, k_svd = jax.random.split(k)

@@ -22,7 +22,7 @@ RIDGE = 1e-3
 def empty(shapes: Sequence[fb.Shape], plan: fb.Plan) -> tuple[tuple[Array, ...], Array]:
     """Paths and Gram matrix before any example was seen: zeros."""
     outputs = math.prod(shapes[-1])
-    stored = [fb.channel_shape(s) if plan.per_channel else s for s in shapes[:-1]]
+    stored = fb.stored_shapes(shapes, plan)
     return tuple(jnp.zeros((outputs, *s)) for s in stored), jnp.zeros((outputs, outputs))
 
 
@@ -65,9 +65,7 @@ def regress(
     found: list[Array] = []
     for pullback, path in zip(reversed(pullbacks), reversed(paths), strict=True):
         (signal,) = pullback(signal)
-        seen = signal
-        if path.shape[1:] != signal.shape[1:]:
-            seen = jnp.mean(signal, tuple(range(1, signal.ndim - 1)), keepdims=True)
+        seen = signal if path.shape[1:] == signal.shape[1:] else fb.over_positions(signal)
         moments = KEEP * jnp.tensordot(_ridged(was), path, 1) + jnp.tensordot(e.T, seen, 1)
         found.insert(0, jnp.tensordot(inverse, moments, 1))
     return tuple(found), now

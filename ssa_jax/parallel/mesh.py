@@ -85,6 +85,10 @@ class Layout(NamedTuple):
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P()))
 
+    def stepped(self, done: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+        """Inside a jitted program: what a step returns, the state and its metrics."""
+        return self.keep(done[0]), self.whole(done[1])
+
     def rows(self, tree: Tree) -> Tree:
         """Inside a jitted program: the leading axis of each array spread over the devices.
 
@@ -101,7 +105,7 @@ class Layout(NamedTuple):
         return jax.tree.map(spread, tree)
 
     def returning(self, put: Callable[[T], T], fn: Callable[..., T]) -> Callable[..., T]:
-        """The jitted program of fn with `put` (`keep` or `whole`) around what it returns.
+        """The jitted program of fn with `put`, such as `keep`, around what it returns.
 
         fn itself where there is one device.
         """

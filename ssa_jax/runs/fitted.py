@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssa_jax import data as data_lib
-from ssa_jax.data.arrays import is_pair
+from ssa_jax.data.arrays import check_range, is_pair
 from ssa_jax.errors import DataError
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.units import Unit
@@ -153,13 +153,8 @@ class Run:
         if not is_pair(test):
             raise DataError(f"evaluate takes a pair (inputs, targets), got {type(test).__name__}")
         x, y = (np.asarray(a) for a in test)
-        if self.built.task.classes and y.ndim == 1 and len(y):
-            wrong = (y < 0) | (y >= self.data.classes)
-            if wrong.any():
-                raise DataError(
-                    f"example {np.argmax(wrong)} has label {y[np.argmax(wrong)]}, outside "
-                    f"[0, {self.data.classes})"
-                )
+        if self.built.task.classes and y.ndim == 1:
+            check_range("test", y, self.data.classes)
         outputs = jnp.asarray(self.predict(x))
         targets = jnp.asarray(y if np.issubdtype(y.dtype, np.floating) else y.astype(np.int32))
         measure = train.make_eval((_IDENTITY,), self.built.task)

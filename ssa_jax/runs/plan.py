@@ -62,7 +62,7 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
     step = train.make_step(
         built.units, built.method, built.optimizer, built.weights, memory=built.memory
     )
-    step = returning(lambda done: (keep(done[0]), whole(done[1])), step)
+    step = returning(where.layout.stepped, step)
 
     def initialisation(params: Tree, mstate: Tree, key: jax.Array) -> Any:
         feedback = built.method.init(key, params, mstate)

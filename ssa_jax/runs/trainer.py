@@ -93,8 +93,7 @@ class Trainer:
         step = train.make_step(
             built.units, method, built.optimizer, built.weights, memory=built.memory
         )
-        keep, whole = self.layout.keep, self.layout.whole
-        step = self.layout.returning(lambda done: (keep(done[0]), whole(done[1])), step)
+        step = self.layout.returning(self.layout.stepped, step)
         asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
             jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
         )
