@@ -10,6 +10,8 @@ from flax import nnx
 
 from ssa_jax.layers import Pool
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network
+from ssa_jax.methods.base import all_down
+from ssa_jax.methods.feedback import through_twins
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import (
     Plain,
@@ -24,7 +26,7 @@ from ssa_jax.models.mobilenet import V2, V3_SMALL
 from ssa_jax.models.vit import vit_tiny
 from ssa_jax.networks import models
 from ssa_jax.networks.factorize import LeftDense
-from ssa_jax.networks.forward import output_shapes
+from ssa_jax.networks.forward import output_shapes, visited
 from ssa_jax.training import tasks
 from ssa_jax.types import Batch
 
@@ -176,3 +178,8 @@ def first(cases, n):
     cases = list(cases)
     rest = [case if isinstance(case, tuple) else (case,) for case in cases[n:]]
     return [*cases[:n], *(pytest.param(*case, marks=pytest.mark.slow) for case in rest)]
+
+
+def walk(units, params, twins, tape, error):
+    """The signals of all units that a walk through twins makes of an error."""
+    return all_down(through_twins(units, twins), visited(tape, params), error)

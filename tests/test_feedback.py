@@ -14,6 +14,7 @@ from helpers import (
     max_difference,
     output_error,
     split,
+    walk,
 )
 
 from ssa_jax.methods import feedback
@@ -75,7 +76,7 @@ def test_composed_path_is_the_mean_of_what_the_walk_makes_of_each_logit(name):
     paths = composed(units, params, mstate, twins)
     for c in range(CLASSES):
         unit_vectors = SIGNS[:, None] * jnp.broadcast_to(jnp.eye(CLASSES)[c], logits.shape)
-        signals = feedback.walk(units, params, twins, tape, unit_vectors)
+        signals = walk(units, params, twins, tape, unit_vectors)
         means = [jnp.tensordot(SIGNS, signal, 1) / INPUTS for signal in signals[:-1]]
         assert max_difference([path[c] for path in paths], means) < 1e-5
     assert max_difference(paths, composed(units, params, mstate)) > 1e-2
@@ -168,7 +169,7 @@ def test_walk_with_the_weights_as_twins_is_backpropagation(name):
     for pullback in tape.pullbacks[:0:-1]:
         delta = pullback(delta)[1]
         expected.insert(0, delta)
-    signals = feedback.walk(units, params, params, tape, error)
+    signals = walk(units, params, params, tape, error)
     assert max_difference(signals, expected) < 1e-6
 
 

@@ -45,7 +45,8 @@ def test_auto_streams_where_the_tape_takes_over_half_the_device(digits, monkeypa
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"method": "bp"}, "taped"),
+        ({"method": "bp"}, "streamed"),
+        ({"method": "local"}, "taped"),
         ({"warmup_method": "local"}, "taped"),
         ({"warmup_method": "dfa"}, "streamed"),
         ({"memory": "taped"}, "taped"),

@@ -29,10 +29,13 @@ DIRECT = {
     "ssa, random": {"path": "random", "update": "fixed"},
     **{f"ssa, {n} ahead": {"lookahead": n} for n in (1, 2, 9)},
 }
-TAPED_ONLY = {
-    **{name: {} for name in METHODS if name not in ("dfa", "drtp", "ssa")},
-    "ssa, sequential": {"path": "sequential"},
+WALKING = {
+    **{name: {} for name in ("bp", "svd_bp", "fa", "usf", "frsf", "brsf", "kp")},
+    "ssa, sequential": {"path": "sequential", "update": "mutual"},
+    "ssa, walk": {"path": "sequential", "rank": 0.5},
 }
+STREAMED = DIRECT | WALKING
+TAPED_ONLY = {name: {} for name in METHODS if name not in (*STREAMED,)}
 
 
 def chain(schedule="none", optimizer="adam"):
@@ -63,14 +66,16 @@ def trained(name, options, memory, optimizer, steps=3, network="conv"):
     [
         pytest.param("ssa", "conv", marks=pytest.mark.slow),
         ("ssa, 1 ahead", "conv"),
+        ("svd_bp", "residual"),
+        ("ssa, walk", "conv"),
         ("dfa", "vit"),
         pytest.param("ssa, 1 ahead", "vit", marks=pytest.mark.slow),
         pytest.param("ssa, 1 ahead", "inverted", marks=pytest.mark.slow),
         pytest.param("ssa", "residual", marks=pytest.mark.long),
         *(
             pytest.param(n, "conv", marks=pytest.mark.long)
-            for n in DIRECT
-            if n not in ("ssa", "ssa, 1 ahead")
+            for n in STREAMED
+            if n not in ("ssa", "ssa, 1 ahead", "ssa, walk")
         ),
     ],
 )
@@ -78,12 +83,12 @@ def test_streamed_equals_taped(name, network):
     # A key's bias has no gradient but rounding, which Adam would blow up to a whole step.
     optimizer = chain("hybrid", "momentum" if network == "vit" else "adam")
     ours, theirs = (
-        trained(name, DIRECT[name], memory, optimizer, network=network)
+        trained(name, STREAMED[name], memory, optimizer, network=network)
         for memory in ("streamed", "taped")
     )
     assert max_difference(ours, theirs) < 2e-5
     # And it moved on: the state after one step is far from both.
-    start, _ = trained(name, DIRECT[name], "taped", chain("hybrid"), steps=1, network=network)
+    start, _ = trained(name, STREAMED[name], "taped", chain("hybrid"), steps=1, network=network)
     assert max_difference(ours[0].params, start.params) > 1e-3
 
 
@@ -98,7 +103,7 @@ def test_a_chain_that_looks_at_all_units_together_streams_too():
 
 @pytest.mark.parametrize("name", TAPED_ONLY)
 def test_a_method_that_reads_the_tape_cannot_stream(name):
-    with pytest.raises(ValueError, match="need the error alone"):
+    with pytest.raises(ValueError, match="need the error alone or walk down"):
         trained(name, TAPED_ONLY[name], "streamed", chain(), steps=1)
 
 
@@ -107,6 +112,9 @@ def test_a_relay_streams_only_if_neither_of_its_updates_reads_the_tape():
     ssa, dfa, local = (make_method(name, units, params, mstate) for name in ("ssa", "dfa", "local"))
     assert all(method.direct for method in relay(dfa, ssa))
     assert not any(method.direct for method in relay(local, ssa))
+    first, then = relay(make_method("svd_bp", units, params, mstate), ssa)
+    assert first.down
+    assert then.direct
 
 
 def test_unknown_memory_mode():
@@ -116,7 +124,7 @@ def test_unknown_memory_mode():
         make_step(units, method, optax.sgd(1e-2), LossWeights(), memory="tape")
 
 
-def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32):
+def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32, name="ssa"):
     """The compiled step of a deep convolutional network of equal units."""
     rngs = nnx.Rngs(0)
     first = [Plain(conv(3, width, 3, rank=None, rngs=rngs), activation=nnx.relu)]
@@ -127,7 +135,7 @@ def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32):
     ]  # fmt: skip
     last = Plain(dense(width, 10, rank=None, rngs=rngs), average=True, flatten=True)
     units, params, mstate = apart(Feedforward([*first, *units, last]), (size, size, 3))
-    method = make_method("ssa", units, params, mstate, shape=(size, size, 3))
+    method = make_method(name, units, params, mstate, shape=(size, size, 3))
     optimizer = optax.sgd(1e-2)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))
     images = Batch(jnp.zeros((batch, size, size, 3)), jnp.zeros(batch, jnp.int32))
@@ -136,9 +144,9 @@ def compiled(depth, memory, rank=0.5, width=16, size=16, batch=32):
     return program, 4 * batch * size * size * width
 
 
-def maps_held(depth, memory):
+def maps_held(depth, memory, name="ssa"):
     """Temporary memory of the step in maps of one unit."""
-    program, one_map = compiled(depth, memory)
+    program, one_map = compiled(depth, memory, name=name)
     return program.memory_analysis().temp_size_in_bytes / one_map
 
 
@@ -148,6 +156,14 @@ def test_memory_is_flat_in_depth_when_streamed():
     # Less than an eighth of one map a unit: nothing is kept of the units passed.
     assert deep < shallow + 1
     assert maps_held(12, "taped") - maps_held(4, "taped") > 8
+
+
+@pytest.mark.long
+def test_memory_grows_as_the_root_of_depth_where_a_streamed_signal_walks_down():
+    # Of 5 and 17 units 3 and 5 are a segment.
+    shallow, deep = (maps_held(depth, "streamed", "svd_bp") for depth in (3, 15))
+    taped = [maps_held(depth, "taped", "svd_bp") for depth in (3, 15)]
+    assert deep - shallow < 0.5 * (taped[1] - taped[0])
 
 
 def held_beside_the_state(depth, memory, optimizer, width=128):

@@ -16,13 +16,13 @@ from helpers import (
     max_difference,
     output_error,
     split,
+    walk,
 )
 
 import ssa_jax
 from ssa_jax import factors
 from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers import products
-from ssa_jax.methods import feedback as fb
 from ssa_jax.models.feedforward import mlp
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import group_units, in_precision
@@ -75,7 +75,7 @@ def test_a_share_is_the_walk_through_weights_without_their_small_singular_values
     units, params, mstate = split(network, 0.5)
     params = spread_spectra(params)
     ours, tape, error = signals(units, params, mstate, path="sequential", rank=share)
-    cut = fb.walk(units, params, masked(params, share), tape, error)
+    cut = walk(units, params, masked(params, share), tape, error)
     assert max_difference(ours, cut) < 1e-6
     exact, *_ = signals(units, params, mstate, name="svd_bp")
     assert max_difference(ours[0], exact[0]) > 1e-4

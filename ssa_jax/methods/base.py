@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ssa_jax.networks.forward import Tape
+from ssa_jax.networks.forward import Tape, Visited, visited
 from ssa_jax.networks.units import Unit
 
 Array = jax.Array
 Tree = Any
 Direct = Callable[[Tree, Array, Any, int], Array]
+# (unit i, δ_i) -> δ_{i-1}
+Through = Callable[[Visited, Array], Array]
 
 
 def _keep(feedback: Tree, *_: Any) -> Tree:
@@ -36,6 +38,9 @@ class Method(NamedTuple):
       direct: (feedback, error, batch, i) -> δ_i of hidden unit i, for a method whose signals
         need the error alone and whose update leaves the tape unread: such a method can train
         without a tape (see `train.make_step`). None for the others.
+      down: (feedback, params) -> how a signal walks down through one unit, for a method whose
+        signals are made so from the error, and whose update leaves the tape unread: such a method
+        can train with a few units' tape at a time. None for the others.
       ahead: units that a direct signal is pulled back through exactly before it is used; those
         of `signals` are.
       note: what a run should report of the feedback, in a few words; may be empty.
@@ -48,8 +53,14 @@ class Method(NamedTuple):
     refresh_every: int = 0
     twins: Callable[[Tree], Tree | None] = _no_twins
     direct: Direct | None = None
+    down: Callable[[Tree, Tree], Through] | None = None
     ahead: int = 0
     note: str = ""
+
+
+def streams(method: Method) -> bool:
+    """Whether the method can train without the tape of the whole network."""
+    return method.direct is not None or method.down is not None
 
 
 def all_direct(direct: Direct, units: int) -> Callable[..., Sequence[Array]]:
@@ -62,6 +73,26 @@ def all_direct(direct: Direct, units: int) -> Callable[..., Sequence[Array]]:
         return (*(direct(feedback, error, batch, i) for i in range(units - 1)), error)
 
     return signals
+
+
+def all_down(through: Through, units: Sequence[Visited], error: Array) -> list[Array]:
+    """The signals of all units, δ_n = e and δ_{i-1} = through(i, δ_i)."""
+    deltas = [error]
+    for unit in units[:0:-1]:
+        deltas.insert(0, through(unit, deltas[0]))
+    return deltas
+
+
+def walking(
+    init: Callable[[Array, Tree, Tree], Tree], down: Callable[[Tree, Tree], Through]
+) -> Method:
+    """The method whose error walks down from unit to unit, see `all_down`."""
+
+    def signals(feedback: Tree, params: Tree, tape: Tape, error: Array, batch: Any) -> list[Array]:
+        del batch
+        return all_down(down(feedback, params), visited(tape, params), error)
+
+    return Method(init=init, signals=signals, down=down)
 
 
 def one_hot(labels: Array, outputs: Array) -> Array:

@@ -5,11 +5,16 @@ from typing import Any
 import jax
 
 from ssa_jax import factors
-from ssa_jax.methods.base import FeedbackOptions, Method, Network
-from ssa_jax.networks.forward import Tape
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, walking
+from ssa_jax.networks.forward import Tape, Visited
 
 Array = jax.Array
 Tree = Any
+
+
+def through(unit: Visited, signal: Array) -> Array:
+    """δ_{i-1} = (∂h_i/∂x_i)ᵀ δ_i by the unit's own pullback."""
+    return unit.pullback(signal)[1]
 
 
 def chain(tape: Tape, error: Array) -> list[Array]:
@@ -23,12 +28,7 @@ def chain(tape: Tape, error: Array) -> list[Array]:
 def bp(network: Network, options: FeedbackOptions) -> Method:
     """δ_{i-1} = (∂h_i/∂x_i)ᵀ δ_i from δ_n = e: the exact gradient (Rumelhart et al. 1986)."""
     del network, options
-
-    def signals(feedback: Any, params: Tree, tape: Tape, error: Array, batch: Any) -> list[Array]:
-        del feedback, params, batch
-        return chain(tape, error)
-
-    return Method(init=lambda key, params, mstate: (), signals=signals)
+    return walking(lambda key, params, mstate: (), lambda feedback, params: through)
 
 
 def svd_bp(network: Network, options: FeedbackOptions) -> Method:

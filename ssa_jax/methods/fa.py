@@ -1,6 +1,6 @@
 """Feedback alignment: the error walks down through twins that are not the weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ssa_jax.methods import feedback as fb
 from ssa_jax.methods import twins as tw
-from ssa_jax.methods.base import FeedbackOptions, Method, Network
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, Through, walking
 from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
@@ -93,9 +93,8 @@ def _walking(
 ) -> Method:
     """The method whose error walks down through twins_of(state, params)."""
 
-    def signals(state: Tree, params: Tree, tape: Tape, error: Array, batch: Any) -> Sequence[Array]:
-        del batch
-        return fb.walk(network.units, params, twins_of(state, params), tape, error)
+    def down(state: Tree, params: Tree) -> Through:
+        return fb.through_twins(network.units, twins_of(state, params))
 
-    method = Method(init=lambda key, params, mstate: init(key, params), signals=signals)
+    method = walking(lambda key, params, mstate: init(key, params), down)
     return method if update is None else method._replace(update=update)

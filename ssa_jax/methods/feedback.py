@@ -5,6 +5,7 @@ the output error into the teaching signal δ_i = e · D_i. Its *per-channel* for
 positions, (outputs, 1, 1, channels), for networks whose full paths would not fit.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssa_jax import factors
-from ssa_jax.networks.forward import Tape
+from ssa_jax.methods.base import Through
+from ssa_jax.networks.forward import Tape, Visited
 from ssa_jax.networks.units import Unit, expect
 
 Array = jax.Array
@@ -196,24 +198,20 @@ def send(vectors: Array, path: Array, shape: Shape) -> Array:
     return jnp.broadcast_to(jnp.tensordot(flat, path, 1), (len(vectors), *shape))
 
 
-def walk(
-    units: Sequence[Unit], params: Tree, twins: Tree, tape: Tape, error: Array
-) -> tuple[Array, ...]:
-    """Sequential feedback: the error walks down through twins and true local derivatives.
+def through_twins(units: Sequence[Unit], twins: Tree) -> Through:
+    """How a signal walks down through twins and true local derivatives.
 
     δ_{i-1} = (∂h_i/∂x_i with the twins' maps in place of the weights')ᵀ δ_i. With twins equal
     to the weights this is backpropagation.
     """
-    signals = [error]
-    expect(units, params, twins)
-    for i in range(len(units) - 1, 0, -1):
 
-        def walk_unit(x: Array, i: int = i) -> Array:
-            return units[i].walk(params[i], twins[i], tape.mstate[i], x)
+    def through(unit: Visited, signal: Array) -> Array:
+        here, twin = units[unit.i], twins[unit.i]
+        here.expect(unit.params, twin)
+        walk_unit = functools.partial(here.walk, unit.params, twin, unit.mstate)
+        return jax.vjp(walk_unit, unit.input)[1](signal)[0]
 
-        _, pullback = jax.vjp(walk_unit, tape.inputs[i])
-        signals.insert(0, pullback(signals[0])[0])
-    return tuple(signals)
+    return through
 
 
 def look_ahead(tape: Tape, signals: Sequence[Array], units: int) -> tuple[Array, ...]:

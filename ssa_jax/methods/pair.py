@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ssa_jax.methods.base import Method
+from ssa_jax.methods.base import Method, Through, streams
 from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
@@ -29,7 +29,7 @@ def blend(main: Method, helper: Method, weight: float) -> Method:
         mixed = (a + weight * b for a, b in zip(ours[:-1], theirs[:-1], strict=True))
         return (*mixed, error)
 
-    return _of_both(main, helper, 0)._replace(signals=signals, direct=None)
+    return _of_both(main, helper, 0)._replace(signals=signals, direct=None, down=None)
 
 
 def relay(first: Method, then: Method) -> tuple[Method, Method]:
@@ -56,6 +56,10 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
         assert lead.direct is not None
         return lead.direct(feedback[leader], error, batch, i)
 
+    def down(feedback: Both, params: Tree) -> Through:
+        assert lead.down is not None
+        return lead.down(feedback[leader], params)
+
     def update(feedback: Both, *moved: Any) -> Both:
         return a.update(feedback[0], *moved), b.update(feedback[1], *moved)
 
@@ -69,5 +73,6 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
         refresh=refresh,
         twins=lambda feedback: lead.twins(feedback[leader]),
         # The update of either may read the tape.
-        direct=direct if a.direct and b.direct else None,
+        direct=direct if lead.direct and streams(a) and streams(b) else None,
+        down=down if lead.down and streams(a) and streams(b) else None,
     )

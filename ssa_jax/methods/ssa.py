@@ -14,8 +14,10 @@ from ssa_jax.methods.base import (
     FeedbackOptions,
     Method,
     Network,
+    Through,
     all_direct,
     require_choice,
+    walking,
 )
 from ssa_jax.methods.walk import low_rank_walk
 from ssa_jax.networks.forward import Tape
@@ -135,8 +137,6 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     def signals(
         feedback: SSAFeedback, params: Tree, tape: Tape, error: Array, batch: Any
     ) -> Sequence[Array]:
-        if not has_paths:
-            return fb.walk(units, params, feedback.twins, tape, error)
         sent = all_direct(direct, len(units))(feedback, params, tape, error, batch)
         return fb.look_ahead(tape, sent, options.lookahead)
 
@@ -155,15 +155,17 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         twins = jax.tree.map(jnp.copy, params) if tracked else feedback.twins
         return measured(feedback._replace(twins=twins), params, mstate)
 
+    def down(feedback: SSAFeedback, params: Tree) -> Through:
+        return fb.through_twins(units, feedback.twins)
+
+    method = walking(init, down)
+    if has_paths:
+        ahead, note = options.lookahead, str(plan)
+        method = Method(init=init, signals=signals, direct=direct, ahead=ahead, note=note)
     moves = tracked or composed or regressed
-    return Method(
-        init=init,
-        signals=signals,
+    return method._replace(
         update=update,
         refresh=refresh,
         refresh_every=options.every if moves else 0,
         twins=lambda feedback: feedback.twins,
-        direct=direct if has_paths else None,
-        ahead=options.lookahead if has_paths else 0,
-        note=str(plan) if has_paths else "",
     )

@@ -1,7 +1,6 @@
 """Sequential feedback of low rank: the error walks down through a few singular directions."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +8,7 @@ import jax
 from ssa_jax import factors
 from ssa_jax.factors import is_factors
 from ssa_jax.methods import feedback as fb
-from ssa_jax.methods.base import FeedbackOptions, Method, Network
-from ssa_jax.networks.forward import Tape
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, Through, walking
 
 Array = jax.Array
 Tree = Any
@@ -55,23 +53,19 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
             raise ValueError("feedback_rank is a share of factors' rank, and this model has none")
         return places(params)
 
-    def signals(state: Tree, params: Tree, tape: Tape, error: Array, batch: Any) -> Sequence[Array]:
-        del batch
-
+    def down(state: Tree, params: Tree) -> Through:
         # All of them in their own order are the weights, to the last bit.
         twins = tuple(
             unit | {n: at for n, at in chosen.items() if len(at) < unit[n].rank}
             for unit, chosen in zip(params, state, strict=True)
         )
-        return fb.walk(network.units, params, twins, tape, error)
+        return fb.through_twins(network.units, twins)
 
     def refresh(state: Tree, params: Tree, mstate: Tree) -> Tree:
         del state, mstate
         return places(params)
 
-    return Method(
-        init=init,
-        signals=signals,
+    return walking(init, down)._replace(
         refresh=refresh,
         refresh_every=options.every,
         note=f"walking through {share:g} of each layer's singular directions",

@@ -31,6 +31,26 @@ class Tape(NamedTuple):
     mstate: Tree
 
 
+class Visited(NamedTuple):
+    """Unit i after its forward pass: what its gradient, and a signal on its way down, need.
+
+    Fields as those of `Tape`, each of this unit alone.
+    """
+
+    i: int
+    params: Tree
+    mstate: Tree
+    input: Array
+    output: Array
+    pullback: Pullback
+
+
+def visited(tape: Tape, params: Tree) -> list[Visited]:
+    """What a tape that was made at `params` holds of every unit."""
+    of_units = zip(params, tape.mstate, tape.inputs, tape.outputs, tape.pullbacks, strict=True)
+    return [Visited(i, *of_unit) for i, of_unit in enumerate(of_units)]
+
+
 def forward(
     units: Sequence[Unit], params: Tree, mstate: Tree, x: Array
 ) -> tuple[Array, Tree, Tape]:

@@ -51,9 +51,7 @@ class Config:
     train_size: int = setting(
         0, "Train on at most this many of the training images, always the same; 0: all.", low=0
     )
-    image_size: int = setting(
-        0, "Side of the square images; those in memory are shrunk to it; 0: the usual one.", low=0
-    )
+    image_size: int = setting(0, "Side that images are brought to; 0: the usual one.", low=0)
     crop_area: float = setting(
         0.08, "Least share of a streamed image in a random crop.", above=0.0, high=1.0
     )
@@ -79,7 +77,7 @@ class Config:
     )  # fmt: skip
     memory: str = setting(
         "auto",
-        "Keep what units' gradients need of the forward pass, or make it again a unit at a time; "
+        "Keep what units' gradients need of the forward pass, or make it again piece by piece; "
         "auto: streamed where keeping it takes over half the memory of the device.",
         choices=("auto", *MEMORY_MODES),
     )
@@ -126,9 +124,7 @@ class Config:
     save_every: int = setting(
         0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
     )
-    keep_checkpoints: int = setting(
-        2, "Newest checkpoints to keep, beside the one of best test accuracy.", low=1
-    )
+    keep_checkpoints: int = setting(2, "Newest checkpoints to keep, beside the best one.", low=1)
     on_nan: str = setting(
         "stop",
         "When the loss is not finite: stop, or go back to the newest checkpoint at half the rate.",
@@ -253,8 +249,7 @@ _DEFAULTS = dataclasses.asdict(Config())
 def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
     """The settings that two runs must share for one to go on with the other's checkpoint.
 
-    What a stored run has no setting for is as it is by default: a new setting leaves by default
-    everything as it was.
+    One that a stored run lacks has its default, by which a new setting changes nothing.
     """
     values = {**_DEFAULTS, **config} if isinstance(config, dict) else dataclasses.asdict(config)
     return {k: v for k, v in values.items() if k not in _NOT_IDENTITY}

@@ -7,6 +7,7 @@ import optax
 
 from ssa_jax.errors import ConfigError
 from ssa_jax.methods import METHODS, FeedbackOptions, Method, Network, blend, relay
+from ssa_jax.methods.base import streams
 from ssa_jax.plugins import find
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.given import NOTHING, Given
@@ -90,16 +91,16 @@ def make_methods(config: Config, network: Network, given: Given = NOTHING) -> tu
     if config.warmup_method != "none":
         warmup = METHODS[config.warmup_method](network, options)
     if config.memory == "streamed":
-        _require_direct({"method": method, "warmup_method": warmup}, config)
+        _require_streams({"method": method, "warmup_method": warmup}, config)
     return (method, method) if warmup is method else relay(warmup, method)
 
 
-def _require_direct(methods: dict[str, Method], config: Config) -> None:
+def _require_streams(methods: dict[str, Method], config: Config) -> None:
     """Raises ValueError for the first of the methods, by flag, whose steps cannot be streamed."""
     for flag, method in methods.items():
-        if method.direct is None:
+        if not streams(method):
             raise ValueError(
-                "--memory=streamed needs signals made of the output error alone, and "
+                "--memory=streamed needs signals made of the output error, and "
                 f"--{flag}={getattr(config, flag)}, as set here, reads the tape of the forward "
                 "pass; give --memory=taped or auto"
             )

@@ -9,6 +9,7 @@ import jax
 from jax.extend import core
 
 from ssa_jax.methods import Method
+from ssa_jax.methods.base import streams
 from ssa_jax.networks.forward import forward
 from ssa_jax.networks.units import Unit
 
@@ -29,7 +30,7 @@ def choose(
       images: of a batch, (batch, ...), or their shape and dtype.
       device_bytes: memory of the device; see `device_bytes`.
     """
-    if method.direct is None:
+    if not streams(method):
         return "taped"
     held = held_bytes(units, method, params, mstate, images)
     return "streamed" if held > device_bytes / 2 else "taped"

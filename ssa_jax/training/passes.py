@@ -5,6 +5,8 @@ known; *streamed* runs the network once more instead, and holds one unit at a ti
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax.methods import Method
-from ssa_jax.networks.forward import Pullback, Tape, after, forward, predict, predict_in_turn, visit
+from ssa_jax.methods.base import Through
+from ssa_jax.networks.forward import (
+    Pullback,
+    Tape,
+    Visited,
+    after,
+    forward,
+    predict,
+    predict_in_turn,
+    visit,
+    visited,
+)
 from ssa_jax.networks.units import Unit
 from ssa_jax.training import losses, tasks
 from ssa_jax.training.losses import LossWeights
@@ -88,7 +101,7 @@ def taped(
         of_units = local_gradients(params, method.twins(feedback), tape, signals, weights)
         return Pass(logits, loss, mstate, of_units, tape)
     twins = method.twins(feedback)
-    last = len(units) - 1
+    last, seen = len(units) - 1, visited(tape, params)
     gradients: list[Tree] = []
     waited_error = error
     # Each signal is made when its unit's turn comes: all at once would weigh as much as the tape.
@@ -97,19 +110,9 @@ def taped(
     in_turn = jax.sharding.get_abstract_mesh().empty
     for i in reversed(range(len(units))):
         signal = waited_error if i == last else method.direct(feedback, waited_error, batch, i)
-        unit = Visited(i, params[i], tape.outputs[i], tape.pullbacks[i])
-        gradients.insert(0, _gradient_of(unit, twins, signal, weights, last=i == last))
+        gradients.insert(0, _gradient_of(seen[i], twins, signal, weights, last=i == last))
         waited_error = after(error, gradients[0]) if in_turn else error
     return Pass(logits, loss, mstate, tuple(gradients), tape)
-
-
-class Visited(NamedTuple):
-    """Unit i after its forward pass: what its gradient, and a signal on its way down, need."""
-
-    i: int
-    params: Tree
-    output: Array
-    pullback: Pullback
 
 
 def _gradient_of(
@@ -125,14 +128,15 @@ def streamed(
 ) -> Pass:  # fmt: skip
     """Two forward passes: one for the error, one that takes each unit's gradient as it passes.
 
-    The second holds the activations of one unit at a time, for one forward pass more, and of the
+    Where signals walk down it is `_in_segments`. Else the second
+    holds the activations of one unit at a time, for one forward pass more, and of the
     `method.ahead` units below it: a unit's signal is pulled back through as many. It may not begin
     before the error is known, nor a unit before all is done that the one below it made possible:
     `forward.after` sees to both.
 
     Args:
       units: the network.
-      method: with direct signals.
+      method: with direct signals, or with ones that walk down.
       weights: coefficients of the local loss.
       params: one parameter tree a unit.
       mstate: one state tree a unit.
@@ -144,8 +148,14 @@ def streamed(
     Raises:
       ValueError: the method's signals need a tape.
     """
+    if method.down is not None:
+        return _in_segments(
+            units, method, method.down, weights, params, mstate, feedback, batch, take
+        )
     if method.direct is None:
-        raise ValueError("a streamed step needs a method whose signals need the error alone")
+        raise ValueError(
+            "a streamed step needs a method whose signals need the error alone or walk down"
+        )
     logits = predict_in_turn(units, params, mstate, batch.images)
     loss, error = tasks.output_error(weights.task, logits, batch.labels)
     twins, last = method.twins(feedback), len(units) - 1
@@ -156,9 +166,10 @@ def streamed(
     for j, unit in enumerate(units):
         # What the first pass made of the parameters alone is made again: kept, it would add up.
         own = after(params[j], waited_error)
-        x, pullback, state = visit(unit, own, mstate[j], x)
+        entered = x
+        x, pullback, state = visit(unit, own, mstate[j], entered)
         states.append(state)
-        waiting.append(Visited(j, own, x, pullback))
+        waiting.append(Visited(j, own, mstate[j], entered, x, pullback))
         signal = waited_error if j == last else method.direct(feedback, waited_error, batch, j)
         # Down through the units that wait: each but the lowest of a full row only hands it on.
         for v in reversed(list(waiting)):
@@ -171,6 +182,48 @@ def streamed(
                 signal = v.pullback(signal)[1]
         waiting = [v for v in waiting if v.i not in gradients]
     return Pass(logits, loss, tuple(states), tuple(gradients[i] for i in range(len(units))), None)
+
+
+def _in_segments(
+    units: Sequence[Unit], method: Method, down: Callable[[Tree, Tree], Through],
+    weights: LossWeights, params: Tree, mstate: Tree, feedback: Tree, batch: Any, take: Take,
+) -> Pass:  # fmt: skip
+    """Two forward passes, the second of them segment by segment from the last one down.
+
+    Of n units the first keeps the inputs of about √n segments. Each segment is run again when the
+    signal of its last unit is known, and its tape held until that has walked down through it: √n
+    activations and the tape of √n units (Chen et al., Training deep nets with sublinear memory
+    cost, 2016). The last segment is run once.
+    """
+    size = math.isqrt(len(units) - 1) + 1
+    starts = range(0, len(units), size)
+    x, entered = batch.images, []
+    for start, end in itertools.pairwise(starts):
+        entered.append(x)
+        run = slice(start, end)
+        x = predict_in_turn(units[run], params[run], mstate[run], x)
+    entered.append(x)
+    twins, through, last = method.twins(feedback), down(feedback, params), len(units) - 1
+    found: dict[int, tuple[Tree, Tree]] = {}
+    signal = None
+    for start, x in zip(reversed(starts), reversed(entered), strict=True):
+        seen = []
+        for i in range(start, min(start + size, len(units))):
+            before = x if signal is None else after(x, signal)
+            own = after(params[i], before)
+            x, pullback, state = visit(units[i], own, mstate[i], before)
+            seen.append((Visited(i, own, mstate[i], before, x, pullback), state))
+        if signal is None:
+            logits = x
+            loss, signal = tasks.output_error(weights.task, logits, batch.labels)
+        for unit, state in reversed(seen):
+            gradient = _gradient_of(unit, twins, signal, weights, last=unit.i == last)
+            gradient, done = take(unit.i, unit.params, gradient)
+            found[unit.i] = gradient, state
+            if unit.i:
+                signal = after(through(unit, signal), done)
+    gradients, states = zip(*(found[i] for i in range(len(units))), strict=True)
+    return Pass(logits, loss, states, gradients, None)
 
 
 MEMORY_MODES: dict[str, Callable[..., Pass]] = {"taped": taped, "streamed": streamed}
