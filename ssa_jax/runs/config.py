@@ -121,9 +121,7 @@ class Config:
         False, "Each device keeps a part of U and V of every layer, not all of them."
     )
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
-    save_every: int = setting(
-        0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
-    )
+    save_every: int = setting(0, "Steps between checkpoints in an epoch; 0: at its end.", low=0)
     keep_checkpoints: int = setting(2, "Newest checkpoints to keep, beside the best one.", low=1)
     on_nan: str = setting(
         "stop",
@@ -243,15 +241,16 @@ _NOT_IDENTITY = (
     "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
-_DEFAULTS = dataclasses.asdict(Config())
+# What a run did before a setting was there: by default a new one changes nothing, but for these.
+_BEFORE = {**dataclasses.asdict(Config()), "feedback_lookahead": 0}
 
 
 def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
     """The settings that two runs must share for one to go on with the other's checkpoint.
 
-    One that a stored run lacks has its default, by which a new setting changes nothing.
+    One that a stored run lacks has the value by which it changes nothing.
     """
-    values = {**_DEFAULTS, **config} if isinstance(config, dict) else dataclasses.asdict(config)
+    values = {**_BEFORE, **config} if isinstance(config, dict) else dataclasses.asdict(config)
     return {k: v for k, v in values.items() if k not in _NOT_IDENTITY}
 
 
