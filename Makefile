@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-newest slow long wheel lint types check clean
+.PHONY: demo test test-newest slow long wheel site lint types check clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ wheel: $(INSTALLED)
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
 	cd dist && ../.venv-wheel/bin/python ../.ci/fit_from_wheel.py
+
+# The site in build/site, from docs, README, records, docstrings and stored results.
+site: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from ssa_jax.reporting.colors import NAMED
 
-WIDTH, HEIGHT = 720, 190
-_MIDDLE, _LEFT, _STEP, _BOX = 96, 96, 150, (92, 44)
+WIDTH = 620
+_MIDDLE, _LEFT, _STEP, _BOX = 0, 96, 150, (92, 44)
 _UNITS = 3
 _OUTPUT = _LEFT + _UNITS * _STEP
 
@@ -34,7 +34,6 @@ class Scheme(NamedTuple):
 
 SCHEMES = {
     "bp": Scheme("bp", chain=("W₃ᵀ", "W₂ᵀ")),
-    "svd_bp": Scheme("svd_bp", chain=("V₃S₃U₃ᵀ", "V₂S₂U₂ᵀ")),
     "fa": Scheme("fa", chain=("B₃ᵀ", "B₂ᵀ")),
     "usf": Scheme("usf", chain=("sign(W₃)ᵀ", "sign(W₂)ᵀ")),
     "kp": Scheme("kp", chain=("B₃ᵀ → W₃ᵀ", "B₂ᵀ → W₂ᵀ")),
@@ -109,10 +108,10 @@ def _down(right: int, left: int, words: str, color: str) -> str:
 def _sent(unit: int, words: str, color: str) -> str:
     """An arrow from the output straight to a unit, above the boxes in between."""
     high = _MIDDLE - _BOX[1] / 2
-    top = high - 26 * (_UNITS + 1 - unit) - 10
+    top = high - 28 * (_UNITS + 1 - unit) - 6
     path = f"M{_OUTPUT - 8 * unit} {high:g}C{_OUTPUT - 30} {top:g} {_x(unit) + 60} {top:g} "
     path += f"{_x(unit) + 6} {high - 2:g}"
-    return _arrow(path, color) + _text((_x(unit) + _OUTPUT) / 2, top + 22, words, color)
+    return _arrow(path, color) + _text(_x(unit) + 54, high - 18, words, color)
 
 
 def draw(scheme: Scheme) -> str:
@@ -133,8 +132,10 @@ def draw(scheme: Scheme) -> str:
         for unit in (1, 2):
             parts.append(_arrow(f"M{_x(unit)} {low + 38:g}L{_x(unit)} {low + 3:g}", color))
             parts.append(_text(_x(unit), low + 56, f"own loss, {scheme.own}", color))
-    body = "".join([f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *parts])
+    top = -120 if any(scheme.direct) else -34
+    height = 94 - top
+    paper = f'<rect y="{top}" width="{WIDTH}" height="{height}" fill="#fff"/>'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'width="{WIDTH}" height="{HEIGHT}">{_heads(color)}{body}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}">{_heads(color)}{paper}{"".join(parts)}</svg>'
     )

@@ -33,6 +33,8 @@ OUTSIDE = {
 }
 TOUR = ("tour.md", "examples/tour.ipynb")
 _LINK = re.compile(r"(!?\[[^\]]*\])\(([^()\s]+)\)")
+# A cell of more letters is text, which goes over several lines.
+_LONG = 36
 _FENCED = re.compile(r"(^```.*?^```)", re.M | re.S)
 
 
@@ -122,7 +124,7 @@ def site_path(path: str) -> str | None:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Equations as MathML, which browsers show without a script."""
+    """Equations as MathML, which browsers show without a script; cells of text over lines."""
     del page, config, files
 
     def convert(match: re.Match[str]) -> str:
@@ -130,7 +132,12 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
         tex = html.unescape(match[2]).strip()[2:-2]
         return latex2mathml.converter.convert(tex, display="block" if display else "inline")
 
-    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', convert, content, flags=re.S)
+    def cell(match: re.Match[str]) -> str:
+        words = re.sub(r"<[^>]*>", "", match[2])
+        return f'<td class="{"text" if len(words) > _LONG else "number"}"{match[1]}>{match[2]}</td>'
+
+    content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', convert, content, flags=re.S)
+    return re.sub(r"<td((?: style=[^>]*)?)>(.*?)</td>", cell, content, flags=re.S)
 
 
 def notebook(cells: dict[str, Any]) -> dict[str, str | bytes]:

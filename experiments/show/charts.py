@@ -203,7 +203,7 @@ def _bars(axes: Any, panel: BarPanel) -> None:
     # Of one kind the names tell apart, such as methods; of several also a hatching.
     hues: Sequence[Any] = colors.of([bars.label for bars in panel.bars])
     if len(panel.bars) == 1:
-        hues = [colors.of(panel.names)]
+        hues = [colors.of(panel.names, colors.OTHERS[:1])]
     hatches = ("", "//", "..", "xx")
     for k, (bars, color, hatch) in enumerate(zip(panel.bars, hues, hatches, strict=False)):
         places = [i + (k - (len(panel.bars) - 1) / 2) * width for i in range(len(panel.names))]

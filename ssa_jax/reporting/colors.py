@@ -28,8 +28,11 @@ OTHERS = ("#4477aa", "#ccbb44", "#228833", "#aa3377", "#66ccee", "#332288", "#88
 _SHADES = ((0, 0.0), (0, 0.45), (255, 0.45), (255, 0.7))
 
 
-def of(labels: Sequence[str]) -> list[str]:
-    """A colour for each label: that of its first word, the next shade where that comes again."""
+def of(labels: Sequence[str], others: Sequence[str] = OTHERS) -> list[str]:
+    """A colour for each label: that of its first word, the next shade where that comes again.
+
+    What is no method takes the others in turn.
+    """
     seen: Counter[str] = Counter()
     colors = []
     for label in labels:
@@ -37,7 +40,7 @@ def of(labels: Sequence[str]) -> list[str]:
         name = name if name in NAMED else ""
         k = seen[name]
         seen[name] += 1
-        colors.append(_shade(NAMED[name], k) if name else OTHERS[k % len(OTHERS)])
+        colors.append(_shade(NAMED[name], k) if name else others[k % len(others)])
     return colors
 
 

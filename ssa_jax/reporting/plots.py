@@ -53,7 +53,7 @@ def draw_runs(file: Path, runs: Sequence[Named]) -> Path | None:
         for (label, rows, _), color, (line, marker) in zip(runs, hues, marks, strict=False):
             epochs = [r["epoch"] for r in rows]
             style = {"linestyle": line, "marker": marker, "markersize": 4, "color": color,
-                     "label": plain(label)}  # fmt: skip
+                     "label": plain(label), "markevery": 1 + len(rows) // 16}  # fmt: skip
             left.plot(epochs, [100 * r["test_accuracy"] for r in rows], **style)
             right.plot(epochs, [r["train_loss"] for r in rows], **style)
         handles, labels = left.get_legend_handles_labels()
