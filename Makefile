@@ -29,10 +29,12 @@ slow: $(INSTALLED)
 long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long -n 2
 
-# The built wheel in an environment of its own: it holds the library alone, which trains.
+# Sdist and wheel as they would be released; the wheel, in an environment of its own, holds the
+# library alone, which trains.
 wheel: $(INSTALLED)
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
 	cd dist && ../.venv-wheel/bin/python ../.ci/fit_from_wheel.py

@@ -31,8 +31,8 @@ class Net(nnx.Module):
     """The one of the README, by which pages mean a model of the reader's own."""
 
     def __init__(self, rngs):
-        self.a, self.b = nnx.Linear(64, 16, rngs=rngs), nnx.Linear(16, 16, rngs=rngs)
-        self.c = nnx.Linear(16, 10, rngs=rngs)
+        self.a, self.b = nnx.Linear(64, 64, rngs=rngs), nnx.Linear(64, 64, rngs=rngs)
+        self.c = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, x):
         x = ssa_jax.cut(nnx.relu(self.a(x.reshape(len(x), -1))))
@@ -178,3 +178,14 @@ def test_a_drawing_is_svg_with_its_labels(name):
     words = [t.text for t in ET.fromstring(figures.draw(scheme)).iter() if t.tag.endswith("text")]
     assert {"x", "unit 1", "unit 3", "error e"} <= set(words)
     assert set(scheme.chain) <= set(words)
+
+
+def test_one_version_is_told_everywhere():
+    version = ssa_jax.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    unreleased, newest = re.findall(r"^## \[(.*?)\](.*)$", changes, re.M)[:2]
+    assert unreleased == ("Unreleased", "")
+    assert newest[0] == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{newest[1].removeprefix(" - ")}"\n' in citation
