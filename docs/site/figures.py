@@ -111,7 +111,7 @@ def _sent(unit: int, words: str, color: str) -> str:
     top = high - 28 * (_UNITS + 1 - unit) - 6
     path = f"M{_OUTPUT - 8 * unit} {high:g}C{_OUTPUT - 30} {top:g} {_x(unit) + 60} {top:g} "
     path += f"{_x(unit) + 6} {high - 2:g}"
-    return _arrow(path, color) + _text(_x(unit) + 54, high - 18, words, color)
+    return _arrow(path, color) + _text(_x(unit) + 66, high - 12, words, color)
 
 
 def draw(scheme: Scheme) -> str:

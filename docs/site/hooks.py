@@ -15,6 +15,7 @@ from posixpath import normpath, relpath
 from typing import Any
 
 import latex2mathml.converter
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,7 +131,10 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     def convert(match: re.Match[str]) -> str:
         display = match[1] == "div"
         tex = html.unescape(match[2]).strip()[2:-2]
-        return latex2mathml.converter.convert(tex, display="block" if display else "inline")
+        shown = latex2mathml.converter.convert(tex, display="block" if display else "inline")
+        if "\\" in shown:
+            raise PluginError(f"a command that is not known in the equation {tex}")
+        return shown
 
     def cell(match: re.Match[str]) -> str:
         words = re.sub(r"<[^>]*>", "", match[2])

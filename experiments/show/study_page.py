@@ -18,7 +18,9 @@ from ssa_jax.runs.workdir import Workdir, read_json, write_text
 
 def write_table(folder: Path, about: str, table: Table, note: str) -> None:
     """Writes table.md, as `write` shows it on the page."""
-    write_text(folder / "table.md", f"{about}\n\n{markdown.table(*table)}\n\n{note}\n")
+    write_text(
+        folder / "table.md", f"{about}\n\n{markdown.table(*markdown.filled(table))}\n\n{note}\n"
+    )
 
 
 def write(folder: Path, about: str, table: Table, note: str, more: Sequence[Section] = ()) -> None:
