@@ -150,6 +150,18 @@ def test_another_configuration_is_refused_by_what_differs(tmp_path):
         other.restore(fresh()[0])
 
 
+def test_a_setting_that_is_newer_than_a_checkpoint_is_no_difference(tmp_path):
+    state, *_ = fresh()
+    save(tmp_path, state, config={"seed": 0})
+    with Checkpoints(tmp_path, config={"seed": 0, "newer": 3}) as checkpoints:
+        assert identical(checkpoints.restore(state)[1], state)
+    with (
+        Checkpoints(tmp_path, config={"seed": 1, "newer": 3}) as checkpoints,
+        pytest.raises(CheckpointError, match=r"another run: seed=1 here and 0 there$"),
+    ):
+        checkpoints.restore(state)
+
+
 def test_other_versions_are_told(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(checkpoint, "versions", lambda: {**versions(), "jax": "0.1"})

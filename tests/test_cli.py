@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.reporting.summary import best_epoch
 from ssa_jax.runs import config as config_lib
-from ssa_jax.runs import workdir
+from ssa_jax.runs import trained, workdir
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 from ssa_jax.runs.workdir import WorkdirError
@@ -368,6 +369,20 @@ def test_missing_data_is_exit_code_2_and_leaves_no_workdir(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_older_than_a_setting_is_read_and_gone_on_with(finished, tmp_path):
+    config, folder, summary = finished
+    older = tmp_path / "run"
+    shutil.copytree(folder, older)
+    record = json.loads((older / "config.json").read_text())
+    assert record["config"].pop("aux_depth") == config.aux_depth
+    (older / "config.json").write_text(json.dumps(record))
+    assert trained.restore(older).epoch == config.epochs
+    resumed = dataclasses.replace(config, workdir=str(older), resume=True)
+    assert run(resumed)["test_accuracy"] == summary["test_accuracy"]
+    with pytest.raises(WorkdirError, match="another configuration: aux_depth=2 here and"):
+        run(dataclasses.replace(resumed, aux_depth=2))
+
+
 def test_an_existing_run_is_not_overwritten(finished):
     config, folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
@@ -461,7 +476,7 @@ def test_a_few_steps_on_real_cifar10_learn(model, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from ssa_jax.runs import workdir
+from ssa_jax.runs import trained, workdir
 with workdir.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -6,7 +6,8 @@ import optax
 import pytest
 from helpers import make_batch, make_method, max_difference, split
 
-from ssa_jax import factors
+from ssa_jax import factors, transforms
+from ssa_jax.training import ranks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import (
     OPTIMIZERS,
@@ -108,6 +109,22 @@ def test_hoyer_makes_the_spectrum_sparser():
                    for f in factors.leaves(state.params))  # fmt: skip
 
     assert sparsity(1.0) < sparsity(0.0) - 0.1
+
+
+@pytest.mark.parametrize("schedule", ranks.SCHEDULES)
+def test_a_chain_has_the_hoyer_term_where_its_schedule_ever_weighs_it(schedule):
+    _, params, _ = split("conv", 0.5)
+
+    def has_term(hoyer):
+        chain = make_optimizer(OptimizerConfig(0.1, 100, 5, hoyer=hoyer, rank_schedule=schedule))
+        state = chain.init(params)
+        kinds = (transforms.HoyerState,)
+        found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+        return any(isinstance(x, kinds) for x in found)
+
+    weighs = any(ranks.SCHEDULES[schedule](t / 100, 0.9).hoyer for t in range(101))
+    assert has_term(1e-2) == weighs
+    assert not has_term(0.0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ssa_jax import transforms
 from ssa_jax.methods import METHODS, relay
 from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
 from ssa_jax.models.feedforward import Feedforward
+from ssa_jax.networks.forward import after
 from ssa_jax.training import optim
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import OptimizerConfig
@@ -188,3 +189,15 @@ def test_the_two_forward_passes_are_not_merged():
     # Four pairs of rank 24 from and to 48 numbers, at 16 x 16 positions of 32 images.
     forward = 2 * 4 * (16 * 16) * 32 * (2 * 24 * 48)
     assert flops["streamed"] > flops["taped"] + 0.8 * forward
+
+
+def test_what_waits_costs_sums_on_the_cpu_alone():
+    def lowered(platform):
+        wait = jax.jit(after).trace(jnp.ones(3), jnp.ones(5))
+        return wait.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "stablehlo.reduce" in lowered("cpu")
+    for platform in ("cuda", "tpu"):
+        assert "stablehlo.optimization_barrier" in lowered(platform)
+        assert "stablehlo.reduce" not in lowered(platform)
+    assert jnp.array_equal(after(jnp.arange(3.0), jnp.ones(5)), jnp.arange(3.0))

@@ -253,6 +253,26 @@ def test_drift_is_measured_in_every_kth_step():
     assert seen == [0, 3]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clip_by_rms_is_that_of_optax(dtype):
+    arrays = {"u": (7, 3), "s": (3,), "scale": (), "kernel": (3, 3, 2, 5), "stack": (2, 4, 3)}
+    keys = dict(zip(arrays, jax.random.split(jax.random.key(0), len(arrays)), strict=True))
+    gradients = {
+        n: jax.random.normal(keys[n], shape, dtype) * 4**i
+        for i, (n, shape) in enumerate(arrays.items())
+    }
+    ours, theirs = (
+        clip.update(gradients, clip.init(gradients))[0]
+        for clip in (transforms.clip_by_rms(3.0), optax.clip_by_block_rms(3.0))
+    )
+    for name, clipped in ours.items():
+        assert clipped.dtype == dtype
+        np.testing.assert_allclose(
+            np.float32(clipped), np.float32(theirs[name]), rtol=1e-6 if dtype == "float32" else 1e-2
+        )
+    assert any(np.any(ours[n] != gradients[n]) for n in arrays)
+
+
 # The chain of SSA
 
 
@@ -260,7 +280,7 @@ def test_ssa_is_its_links_in_order():
     params, grads = tree()
     links = optax.chain(
         transforms.add_hoyer(0.1, mask=MASK),
-        optax.clip_by_block_rms(0.5),
+        transforms.clip_by_rms(0.5),
         transforms.project_to_tangent(mask=MASK),
         optax.scale_by_adam(),
         transforms.project_to_tangent(mask=MASK),

@@ -65,9 +65,9 @@ def test_every_factory_documents_itself(name):
     factory = getattr(transforms, name)
     for part in ("Args:", "Raises:", "References:", ">>> "):
         assert part in factory.__doc__, part
-    if name not in ("add_alignment",):
+    if name not in ("add_alignment", "clip_by_rms"):
         assert "(..., " in factory.__doc__ or "mask: False at a `Factors`" in factory.__doc__
-    kwargs = {"learning_rate": 0.1, "weight": 0.1, "target": 0.9,
+    kwargs = {"learning_rate": 0.1, "weight": 0.1, "target": 0.9, "threshold": 1.0,
               "inner": optax.sgd(0.1), "budget": 10}  # fmt: skip
     signature = inspect.signature(factory)
     given = {k: v for k, v in kwargs.items() if k in signature.parameters}

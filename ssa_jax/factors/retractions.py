@@ -12,6 +12,8 @@ from ssa_jax.factors.polar import inverse_root_series, orthonormalize
 Array = jax.Array
 # 0.4 E⁸ is a rounding error of float32 there.
 _SERIES_ENDS = 0.15
+# Largest entry of a step; rows of E sum to at most 1e31 times the height of the matrix.
+_LARGEST = 1e15
 
 
 def project_stiefel(x: Array, g: Array) -> Array:
@@ -69,24 +71,29 @@ def retract_series(x: Array, xi: Array) -> Array:
       Björck & Bowie, An iterative algorithm for computing the best estimate of an orthogonal
       matrix, 1971: the family of series.
     """
-    y, e = series_start(x, xi)
-    return series_end(y, inverse_root_series(e))
+    xi, e = series_start(x, xi)
+    return series_end(x, xi, *series_root(e))
 
 
 def series_start(x: Array, xi: Array) -> tuple[Array, Array]:
-    """Y = X + P_x(ξ), shortened, and E = I - YᵀY (..., r, r) of `retract_series`."""
-    # No step with an entry above one stays as long as it is, and its square may not overflow.
-    xi = xi / jnp.maximum(1, jnp.max(jnp.abs(xi), axis=(-2, -1), keepdims=True))
-    xi = project_stiefel(x, xi)
+    """P_x(ξ) and E = I - YᵀY (..., r, r) of Y = X + P_x(ξ), see `retract_series`."""
+    # The fourth power of an entry may not overflow. A bound that a step of use never meets needs
+    # no look at the whole matrix, which the largest entry would.
+    xi = project_stiefel(x, jnp.clip(xi, -_LARGEST, _LARGEST))
     g = gram(x + xi)
-    e = eye_like(g) - g
+    return xi, eye_like(g) - g
+
+
+def series_root(e: Array) -> tuple[Array, Array]:
+    """Share (..., 1, 1) to which ξ is shortened, and (YᵀY)^(-1/2) - I of the Y with that one."""
     # YᵀY - I is ξᵀξ, so half of the length leaves a quarter of it.
     share = _SERIES_ENDS / jnp.maximum(_row_sum(e), _SERIES_ENDS)
-    return x + jnp.sqrt(share) * xi, share * e
+    return jnp.sqrt(share), inverse_root_series(share * e)
 
 
-def series_end(y: Array, root: Array) -> Array:
-    """Y (I + root), of which `retract_series` returns that."""
+def series_end(x: Array, xi: Array, share: Array, root: Array) -> Array:
+    """Y (I + root) with Y = X + share ξ, of which `retract_series` returns that."""
+    y = x + share * xi
     return y + mm(y, root)
 
 

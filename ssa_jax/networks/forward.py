@@ -69,17 +69,24 @@ def visit(unit: Unit, params: Tree, mstate: Tree, x: Array) -> tuple[Array, Pull
 def after(x: Tree, *values: Tree) -> Tree:
     """The real arrays of x unchanged, but not to be had before all of the values are computed.
 
-    Compilers merge equal computations and order independent ones as they like. Adding zero
-    times a sum of the values makes a dependency that they have to respect: XLA:CPU drops
-    `lax.optimization_barrier` before it merges and schedules (jax 0.10). A value that is not
-    finite makes x NaN.
+    Compilers merge equal computations and order independent ones as they like. A
+    `lax.optimization_barrier` keeps them from it, but XLA:CPU drops it before it merges and
+    schedules (jax 0.10). There zero times a sum of the values is added, a dependency that it has to
+    respect; a value that is not finite makes x NaN.
     """
-    total = sum((jnp.sum(v) for v in jax.tree.leaves(values)), start=jnp.float32(0))
 
-    def wait(a: Array) -> Array:
-        return a + (0 * total).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    def by_sum(x: Tree, values: Tree) -> Tree:
+        total = sum((jnp.sum(v) for v in jax.tree.leaves(values)), start=jnp.float32(0))
 
-    return jax.tree.map(wait, x)
+        def wait(a: Array) -> Array:
+            return a + (0 * total).astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+        return jax.tree.map(wait, x)
+
+    def by_barrier(x: Tree, values: Tree) -> Tree:
+        return lax.optimization_barrier((x, values))[0]
+
+    return lax.platform_dependent(x, values, cpu=by_sum, default=by_barrier)
 
 
 def predict(

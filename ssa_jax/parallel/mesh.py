@@ -104,14 +104,17 @@ class Layout(NamedTuple):
 
         return jax.tree.map(spread, tree)
 
-    def returning(self, put: Callable[[T], T], fn: Callable[..., T]) -> Callable[..., T]:
+    def returning(
+        self, put: Callable[[T], T], fn: Callable[..., T], donate: tuple[int, ...] = ()
+    ) -> Callable[..., T]:
         """The jitted program of fn with `put`, such as `keep`, around what it returns.
 
-        fn itself where there is one device.
+        fn itself where there is one device. On a mesh what fn donates is to be said again, for
+        a program within another one donates nothing.
         """
         if self.mesh is None:
             return fn
-        return jax.jit(lambda *args: put(fn(*args)))
+        return jax.jit(lambda *args: put(fn(*args)), donate_argnums=donate)
 
     def shardings(self, tree: Tree, *, whole: bool = False) -> Tree:
         """Where the arrays of a tree belong, as a tree of `NamedSharding`. Not on one device."""

@@ -247,10 +247,16 @@ _NOT_IDENTITY = (
     "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
+_DEFAULTS = dataclasses.asdict(Config())
+
 
 def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """The settings that two runs must share for one to go on with the other's checkpoint."""
-    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    """The settings that two runs must share for one to go on with the other's checkpoint.
+
+    What a stored run has no setting for is as it is by default: a new setting leaves by default
+    everything as it was.
+    """
+    values = {**_DEFAULTS, **config} if isinstance(config, dict) else dataclasses.asdict(config)
     return {k: v for k, v in values.items() if k not in _NOT_IDENTITY}
 
 

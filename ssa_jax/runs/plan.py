@@ -62,7 +62,7 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
     step = train.make_step(
         built.units, built.method, built.optimizer, built.weights, memory=built.memory
     )
-    step = returning(where.layout.stepped, step)
+    step = returning(where.layout.stepped, step, donate=(0,))
 
     def initialisation(params: Tree, mstate: Tree, key: jax.Array) -> Any:
         feedback = built.method.init(key, params, mstate)

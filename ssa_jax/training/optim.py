@@ -163,6 +163,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def target(count: Array) -> ranks.Target:
         return schedule(_fraction(config, count), config.energy, final)
 
+    sparse = config.hoyer != 0 and schedule not in ranks.WITHOUT_HOYER
     whole = not isinstance(config.optimizer, str)
     adaptive = config.optimizer if whole else OPTIMIZERS[config.optimizer]()
     if config.first_rate != 1:
@@ -171,7 +172,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         # The updates of a whole optimiser have their sign and length.
         -1.0 if whole else learning_rate(config),
         optimizer=adaptive,
-        hoyer=lambda count: config.hoyer * target(count).hoyer,
+        hoyer=(lambda count: config.hoyer * target(count).hoyer) if sparse else 0.0,
         clip=config.clip,
         target=1.0 if schedule is ranks.none else lambda count: target(count)[:2],
         floor=config.rank_floor,

@@ -96,6 +96,9 @@ def energy_alone(fraction: Array, energy: float, final: float = LINEAR_TARGET) -
     return _target(1, jnp.where(cutting, energy, 1.0), 0)
 
 
+# Those whose factor of the Hoyer term is always zero.
+WITHOUT_HOYER = (none, linear, energy_alone)
+
 # `stable_rank` and `adaptive` ask `truncate_rank` for nothing: `optim.RULES` has their rules.
 SCHEDULES: dict[str, Callable[..., Target]] = {
     "none": none,

@@ -2,6 +2,7 @@
 
 from ssa_jax.transforms.adaptive import AdaptState, adapt_rank
 from ssa_jax.transforms.aliases import ssa, stiefel_adam, stiefel_muon, stiefel_sgd
+from ssa_jax.transforms.clipping import clip_by_rms
 from ssa_jax.transforms.entries import keep_largest, restore_dropped
 from ssa_jax.transforms.manifold import RetractState, project_to_tangent, retract
 from ssa_jax.transforms.monitor import DriftState, orthogonality_drift
@@ -36,6 +37,7 @@ __all__ = [
     "add_alignment",
     "add_hoyer",
     "add_orthogonality_penalty",
+    "clip_by_rms",
     "keep_largest",
     "label_paths",
     "orthogonality_drift",

@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from ssa_jax.transforms.clipping import clip_by_rms
 from ssa_jax.transforms.manifold import project_to_tangent, retract
 from ssa_jax.transforms.optimizers import scale_by_stiefel_muon, trace
 from ssa_jax.transforms.penalties import ScalarOrSchedule, add_hoyer
@@ -188,7 +189,7 @@ def ssa(
     Args:
       learning_rate: a number or a schedule.
       optimizer: the adaptive step, without a learning rate; `optax.scale_by_adam` by default.
-      hoyer: weight of `add_hoyer`, a number or a schedule.
+      hoyer: weight of `add_hoyer`, a number or a schedule; of the number 0 the link is left out.
       clip: largest RMS of one gradient array; local, unlike a global norm.
       target: of `truncate_rank`; 1 keeps every rank, and the link is left out.
       floor: lowest rank of the energy rule, as a fraction of the initial one.
@@ -221,11 +222,12 @@ def ssa(
     keeps_ranks = isinstance(target, int | float) and target == 1
     # This retraction takes out itself what is not tangent.
     projects = retraction == "series" and retract_every == 1 and metric == "stiefel"
+    sparse = not (isinstance(hoyer, int | float) and hoyer == 0)
     # Made in any case, so that a wrong floor is always refused.
     truncation = truncate_rank(target, floor, truncate_every, least_rank, mask=rank_mask)
     links: list[Any] = [
-        add_hoyer(hoyer, mask=rank_mask),
-        optax.clip_by_block_rms(clip),
+        *([add_hoyer(hoyer, mask=rank_mask)] if sparse else []),
+        clip_by_rms(clip),
         tangent,
         optax.scale_by_adam() if optimizer is None else optimizer,
         *([] if projects else [tangent]),

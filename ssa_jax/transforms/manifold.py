@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssa_jax.factors import polar, retractions
+from ssa_jax.factors import retractions
 from ssa_jax.transforms.mapping import each, map_matrices, map_stacked
 from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, with_params
 
@@ -93,9 +93,13 @@ def project_to_tangent(
 
 def _land_by_series(xs: list[Array], us: list[Array]) -> list[Array]:
     """Of each matrix `retract_series` less x; what is as wide shares its small products."""
-    ys, es = map_stacked(retractions.series_start, xs, us)
-    (roots,) = map_stacked(lambda e: (polar.inverse_root_series(e),), es)
-    return map_stacked(lambda x, y, root: (retractions.series_end(y, root) - x,), xs, ys, roots)[0]
+    steps, es = map_stacked(retractions.series_start, xs, us)
+    shares, roots = map_stacked(retractions.series_root, es)
+
+    def end(x: Array, step: Array, share: Array, root: Array) -> tuple[Array]:
+        return (retractions.series_end(x, step, share, root) - x,)
+
+    return map_stacked(end, xs, steps, shares, roots)[0]
 
 
 def retract(

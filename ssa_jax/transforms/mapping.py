@@ -25,6 +25,11 @@ def compute_dtype(*arrays: Array) -> Any:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
+def on_mesh() -> bool:
+    """Whether what is traced is for several devices, on which arrays may lie differently."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
 def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> list[list[Array]]:
     """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
 
@@ -44,9 +49,9 @@ def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> 
         return [list(made) for made in fn(*(jnp.stack(column) for column in columns))]
 
     alike: dict[Any, list[int]] = {}
-    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    apart = on_mesh()
     for i, row in enumerate(zip(*columns, strict=True)):
-        key = (i if on_mesh else None, *((x.shape, x.dtype) for x in row))
+        key = (i if apart else None, *((x.shape, x.dtype) for x in row))
         alike.setdefault(key, []).append(i)
     results: list[Any] = [None] * len(columns[0])
     for places in alike.values():
