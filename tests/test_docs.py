@@ -1,5 +1,6 @@
 """What pages show runs: their Python, their commands' flags, the notebook, the site's parts."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ from helpers import first
 
 import ssa_jax
 from ssa_jax.methods import METHODS
+from ssa_jax.runs.config import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,6 +90,12 @@ def test_commands_on_pages_name_programs_and_flags_that_there_are():
         for flag in flags:
             known = rf'"(?:--)?{flag}"|^    {flag}: [\w |]+ = setting\('
             assert re.search(known, SOURCES, re.M), f"{module} --{flag}"
+
+
+def test_every_flag_of_a_run_is_told():
+    page = (ROOT / "docs/running.md").read_text()
+    fields = [f.name for f in dataclasses.fields(Config)]
+    assert [name for name in fields if not re.search(rf"--{name}\b", page)] == []
 
 
 def cells(kind):
