@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-newest slow long wheel lint types check clean
+.PHONY: demo test test-newest slow long wheel site lint types check clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,13 +29,20 @@ slow: $(INSTALLED)
 long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long -n 2
 
-# The built wheel in an environment of its own: it holds the library alone, which trains.
+# Sdist and wheel as they would be released; the wheel, in an environment of its own, holds the
+# library alone, which trains.
 wheel: $(INSTALLED)
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
 	cd dist && ../.venv-wheel/bin/python ../.ci/fit_from_wheel.py
+
+# The site in build/site, from docs, README, records, docstrings and stored results.
+site: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from benchmarks.page import Row, find, format_ms, markdown, setting
 
 HEAD = "## On a GPU"
 COMMAND = "python -m benchmarks.gpu"
-MISSING = f"{HEAD}\n\nNone is stored. `{COMMAND}` makes one; see docs/scale.md."
+MISSING = f"{HEAD}\n\nNone is stored. `{COMMAND}` makes one; see [scale](../scale.md)."
 
 
 def _mib(size: int | None) -> str:

@@ -1,6 +1,6 @@
-"""RECORDS.md, from the stored results of the benchmarks.
+"""RECORDS.md and the pages in docs/records, from the stored results of the benchmarks.
 
-python -m benchmarks.records > RECORDS.md
+python -m benchmarks.records
 """
 
 import functools
@@ -354,17 +354,42 @@ SECTIONS = {
 MISSING = {"gpu": gpu_page.MISSING}
 
 
-def document() -> str:
-    """The whole of RECORDS.md: the sections whose results are stored."""
-    parts = ["# Records\n\nMade by `python -m benchmarks.records` from `benchmarks/records/`."]
+ROOT = STORED.parent.parent
+INDEX = "RECORDS.md"
+FOLDER = "docs/records"
+_ABOUT = """# Records
+
+What steps, kernels and loaders take and need, measured beside what they compare with: a page a subject, with its command, hardware, versions and commit. `python -m benchmarks.records` makes this page and those from `benchmarks/records/`."""  # noqa: E501
+
+
+def pages() -> dict[str, str]:
+    """Path from the root -> text of the index and of a page for each result that is stored."""
+    texts, lines = {}, []
     for name, section in SECTIONS.items():
         file = STORED / f"{name}.json"
         if file.exists():
-            parts.append(section(json.loads(file.read_text())))
+            text = section(json.loads(file.read_text())).removeprefix("#")
         elif name in MISSING:
-            parts.append(MISSING[name])
-    return "\n\n".join(parts) + "\n"
+            text = MISSING[name].removeprefix("#")
+        else:
+            continue
+        path = f"{FOLDER}/{name}.md"
+        texts[path] = text + "\n"
+        title = text.splitlines()[0].removeprefix("# ")
+        lines.append(f"- [{title}]({path})")
+    return {INDEX: "\n".join([_ABOUT, "", *lines]) + "\n", **texts}
+
+
+def write(root: Path = ROOT) -> None:
+    """Writes all pages, and takes away those of no section."""
+    made = pages()
+    for old in (root / FOLDER).glob("*.md"):
+        if f"{FOLDER}/{old.name}" not in made:
+            old.unlink()
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    for path, text in made.items():
+        (root / path).write_text(text)
 
 
 if __name__ == "__main__":
-    print(document(), end="")
+    write()

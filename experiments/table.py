@@ -1,4 +1,4 @@
-"""A Markdown table of runs, from their summary.json files alone.
+"""A Markdown table of runs, from their summary.json, and config.json where labels coincide.
 
 python -m experiments.table WORKDIR [WORKDIR ...]
 """
@@ -21,12 +21,13 @@ def main(workdirs: Sequence[str]) -> None:
     """
     if not workdirs:
         raise ConfigError("give the workdirs to show: python -m experiments.table WORKDIR ...")
-    summaries = []
-    for folder in (path for name in workdirs for path in runs_in(Path(name))):
-        summaries.append(read_json(folder / "summary.json"))
-        if not summaries[-1]:
+    folders = [path for name in workdirs for path in runs_in(Path(name))]
+    summaries = [read_json(folder / "summary.json") for folder in folders]
+    for folder, summary in zip(folders, summaries, strict=True):
+        if not summary:
             raise WorkdirError(f"{folder} holds no summary.json of a run")
-    print(runs.table(summaries))
+    configs = [read_json(folder / "config.json").get("config", {}) for folder in folders]
+    print(runs.table(summaries, runs.names(folders), configs))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 # Read when they are asked for: `import ssa_jax.transforms` needs neither Flax nor data libraries.
 _FROM = {

@@ -19,7 +19,7 @@ import ssa_jax
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.methods import METHODS, Method
-from ssa_jax.reporting import callbacks, plots, summary
+from ssa_jax.reporting import callbacks, pictures, summary
 from ssa_jax.runs import trained
 from ssa_jax.runs.run import run as by_config
 from ssa_jax.runs.workdir import WorkdirError
@@ -503,6 +503,7 @@ def test_the_line_of_an_epoch_names_the_ranks_of_many_layers_by_their_range():
         "train_loss": 1.0, "test_accuracy": 0.5, "images_per_second": 9.0, "wall_s": 2.0,
     }  # fmt: skip
     assert "ranks 4 to 43  " in summary.line(row, 2)
+    assert "  mean angle 3.0°  " in summary.line(row, 2)
     assert "ranks [4]  " in summary.line({**row, "ranks": {"a": 4}}, 2)
 
 
@@ -510,11 +511,11 @@ def test_pictures_of_many_layers_have_room_for_their_axes(tmp_path):
     rows = [
         {
             "epoch": e, "train_loss": 1.0, "test_loss": 1.0, "angles": [20.0] * 60,
-            "signal_angles": [30.0] * 60, "ranks": {f"blocks/{i}/kernel": 8 + i for i in range(72)},
+            "signal_angles": [30.0] * 60, "ranks": {f"{i}/blocks/kernel": 8 + i for i in range(72)},
         }
         for e in (1, 2)
     ]  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        files = plots.draw(rows, tmp_path)
+        files = pictures.draw(rows, tmp_path)
     assert {f.name for f in files} >= {"angles.png", "ranks.png"}

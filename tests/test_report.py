@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments.show import comparison, webpage
+from experiments import table
+from experiments.show import charts, comparison, markdown, webpage
 from experiments.show.runs import HEADER
 from experiments.show.webpage import Section
 from ssa_jax.errors import ConfigError
+from ssa_jax.methods import METHODS
+from ssa_jax.reporting import colors, pictures, plots
 from ssa_jax.runs.workdir import WorkdirError
 
 ROOT = Path(__file__).parent.parent
@@ -115,8 +118,8 @@ def test_a_page_shows_names_as_text_and_fetches_nothing(runs, tmp_path):
 
 def test_equal_settings_are_said_to_be_equal(tmp_path):
     runs = comparison.read([make_run(tmp_path / "x/a"), make_run(tmp_path / "y/a")])
-    # Told apart by their paths, where their last parts are the same.
-    assert [run.name for run in runs] == [str(tmp_path / "x/a"), str(tmp_path / "y/a")]
+    # Told apart by as much of their paths as that takes.
+    assert [run.name for run in runs] == ["x/a", "y/a"]
     page = comparison.write(runs, tmp_path / "out")
     assert "All settings are the same." in page.read_text()
 
@@ -150,3 +153,77 @@ def test_every_head_of_a_table_is_a_button_to_sort_by():
     assert table.count("<th scope") == table.count("<button") == 2
     assert [cell.strip() for cell in Tags(table).cells] == ["1", "&"]
     assert "&lt;b&gt;" in table
+
+
+SETTINGS = {"rank_schedule": "none", "angles": [10.0, 0.0]}
+
+
+def test_runs_of_one_method_are_told_apart_by_name_and_settings(tmp_path, capsys):
+    folders = []
+    for name, rate, method in (("slow", 0.1, "bp"), ("fast", 0.4, "bp"), ("other", 0.1, "dfa")):
+        folders.append(make_run(tmp_path / name, learning_rate=rate, method=method))
+        file = tmp_path / name / "summary.json"
+        told = json.loads(file.read_text()) | SETTINGS | {"method": method, "factorized": False}
+        file.write_text(json.dumps(told))
+    table.main(folders)
+    header, _, slow, fast, other = capsys.readouterr().out.splitlines()
+    assert header.split()[1] == "run"
+    assert header.split()[-2] == "settings"
+    assert slow.startswith("| slow")
+    assert "learning_rate=0.1 " in slow
+    assert "learning_rate=0.4 " in fast
+    # No other run has its label.
+    assert "learning_rate" not in other
+    table.main(folders[1:])
+    assert "settings" not in capsys.readouterr().out
+
+
+def test_columns_without_anything_are_left_out():
+    whole = ("a", "b", "c"), [("1", "-", ""), ("2", "-", "x")]
+    assert markdown.filled(whole) == (["a", "c"], [["1", ""], ["2", "x"]])
+    cells = Tags(webpage.page("x", [Section(table=whole)])).cells
+    assert [cell.strip() for cell in cells] == ["1", "", "2", "x"]
+    # Of no line nothing is known to be missing.
+    assert markdown.filled((("a",), [])) == (("a",), [])
+
+
+def test_a_method_has_its_colour_in_every_picture():
+    named = colors.of(["dfa", "ssa direct", "bp, dense", "ssa sequential", "a model"])
+    assert named[:3] == [colors.NAMED[name] for name in ("dfa", "ssa", "bp")]
+    assert colors.of(["ssa (hybrid ranks)"]) == [colors.NAMED["ssa"]]
+    assert len(set(named)) == 5
+    assert set(METHODS) <= set(colors.NAMED)
+    assert len({colors.NAMED[name] for name in METHODS}) == len(METHODS)
+
+
+def shown(file):
+    """The colours of a picture's points."""
+    with Image.open(file) as picture:
+        return {
+            "#{:02x}{:02x}{:02x}".format(*rgb)
+            for _, rgb in picture.convert("RGB").getcolors(1 << 24)
+        }
+
+
+def test_curves_and_bars_are_drawn_in_the_colours_of_their_methods(tmp_path):
+    rows = [{"epoch": e, "test_accuracy": 0.1 * e, "train_loss": 1 / e} for e in (1, 2, 3)]
+    runs = [plots.Named("mine", rows, "ssa"), plots.Named("theirs", rows[:2], "dfa")]
+    points = [charts.Point(x, x, 0.0) for x in (1.0, 2.0)]
+    curves = [charts.Curve("ssa direct", points), charts.Curve("dfa", points[::-1])]
+    bars = charts.BarPanel("%", ["dfa", "ssa"], [charts.Bars("mlp", [[1.0], [2.0]])])
+    for file in (
+        plots.draw_runs(tmp_path / "runs.png", runs),
+        charts.draw(tmp_path / "curves.png", [charts.Panel("x", "y", curves)]),
+        charts.draw(tmp_path / "bars.png", [bars]),
+    ):
+        assert {colors.NAMED["ssa"], colors.NAMED["dfa"]} <= shown(file)
+
+
+def test_no_unit_hides_behind_another_and_units_count_from_one():
+    assert pictures.together([[9.0, 8.0], [0.0, 0.1], [5.0, 5.0], [0.0, 0.0]]) == [[1], [2, 4], [3]]
+    assert [pictures.called(units) for units in ([1], [2, 4], [3, 4, 5])] == [
+        "unit 1", "units 2, 4", "units 3 to 5",
+    ]  # fmt: skip
+    assert plots.layer("0/units/0/map/kernel") == "unit 1: map"
+    assert plots.layer("3/body/0/kernel") == "unit 4: body/0"
+    assert plots.layer("0/kernel") == "unit 1: kernel"

@@ -57,7 +57,7 @@ def test_every_number_of_a_row_is_a_scalar():
     told = tensorboard.scalars(row(3, drift=1e-6))
     assert told["loss/train"] == pytest.approx(1.7)
     assert told["angles/unit_2"] == 57.0
-    assert told["rank/0/kernel"] == 29
+    assert told["rank/unit_1/kernel"] == 29
     assert told["run/drift"] == 1e-6
     assert told["local_task/unit_3"] == 3.0
     # The unit without factors has no subspaces.
@@ -76,8 +76,8 @@ def test_events_hold_scalars_maps_and_spectra(tmp_path):
     assert losses == pytest.approx({1: 1.9, 2: 1.8})
     histograms = values(tmp_path / "board", "histo")
     # Lengths, without what was truncated; nothing of a layer that has nothing left.
-    assert list(histograms) == ["spectrum/0/kernel"]
-    spectrum = histograms["spectrum/0/kernel"][2]
+    assert list(histograms) == ["spectrum/unit_1/kernel"]
+    spectrum = histograms["spectrum/unit_1/kernel"][2]
     assert (spectrum.num, spectrum.min, spectrum.max) == (3, 0.5, 1.5)
     pictures = values(tmp_path / "board", "image")
     assert set(pictures) == {"maps/angles", "maps/ranks"}
@@ -127,5 +127,5 @@ def test_a_run_and_its_resumption_write_events(tmp_path):
     run.run(Config(**{**vars(config), "max_steps": 0, "resume": True}))
     found = values(tmp_path / "run/tensorboard", "simple_value")
     assert set(found["accuracy/test"]) == {1, 2, 3}
-    assert {"rank/0/units/0/map/kernel", "angles/unit_1", "run/drift"} <= set(found)
-    assert "spectrum/0/units/0/map/kernel" in values(tmp_path / "run/tensorboard", "histo")
+    assert {"rank/unit_1/map", "angles/unit_1", "run/drift"} <= set(found)
+    assert "spectrum/unit_1/map" in values(tmp_path / "run/tensorboard", "histo")

@@ -250,3 +250,19 @@ def test_a_chain_on_a_matrix_without_a_label_is_told_of():
     assert [str(w.message).split()[0] for w in told] == ["project_to_tangent", "retract"]
     assert all("mask=True" in str(w.message) for w in told)
     optax.chain(chain[0](mask=True), chain[1](), chain[2](mask=True)).init(x)
+
+
+def test_whole_chains_move_what_is_no_orthonormal_leaf_as_optax_does():
+    """And the constraints alone leave it to the rest of the chain, as the guide says."""
+    params = {"q": jnp.eye(4, 2), "w": jnp.ones((3, 2))}
+    updates = {"q": jnp.ones((4, 2)), "w": jnp.full((3, 2), 0.5)}
+    mask = {"q": "columns", "w": False}
+    for ours, plain in (
+        (transforms.stiefel_adam(0.1, mask=mask), optax.adam(0.1)),
+        (transforms.stiefel_sgd(0.1, 0.9, mask=mask), optax.sgd(0.1, 0.9)),
+        (transforms.project_to_tangent(mask=mask), optax.identity()),
+        (transforms.retract(mask=mask), optax.identity()),
+    ):
+        moved, _ = ours.update(updates, ours.init(params), params)
+        alone, _ = plain.update(updates["w"], plain.init(params["w"]), params["w"])
+        np.testing.assert_allclose(moved["w"], alone, rtol=1e-6)

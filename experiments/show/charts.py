@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments.show.runs import Row
 from experiments.show.variants import finite
-from ssa_jax.reporting import plots
+from ssa_jax.reporting import colors, plots
 
 # A curve of more points has a band in place of bars, and a marker on some of them alone.
 _FEW = 6
@@ -34,7 +34,7 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 class Curve(NamedTuple):
-    """A line of a picture: its label and its points, in order."""
+    """A line of a picture: its label, by which its colour goes, and its points, in order."""
 
     label: str
     points: Sequence[Point]
@@ -122,7 +122,7 @@ def draw_frontiers(
         file,
         [
             Panel(
-                f"{name} over the dense network's (%)", "test accuracy (%)",
+                f"{name} (% of the dense network's)", "test accuracy (%)",
                 frontiers(groups, rows, size),
             )
             for size, name in SIZES.items()
@@ -146,12 +146,12 @@ def draw(file: Path, panels: Sequence[Panel | BarPanel]) -> Path | None:
         share = not bars and len({panel.y for panel in panels if isinstance(panel, Panel)}) == 1
         places = figure.subplots(1, len(panels), squeeze=False, sharey=share)[0]
         for axes, panel in zip(places, panels, strict=True):
-            axes.set(xlabel=panel.x, title=panel.title)
+            axes.set(xlabel=panel.x, title=panel.title or _only(panel))
             _bars(axes, panel) if isinstance(panel, BarPanel) else _curves(axes, panel)
             if share:
                 axes.label_outer()
         handles, labels = places[0].get_legend_handles_labels()
-        if handles:
+        if len(handles) > 1:
             columns = 4 if bars else 3
             figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -159,54 +159,59 @@ def draw(file: Path, panels: Sequence[Panel | BarPanel]) -> Path | None:
     return plots.figure(file, fill, height=max(4.0, 1.5 + 0.2 * rows))
 
 
+def _only(panel: Panel | BarPanel) -> str:
+    """The name of bars of one kind, which have no legend."""
+    if isinstance(panel, BarPanel) and len(panel.bars) == 1:
+        return plots.plain(panel.bars[0].label)
+    return ""
+
+
 def _curves(axes: Any, panel: Panel) -> None:
     axes.set(ylabel=panel.y)
     if "x" not in panel.log:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for name in panel.log:
-        _logarithmic(axes, name)
+        plots.logarithmic(axes, name)
     axes.grid(alpha=0.3, which="both")
     for level in panel.levels:
         axes.axhline(level, color="0.4", linestyle=":")
     # Told apart without colours too.
-    for curve, marker in zip(panel.curves, itertools.cycle("os^DvP*X")):
+    hues = colors.of([curve.label for curve in panel.curves])
+    looks = zip(panel.curves, hues, itertools.cycle("os^DvP*X"), strict=False)
+    for k, (curve, color, marker) in enumerate(looks):
         if curve.points:
-            _curve(axes, curve, marker)
+            _curve(axes, curve, {"color": color, "marker": marker}, k)
 
 
-def _logarithmic(axes: Any, name: str) -> None:
-    """One of both axes, with plain numbers at 1, 2, 3 and 5 times the powers of ten."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    axes.set(**{f"{name}scale": "log"})
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
-def _curve(axes: Any, curve: Curve, marker: str) -> None:
+def _curve(axes: Any, curve: Curve, look: dict[str, Any], place: int) -> None:
     xs, ys, spread = zip(*curve.points, strict=True)
-    style = {"label": plots.plain(curve.label), "marker": marker, "markersize": 5}
+    style = {"label": plots.plain(curve.label), "markersize": 5, **look}
     if len(xs) <= _FEW:
         axes.errorbar(xs, ys, yerr=spread if any(spread) else None, capsize=3, **style)
         return
-    (line,) = axes.plot(xs, ys, markevery=len(xs) // _FEW, **style)
+    # Marks of curves that lie on one another stand at different points.
+    every = len(xs) // _FEW
+    axes.plot(xs, ys, markevery=(place % every, every), **style)
     low, high = ([y + sign * d for y, d in zip(ys, spread, strict=True)] for sign in (-1, 1))
-    axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.fill_between(xs, low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def _bars(axes: Any, panel: BarPanel) -> None:
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
     width = 0.8 / len(panel.bars)
-    # Told apart without colours too.
-    for k, (bars, hatch) in enumerate(zip(panel.bars, ("", "//", "..", "xx"), strict=False)):
+    # Of one kind the names tell apart, such as methods; of several also a hatching.
+    hues: Sequence[Any] = colors.of([bars.label for bars in panel.bars])
+    if len(panel.bars) == 1:
+        hues = [colors.of(panel.names, colors.OTHERS[:1])]
+    hatches = ("", "//", "..", "xx")
+    for k, (bars, color, hatch) in enumerate(zip(panel.bars, hues, hatches, strict=False)):
         places = [i + (k - (len(panel.bars) - 1) / 2) * width for i in range(len(panel.names))]
         means = [statistics.fmean(v) if v else 0.0 for v in bars.values]
         spread = [_deviation(v) for v in bars.values]
+        style = {"label": plots.plain(bars.label), "hatch": hatch, "color": color}
         axes.barh(places, means, width, xerr=spread if any(spread) else None, capsize=2,
-                  label=plots.plain(bars.label), hatch=hatch, edgecolor="white")  # fmt: skip
+                  edgecolor="white", **style)  # fmt: skip
     axes.set_yticks(range(len(panel.names)), [plots.plain(name) for name in panel.names])
     axes.invert_yaxis()
     if panel.level is not None:

@@ -6,16 +6,15 @@ from typing import NamedTuple
 
 from experiments import folders
 from experiments.show import markdown, runs, webpage
+from experiments.show.markdown import Table
 from experiments.show.runs import Row
-from experiments.show.webpage import Picture, Section, Table
+from experiments.show.webpage import Picture, Section
 from ssa_jax.errors import ConfigError
 from ssa_jax.reporting import plots
 from ssa_jax.runs import workdir
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_text
 
 FILES = ("report.md", "curves.png", "index.html")
-# Settings by which no two runs are the same.
-_OWN = ("workdir", "resume")
 _TITLE = "Comparison of runs"
 _NOTE = (
     "Rank is the mean over layers of rank over full rank; parameters and MACs are for inference, "
@@ -50,16 +49,14 @@ def read(workdirs: Sequence[str]) -> list[Run]:
     if not workdirs:
         raise ConfigError("give the workdirs to compare: python -m experiments.report WORKDIR ...")
     paths = list(dict.fromkeys(path for w in workdirs for path in workdir.runs_in(Path(w))))
-    ends = [path.resolve().name for path in paths]
     compared = []
-    for path, end in zip(paths, ends, strict=True):
+    for path, name in zip(paths, runs.names(paths), strict=True):
         record = read_json(path / "config.json")
         if not isinstance(record.get("config"), dict):
             raise WorkdirError(
                 f"{path} holds no run: config.json is missing or damaged; give a --workdir that "
                 "experiments.cifar has written"
             )
-        name = end if ends.count(end) == 1 else str(path)
         rows = Workdir(path).rows()
         compared.append(Run(name, record, rows, read_json(path / "summary.json")))
     return compared
@@ -73,7 +70,7 @@ def reached(compared: Sequence[Run]) -> Table:
 def differing(compared: Sequence[Run]) -> Table:
     """The settings in which runs differ, a line a setting; a dash where a run's code had none."""
     configs = [run.record["config"] for run in compared]
-    names = dict.fromkeys(name for config in configs for name in config if name not in _OWN)
+    names = dict.fromkeys(name for config in configs for name in config if name not in runs.OWN)
     lines = [(name, *(str(c.get(name, "-")) for c in configs)) for name in names]
     return (
         ("setting", *(run.name for run in compared)),
@@ -101,7 +98,11 @@ def write(compared: Sequence[Run], folder: Path) -> Path:
     with folders.writing(folder, "--out"):
         if any(path.name not in FILES for path in folder.iterdir()):
             raise WorkdirError(f"{folder} holds other things than a report; give another --out")
-        drawn = [(run.name, run.rows) for run in compared if run.rows]
+        drawn = [
+            plots.Named(run.name, run.rows, run.record["config"].get("method", ""))
+            for run in compared
+            if run.rows
+        ]
         curves = plots.draw_runs(folder / "curves.png", drawn)
         changed = differing(compared)
         sections = [
@@ -121,7 +122,7 @@ def _markdown(sections: Sequence[Section]) -> str:
     for section in sections:
         parts += [f"## {section.title}"] * bool(section.title) + [section.text] * bool(section.text)
         if section.table:
-            header, rows = section.table
+            header, rows = markdown.filled(section.table)
             escaped = [[_escape(cell) for cell in row] for row in (header, *rows)]
             parts.append(markdown.table(escaped[0], escaped[1:]))
         parts += [f"![{picture.text}]({picture.file.name})" for picture in section.pictures]

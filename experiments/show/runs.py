@@ -1,6 +1,7 @@
 """What runs reached and cost, a line a run."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.show import markdown
@@ -8,6 +9,8 @@ from ssa_jax.methods import ON_FACTORS
 
 Row = dict[str, Any]
 
+# Settings by which no two runs are the same.
+OWN = ("workdir", "resume")
 # Of `table`, which takes summaries of finished runs.
 SHORT = ("method", "test accuracy", "hidden angles", "parameters", "rank", "MACs", "time", "state")
 # Of `line`, which takes a run that goes on as well.
@@ -74,13 +77,47 @@ def method(summary: Row) -> str:
     return " ".join(parts)
 
 
-def table(summaries: Sequence[Row]) -> str:
+def names(paths: Sequence[Path]) -> list[str]:
+    """For each folder the fewest last parts of its path that no other one ends in."""
+    parts = [path.resolve().parts for path in paths]
+
+    def alone(own: tuple[str, ...]) -> str:
+        for n in range(1, len(own)):
+            if sum(other[-n:] == own[-n:] for other in parts) == 1:
+                return "/".join(own[-n:])
+        return str(Path(*own))
+
+    return [alone(own) for own in parts]
+
+
+def table(summaries: Sequence[Row], called: Sequence[str] = (), configs: Sequence[Row] = ()) -> str:
     """One line a run, as Markdown.
 
     Angles are between the local and the true gradient of each hidden unit, first to last; ratios
-    are to the dense network of the same name.
+    are to the dense network of the same name. Where runs of one method are told apart by neither
+    network nor ranks, a line begins with the name of the run and ends with the settings in which
+    it differs from them.
+
+    Args:
+      summaries: of finished runs.
+      called: their names.
+      configs: their settings.
     """
-    return markdown.table(SHORT, [_short(summary) for summary in summaries])
+    lines = [_short(summary) for summary in summaries]
+    labels = [line[0] for line in lines]
+    if not called or len(set(labels)) == len(labels):
+        return markdown.table(*markdown.filled((SHORT, lines)))
+    told = []
+    for name, line, config in zip(called, lines, configs, strict=True):
+        others = [c for c, label in zip(configs, labels, strict=True) if label == line[0]]
+        told.append((name, *line, _apart(config, others) or "-"))
+    return markdown.table(*markdown.filled((("run", *SHORT, "settings"), told)))
+
+
+def _apart(config: Row, others: Sequence[Row]) -> str:
+    """The settings in which some of the others differ from a run, of those that both have."""
+    own = (k for k, v in config.items() if k not in OWN and any(o.get(k, v) != v for o in others))
+    return ", ".join(f"{k}={config[k]}" for k in own)
 
 
 def _short(summary: Row) -> Sequence[str]:

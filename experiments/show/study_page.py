@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.show import markdown, runs, webpage
+from experiments.show.markdown import Table
 from experiments.show.runs import Row
 from experiments.show.variants import finite
-from experiments.show.webpage import Picture, Section, Table
+from experiments.show.webpage import Picture, Section
 from ssa_jax.reporting import plots
 from ssa_jax.runs.workdir import Workdir, read_json, write_text
 
 
 def write_table(folder: Path, about: str, table: Table, note: str) -> None:
     """Writes table.md, as `write` shows it on the page."""
-    write_text(folder / "table.md", f"{about}\n\n{markdown.table(*table)}\n\n{note}\n")
+    write_text(
+        folder / "table.md", f"{about}\n\n{markdown.table(*markdown.filled(table))}\n\n{note}\n"
+    )
 
 
 def write(folder: Path, about: str, table: Table, note: str, more: Sequence[Section] = ()) -> None:
@@ -68,7 +71,8 @@ def draw_curves(folder: Path, labels: Mapping[str, str], rows: Sequence[Row]) ->
         metrics = [m for r in finite(rows, name) if (m := Workdir(folder / _name(r)).rows())]
         if metrics:
             # Epochs that all seeds have.
-            curves.append((label, [_mean(epoch) for epoch in zip(*metrics, strict=False)]))
+            means = [_mean(epoch) for epoch in zip(*metrics, strict=False)]
+            curves.append(plots.Named(label, means, label))
     return plots.draw_runs(folder / "curves.png", curves)
 
 

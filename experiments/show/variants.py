@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.show import markdown
+from experiments.show.markdown import Table
 from experiments.show.runs import Row
-from experiments.show.webpage import Table
 
 # (name of a variant, summaries of its runs that stayed finite) -> the text in its line.
 Text = Callable[[str, Sequence[Row]], str]

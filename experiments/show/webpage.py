@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+from experiments.show import markdown
+from experiments.show.markdown import Table
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -42,7 +43,8 @@ class Section(NamedTuple):
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """A page of sections; its table's columns sort by a click on their head."""
-    return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=sections)
+    shown = [s._replace(table=s.table and markdown.filled(s.table)) for s in sections]
+    return _TEMPLATES.get_template("page.html.jinja").render(title=title, sections=shown)
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Section:

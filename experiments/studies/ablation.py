@@ -45,7 +45,7 @@ def panel(rows: Sequence[Row]) -> charts.BarPanel:
     """Accuracy, rank and MACs of every variant that has a finite run."""
     runs = {v.label: ours for v in VARIANTS if (ours := variants.finite(rows, v.name))}
     return charts.BarPanel(
-        "% (rank of full rank, MACs of the dense network's)",
+        "accuracy; rank of full rank; MACs of the dense network's (%)",
         list(runs),
         [
             charts.Bars(name, [[100 * r[key] for r in ours] for ours in runs.values()])

@@ -26,8 +26,8 @@ from experiments.studies.study import Study, Variant, of_methods
 
 # What is followed, and what the picture calls it.
 FOLLOWED = {
-    "train_loss": "training loss (nats)",
-    "gradient_norm": "norm of the gradient on the manifold",
+    "train_loss": "training loss",
+    "gradient_norm": "length of the true gradient",
 }
 
 VARIANTS = of_methods("bp", "svd_bp", "dfa", "ssa")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from benchmarks import contestants
 from experiments.show import charts, study_page
+from experiments.show.markdown import Table
 from experiments.show.runs import Row, text
-from experiments.show.webpage import Table
 from ssa_jax.models import MODELS
 from ssa_jax.runs.workdir import read_json, write_text
 
@@ -101,7 +101,7 @@ def panels(rows: Sequence[Row]) -> list[charts.BarPanel]:
     shown = [c for c in COLUMNS if c.key in SHOWN]
     return [
         charts.BarPanel(
-            "over hand-written bp",
+            "times that of hand-written backpropagation",
             [label(row) for row in ours],
             [bars(column, ours) for column in shown],
             model,

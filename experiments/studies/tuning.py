@@ -66,7 +66,7 @@ def panel(rows: Sequence[Row]) -> charts.Panel:
         )
         for m, label in METHODS.items()
     ]
-    return charts.Panel("learning rate (thousandths)", "validation accuracy (%)", curves, log="x")
+    return charts.Panel("learning rate × 1000", "validation accuracy (%)", curves, log="x")
 
 
 STUDY = Study(

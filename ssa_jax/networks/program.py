@@ -113,8 +113,8 @@ class Program:
             home = self._made_in.get(self.new_state[k], i)
             if home not in (i, -1):
                 raise CutError(
-                    f"a running statistic that unit {home} writes is read by unit {i}: one module "
-                    "with statistics is used on both sides of a cut"
+                    f"a running statistic that unit {home + 1} writes is read by unit {i + 1}: "
+                    "one module with statistics is used on both sides of a cut"
                 )
         marked = self.flat.cuts[i - 1].values if i else []
         around = sorted(v for v in needed if self._made_in.get(v, i) < i and v not in marked)

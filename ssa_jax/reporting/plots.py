@@ -1,12 +1,15 @@
-"""PNG pictures of a run: curves, angles, ranks."""
+"""What pictures are made with, and those of several runs or of numbers in a grid."""
 
 import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
+
+from ssa_jax.reporting import colors
 
 Row = dict[str, Any]
 File = TypeVar("File", Path, IO[bytes])
@@ -20,22 +23,12 @@ def available() -> bool:
     return is_there
 
 
-def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Draws curves.png, angles.png and, for a factorised model, ranks.png.
+class Named(NamedTuple):
+    """A run of a picture: its label, its epochs, and what its colour is of, such as its method."""
 
-    Returns:
-      The files written; none without matplotlib, which a line on the terminal says.
-    """
-    if not available():
-        return []
-    files = [figure(folder / "curves.png", lambda f: _curves(f, rows))]
-    files.append(figure(folder / "angles.png", lambda f: _angles(f, rows)))
-    if rows[-1]["ranks"]:
-        files.append(figure(folder / "ranks.png", lambda f: _ranks(f, rows)))
-    return files
-
-
-Named = tuple[str, list[Row]]
+    label: str
+    rows: list[Row]
+    method: str
 
 
 def draw_runs(file: Path, runs: Sequence[Named]) -> Path | None:
@@ -50,15 +43,17 @@ def draw_runs(file: Path, runs: Sequence[Named]) -> Path | None:
         return None
 
     def fill(figure: Any) -> None:
-        longest = max((rows for _, rows in runs), key=len)
-        left = _axes(figure, 121, "Test accuracy", "%", longest)
-        right = _axes(figure, 122, "Training loss", "nats (logarithmic)", longest)
-        right.set_yscale("log")
-        # Told apart without colours too, and beyond the ten of the cycle.
-        marks = itertools.product(("-", "--", ":"), "os^DvP*X")
-        for (label, rows), (line, marker) in zip(runs, itertools.cycle(marks), strict=False):
+        longest = max((run.rows for run in runs), key=len)
+        left = epoch_axes(figure, 121, "Test accuracy", "correct test images (%)", longest)
+        right = epoch_axes(figure, 122, "Training loss", "mean loss (logarithmic scale)", longest)
+        logarithmic(right, "y")
+        # Told apart without colours too.
+        marks = itertools.cycle(itertools.product(("-", "--", ":"), "os^DvP*X"))
+        hues = colors.of([run.method for run in runs])
+        for (label, rows, _), color, (line, marker) in zip(runs, hues, marks, strict=False):
             epochs = [r["epoch"] for r in rows]
-            style = {"linestyle": line, "marker": marker, "markersize": 4, "label": plain(label)}
+            style = {"linestyle": line, "marker": marker, "markersize": 4, "color": color,
+                     "label": plain(label), "markevery": 1 + len(rows) // 16}  # fmt: skip
             left.plot(epochs, [100 * r["test_accuracy"] for r in rows], **style)
             right.plot(epochs, [r["train_loss"] for r in rows], **style)
         handles, labels = left.get_legend_handles_labels()
@@ -140,8 +135,25 @@ def draw_panels(file: Path, panels: Sequence[Panel], title: str) -> Path | None:
     return figure(file, fill)
 
 
-# As many as a legend as high as a figure has room for.
-_MOST_NAMES = 20
+def layer(path: str) -> str:
+    """A layer by its unit, from 1, and its path there: "0/units/0/map/kernel" is "unit 1: map"."""
+    place, *rest = path.split("/")
+    if rest[:2] == ["units", place]:
+        rest = rest[2:]
+    if len(rest) > 1 and rest[-1] == "kernel":
+        rest = rest[:-1]
+    return f"unit {int(place) + 1}: {'/'.join(rest)}"
+
+
+def logarithmic(axes: Any, name: str) -> None:
+    """Makes x or y logarithmic, with plain numbers at 1, 2, 3 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def plain(label: str) -> str:
@@ -155,86 +167,28 @@ def figure(file: File, fill: Callable[[Any], None], height: float = 4.0) -> File
     It is 9 inches wide and `height` inches high.
     """
     # The object interface, since pyplot keeps global state and may want a display.
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"axes.prop_cycle": _cycle()}):
+    with style():
         made = Figure(figsize=(9, height), layout="constrained")
         fill(made)
         made.savefig(file, dpi=120)
     return file
 
 
-def overview(rows: list[Row]) -> Any:
-    """A matplotlib figure of losses and accuracies by epoch, which a notebook shows."""
+def style() -> AbstractContextManager[None]:
+    """A context in which pictures are made in the project's colours."""
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib import rcsetup
 
-    with matplotlib.rc_context({"axes.prop_cycle": _cycle()}):
-        made = Figure(figsize=(9, 4), layout="constrained")
-        _curves(made, rows)
-    return made
+    return matplotlib.rc_context({"axes.prop_cycle": rcsetup.cycler(color=colors.OTHERS)})
 
 
-def _cycle() -> Any:
-    import matplotlib.style
-
-    return matplotlib.style.library["tableau-colorblind10"]["axes.prop_cycle"]
-
-
-def _axes(figure: Any, place: int, title: str, unit: str, rows: list[Row]) -> Any:
+def epoch_axes(figure: Any, place: int, title: str, unit: str, rows: list[Row]) -> Any:
+    """Axes over the epochs of rows."""
     axes = figure.add_subplot(place, title=title, xlabel="epoch", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(rows) > 1:
         axes.set_xlim(rows[0]["epoch"], rows[-1]["epoch"])
     return axes
-
-
-def _curves(figure: Any, rows: list[Row]) -> None:
-    epochs = [r["epoch"] for r in rows]
-    has_accuracy = "test_accuracy" in rows[0]
-    left = _axes(figure, 121 if has_accuracy else 111, "Loss", "mean of the loss", rows)
-    for split in ("train", "test"):
-        left.plot(epochs, [r[f"{split}_loss"] for r in rows], marker=".", label=split)
-    left.legend()
-    if not has_accuracy:
-        return
-    right = _axes(figure, 122, "Accuracy", "%", rows)
-    for split in ("train", "test"):
-        right.plot(epochs, [100 * r[f"{split}_accuracy"] for r in rows], marker=".", label=split)
-    right.legend()
-
-
-def _angles(figure: Any, rows: list[Row]) -> None:
-    pictures = {
-        "angles": "Local gradient to the true one",
-        "signal_angles": "Teaching signal to the true one",
-    }
-    for place, (name, title) in enumerate(pictures.items(), start=121):
-        axes = _axes(figure, place, title, "degrees", rows)
-        for i in range(len(rows[0][name])):
-            axes.plot([r["epoch"] for r in rows], [r[name][i] for r in rows], marker=".",
-                      label=f"unit {i + 1}")  # fmt: skip
-        axes.axhline(90, color="0.6", linestyle=":", label="orthogonal")
-        axes.set_ylim(0, max(100, *(a + 5 for r in rows for a in r[name])))
-    _legend(axes)
-
-
-def _legend(axes: Any) -> None:
-    """Names beside the axes, the first and the last of more than have a place there."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > _MOST_NAMES:
-        ends = [0, 1, len(labels) - 2, len(labels) - 1]
-        handles, labels = [handles[i] for i in ends], [labels[i] for i in ends]
-        axes.set_title(f"{axes.get_title()} (named: the first two and the last two)")
-    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _ranks(figure: Any, rows: list[Row]) -> None:
-    axes = _axes(figure, 111, "Stored rank of each layer", "rank", rows)
-    for name in rows[0]["ranks"]:
-        axes.plot([r["epoch"] for r in rows], [r["ranks"][name] for r in rows], marker=".",
-                  label=name.removesuffix("/kernel"))  # fmt: skip
-    axes.set_ylim(bottom=0)
-    _legend(axes)

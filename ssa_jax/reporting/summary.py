@@ -22,7 +22,7 @@ def line(row: Row, epochs: int) -> str:
         f"epoch {row['epoch']}/{epochs}",
         f"loss {row['train_loss']:.4f}",
         f"test {shown_score(row)}",
-        f"angle {sum(hidden) / max(1, len(hidden)):.1f}°",
+        f"mean angle {sum(hidden) / max(1, len(hidden)):.1f}°",
         f"ranks {shown}" if stored else "",
         f"{row['images_per_second']:.0f} img/s",
         f"{row['wall_s']:.0f} s",

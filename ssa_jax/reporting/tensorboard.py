@@ -64,7 +64,7 @@ class Board:
         for name, s in spectra.items():
             # What truncation zeroed waits for compaction and is no part of the spectrum.
             if np.any(s):
-                writer.add_histogram(f"spectrum/{name}", np.abs(s[s != 0]), epoch)
+                writer.add_histogram(f"spectrum/{_tag(name)}", np.abs(s[s != 0]), epoch)
         for tag, picture in _pictures(rows).items():
             writer.add_image(tag, picture, epoch, dataformats="HWC")
         writer.flush()
@@ -100,7 +100,11 @@ def scalars(row: Row) -> dict[str, float]:
         for i, value in enumerate(row.get(name, ()), start=1):
             if value is not None:
                 values[f"{name}/unit_{i}"] = value
-    return values | {f"rank/{name}": rank for name, rank in row["ranks"].items()}
+    return values | {f"rank/{_tag(k)}": rank for k, rank in row["ranks"].items()}
+
+
+def _tag(path: str) -> str:
+    return plots.layer(path).replace(": ", "/").replace(" ", "_")
 
 
 def _pictures(rows: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -113,7 +117,12 @@ def _pictures(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     layers = list(rows[-1]["ranks"])
     if layers:
         ranks = [[r["ranks"][layer] / rows[0]["ranks"][layer] for layer in layers] for r in rows]
-        maps["ranks"] = (layers, ranks, 1.0, "Stored rank over that after the first epoch")
+        maps["ranks"] = (
+            [plots.layer(path) for path in layers],
+            ranks,
+            1.0,
+            "Stored rank over that after the first epoch",
+        )
     epochs, pictures = [r["epoch"] for r in rows], {}
     for tag, (labels, values, top, title) in maps.items():
         file = io.BytesIO()

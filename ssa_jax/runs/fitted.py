@@ -16,7 +16,7 @@ from ssa_jax.data.arrays import check_range, is_pair
 from ssa_jax.errors import DataError
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.units import Unit
-from ssa_jax.reporting import plots
+from ssa_jax.reporting import pictures
 from ssa_jax.reporting.summary import shown_score
 from ssa_jax.runs import inputs
 from ssa_jax.runs.build import Built
@@ -175,7 +175,7 @@ class Run:
 
     def plot(self) -> Any:
         """A matplotlib figure of loss, accuracy and ranks by epoch."""
-        return plots.overview(self.history)
+        return pictures.overview(self.history)
 
 
 # What `train.make_eval` takes for a network where outputs are there already.

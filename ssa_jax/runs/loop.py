@@ -6,7 +6,7 @@ from typing import Any
 from ssa_jax.errors import NotFiniteError
 from ssa_jax.parallel.interrupt import Interruptible, Terminated
 from ssa_jax.plugins import find
-from ssa_jax.reporting import plots, summary
+from ssa_jax.reporting import pictures, summary
 from ssa_jax.reporting.callbacks import CALLBACKS
 from ssa_jax.reporting.environment import commit
 from ssa_jax.reporting.progress import Progress
@@ -243,5 +243,5 @@ class Loop:
             flush=True,
         )
         if rows and self.folder.ours:
-            plots.draw(rows, self.folder.plots)
+            pictures.draw(rows, self.folder.plots)
         return result

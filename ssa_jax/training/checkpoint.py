@@ -26,6 +26,7 @@ from ssa_jax.training.record import (
     Record,
     describe,
     differences,
+    of_settings,
     one_line,
     read_arrays,
     read_record,
@@ -211,12 +212,8 @@ class Checkpoints:
     ) -> tuple[Record, TrainState]:
         folder = self._directory / str(step)
         record = read_record(folder)
-        if self._config:
-            theirs = record["config"] or {}
-            # A setting that was not there yet when the checkpoint was written is no difference.
-            ours = {name: value for name, value in self._config.items() if name in theirs}
-            if different := differences(ours, theirs):
-                raise CheckpointError(f"{folder} is of another run: {different}")
+        if different := of_settings(self._config, record["config"]):
+            raise CheckpointError(f"{folder} is of another run: {different}")
         target = place(ranks.at_ranks(like, like.params, record["ranks"]))
         ours, stored = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
         if different := differences(ours, stored):

@@ -77,6 +77,16 @@ def differences(here: dict[str, Any], there: dict[str, Any], limit: int = 5) -> 
     return ", ".join(phrases + more)
 
 
+def of_settings(here: dict[str, Any] | None, there: dict[str, Any] | None) -> str:
+    """The `differences` of the settings of a run and of a checkpoint; None leaves them unchecked.
+
+    A setting that was not there yet when the checkpoint was written is none.
+    """
+    if here is None or there is None:
+        return ""
+    return differences({name: value for name, value in here.items() if name in there}, there)
+
+
 def seal(record: Record) -> dict[str, str]:
     """The record as text beside its digest."""
     text = json.dumps(record)
