@@ -14,7 +14,7 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.show import variants
-from experiments.studies import overhead_page
+from experiments.show import overhead_page
 
 # Those that train; overhead measures steps alone.
 STUDIES = ("ablation", "alignment", "convergence", "methods", "ranks", "sensitivity", "tuning")
