@@ -13,8 +13,7 @@ import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.show import variants
-from experiments.show import overhead_page
+from experiments.show import overhead_page, variants
 
 # Those that train; overhead measures steps alone.
 STUDIES = ("ablation", "alignment", "convergence", "methods", "ranks", "sensitivity", "tuning")
