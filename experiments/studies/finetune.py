@@ -124,7 +124,8 @@ class Resting(nnx.Variable[Any]):
 
 def rest(layer: nnx.Linear) -> nnx.Linear:
     """Takes a layer's weights out of training; returns it."""
-    layer.kernel, layer.bias = (Resting(x.get_value()) for x in (layer.kernel, layer.bias))
+    for name in ("kernel", "bias"):
+        setattr(layer, name, Resting(getattr(layer, name).get_value()))
     return layer
 
 

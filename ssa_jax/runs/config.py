@@ -66,8 +66,9 @@ class Config:
         choices=ON_CORRUPT,
     )
     factorize: str = setting(
-        "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
-    )
+        "auto", "Layers on factors; auto: on for ssa and svd_bp; all: also where that is dearer.",
+        choices=("auto", "on", "off", "all"),
+    )  # fmt: skip
     epochs: int = setting(10, "Passes over the training set.", low=1)
     max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
     schedule_steps: int = setting(
@@ -216,7 +217,7 @@ class Config:
     @property
     def factorized(self) -> bool:
         """Whether the layers hold factors."""
-        return self.factorize == "on" or (self.factorize == "auto" and self.method in ON_FACTORS)
+        return self.method in ON_FACTORS if self.factorize == "auto" else self.factorize != "off"
 
     def validate(self) -> None:
         """Checks every field against its limits.

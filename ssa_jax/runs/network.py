@@ -1,6 +1,6 @@
 """The network that a config names: its units, and what it costs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ from ssa_jax import factors
 from ssa_jax.data import Images
 from ssa_jax.errors import ConfigError
 from ssa_jax.models import MODELS
-from ssa_jax.networks.factorize import factorize, has_factors
+from ssa_jax.networks import worth
+from ssa_jax.networks.factorize import factorize, has_factors, tell_left
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.models import Split, split, start
 from ssa_jax.networks.units import Unit, group_units, in_precision
@@ -44,8 +45,13 @@ def make_model(config: Config, data: Images, given: Given = NOTHING, *, factoriz
     if given.model is not None:
         return _given_model(given.model, config, data, rank)
     make = find("model", config.model, MODELS)
-    try:
+
+    def at(rank: float | None) -> Any:
         return make(data.image_shape, data.classes, rank=rank, rngs=nnx.Rngs(config.seed))
+
+    try:
+        model = at(rank)
+        return model if rank is None else _where_it_pays(model, lambda: at(None), config)
     except ValueError as e:
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
 
@@ -54,7 +60,37 @@ def _given_model(model: Any, config: Config, data: Images, rank: float | None) -
     started = start(model, data.example, config.seed)
     if rank is None or has_factors(started):
         return started
-    return factorize(started, rank=rank)
+    return factorize(started, rank=rank, lowest=rank * least_share(config))
+
+
+def _where_it_pays(model: Any, dense: Callable[[], Any], config: Config) -> Any:
+    """The model on factors, without those that would make layers dearer for all of the run."""
+    share = least_share(config)
+    if not share or not isinstance(model, nnx.Module):
+        return model
+    model, reasons = worth.dense_where_dearer(model, dense, share)
+    if reasons and not has_factors(model):
+        raise ValueError(
+            f"on factors every layer is dearer than dense at --rank_init={config.rank_init:g}: "
+            "lower it, let ranks fall (--rank_schedule), or take --factorize=all"
+        )
+    tell_left(reasons)
+    return model
+
+
+def least_share(config: Config) -> float:
+    """The share of its initial rank to which a layer may fall; 0 where no layer is judged by it.
+
+    None is where the run has exact factors that stay, whose purpose is not to save, or a
+    budget, which is a size for the whole network.
+    """
+    exact = config.rank_schedule == "none" and config.rank_init == 1
+    if exact or config.rank_budget or config.factorize == "all":
+        return 0.0
+    if config.rank_schedule == "none":
+        return 1.0
+    target = config.rank_target if config.rank_schedule == "linear" else 0.0
+    return max(target, config.rank_floor)
 
 
 def split_model(config: Config, data: Images, given: Given = NOTHING, *, factorized: bool) -> Split:
