@@ -45,7 +45,7 @@ BEFORE = "before"
 LORA_RANKS = (16, 64, 128)
 PER_CENT = {"svd_bp": (25,), "ssa": (50, 25, 12)}
 # Chosen on a held-out fifth of the second data sets, seed 0.
-RATES = {"bp": 2e-3, "head": 2e-3, "lora": 2e-3, "svd_bp": 2e-3, "ssa": 2e-3}
+RATES = {"bp": 2e-3, "head": 8e-3, "lora": 4e-3, "svd_bp": 2e-3, "ssa": 2e-3}
 
 
 class Task(NamedTuple):
