@@ -169,3 +169,14 @@ def test_a_dense_layer_in_place_of_a_dearer_one_is_that_of_the_dense_model(digit
     plain = make_model(DIGITS, digits, factorized=False)
     assert type(mixed.units[1].map) is nnx.Linear
     assert jnp.array_equal(mixed.units[1].map.kernel[...], plain.units[1].map.kernel[...])
+
+
+def test_paths_are_dropped_by_models_that_have_any(digits):
+    settings = {"model": "vit_tiny", "drop_path": 0.2}
+    model = nnx.eval_shape(
+        lambda: make_model(Config(dataset="digits", **settings), digits, factorized=False)
+    )
+    rates = [x.rate for _, x in nnx.iter_modules(model) if isinstance(x, nnx.Dropout)]
+    assert max(rates) == pytest.approx(0.2)
+    with pytest.raises(ConfigError, match=r"--drop_path is for vision transformers .* not for mlp"):
+        ranks_of(digits, drop_path=0.2)

@@ -1,5 +1,6 @@
 """The network that a config names: its units, and what it costs."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,15 +46,28 @@ def make_model(config: Config, data: Images, given: Given = NOTHING, *, factoriz
     if given.model is not None:
         return _given_model(given.model, config, data, rank)
     make = find("model", config.model, MODELS)
+    options = _options(config, make)
 
     def at(rank: float | None) -> Any:
-        return make(data.image_shape, data.classes, rank=rank, rngs=nnx.Rngs(config.seed))
+        rngs = nnx.Rngs(config.seed)
+        return make(data.image_shape, data.classes, rank=rank, rngs=rngs, **options)
 
     try:
         model = at(rank)
         return model if rank is None else _where_it_pays(model, lambda: at(None), config)
     except ValueError as e:
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
+
+
+def _options(config: Config, make: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments that not every model takes."""
+    if not config.drop_path:
+        return {}
+    taken = inspect.signature(make).parameters
+    if "drop_path" not in taken and "options" not in taken:
+        raise ConfigError(f"--drop_path is for vision transformers and efficientnet_b0, not for "
+                          f"{config.model}")  # fmt: skip
+    return {"drop_path": config.drop_path}
 
 
 def _given_model(model: Any, config: Config, data: Images, rank: float | None) -> Any:
