@@ -1,6 +1,7 @@
 """The study of fine-tuning: what is tuned in each way, and what its sizes say."""
 
 import json
+import statistics
 from pathlib import Path
 
 import jax
@@ -92,3 +93,38 @@ def test_the_study_trains_before_and_tunes_after_in_every_way(tmp_path):
     # Two epochs on the same images again.
     assert found["bp"]["test_accuracy"] >= found["before"]["test_accuracy"] - 0.02
     assert all(np.isfinite(r["train_loss"]) for r in rows)
+
+
+def test_the_table_of_fine_tuning_is_its_record():
+    record = json.loads((ROOT / "results/finetune/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    assert record["command"] in page
+    assert record["commit"] in page
+    labels = finetune.STUDY.labels
+    groups = {}
+    for row in record["rows"]:
+        groups.setdefault(row["variant"], []).append(row)
+    dense = {v.partition("_")[0]: rows[0]["params"] for v, rows in groups.items() if "before" in v}
+    for variant, rows in groups.items():
+        accuracies = [100 * r["test_accuracy"] for r in rows]
+        deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(rows) > 1 else ""
+        trained = statistics.mean(r["params"] for r in rows) / 1e3
+        task, _, form = variant.partition("_")
+        rests = form == "head" or form.startswith("lora")
+        stored = dense[task] / 1e3 if rests else trained
+        assert (
+            f"| {labels[variant]} | {statistics.mean(accuracies):.2f}{deviation} % "
+            f"| {trained:.0f} k | {stored:.0f} k | {len(rows)} |"
+        ) in page
+
+
+def test_rates_are_those_that_did_best_on_held_out_images():
+    record = json.loads((ROOT / "results/finetune/record.json").read_text())
+    tried = {}
+    for r in record["rates"]:
+        form = r["variant"].partition("_")[2].rstrip("_0123456789")
+        tried.setdefault((form, r["rate"]), []).append(r["accuracy"])
+    # A rate that one of both tasks was not tried at does not count.
+    means = {key: statistics.mean(found) for key, found in tried.items() if len(found) == 2}
+    for form, rate in finetune.RATES.items():
+        assert rate == max((r for f, r in means if f == form), key=lambda r: means[form, r])
