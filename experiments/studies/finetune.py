@@ -228,7 +228,7 @@ STUDY = Study(
     "inference needs, with LoRA the dense network that it is added to.",
     lambda file, rows: charts.draw(file, panels(file.parent, rows)),
     defaults={"train_size": 10_000},
-    quick_only=[f"fashion_{f}" for f in (BEFORE, "bp", "lora_64", "ssa_25")],
+    quick_only=[f"fashion_{f}" for f in (BEFORE, "lora_64", "ssa_25")],
     given=given,
 )
 
