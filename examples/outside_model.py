@@ -26,7 +26,8 @@ class Wide(nnx.Module):
 def wide(input_shape, outputs, *, rank, rngs):
     """The model for inputs of a shape, on factors unless `rank` is None."""
     model = Wide(int(np.prod(input_shape)), outputs, rngs)
-    return model if rank is None else ssa_jax.factorize(model, rank=rank)
+    # Which layers pay is judged by the run, which knows how far its ranks fall.
+    return model if rank is None else ssa_jax.factorize(model, rank=rank, lowest=0.0)
 
 
 def halves(data_dir: str | None = None) -> Dataset:

@@ -24,8 +24,8 @@ GROUPS = {
         "data_dir", "train_size", "validation", "image_size", "crop_area", "workers", "on_corrupt",
     ),
     "Optimiser": (
-        "optimizer", "warmup_steps", "schedule_steps", "first_rate", "projection", "retraction",
-        "retract_every", "drift_bound",
+        "optimizer", "warmup_steps", "schedule_steps", "weight_decay", "drop_path", "first_rate",
+        "projection", "retraction", "retract_every", "drift_bound",
     ),
     "Local loss": (
         "loss", "alpha", "beta", "gamma", "kappa", "label_smoothing", "hoyer", "local_weight",

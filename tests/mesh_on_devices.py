@@ -4,9 +4,11 @@
 
 trains twenty steps, with a compaction of truncated ranks after ten where the method has ranks, on
 one device, on eight and, where there are factors, on eight with these in parts, and prints as JSON
-how far the latter end from the first, what was compiled, and where the state lay.
+how far the latter end from the first, what was compiled, and where the state lay. MODEL is a name,
+of `helpers.NARROW` at that width; RANK "constant" leaves out all that falling ranks bring.
 """
 
+import functools
 import json
 import os
 import sys
@@ -17,8 +19,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
+from helpers import NARROW
 
 from ssa_jax.data import Dataset
+from ssa_jax.models import MODELS
 from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, make_layout
 from ssa_jax.runs import build
@@ -35,6 +39,14 @@ def dataset(size):
     labels = rng.integers(0, 10, len(images)).astype(np.int32)
     at = BATCH * STEPS
     return Dataset(images[:at], labels[:at], images[at:], labels[at:], 10, 2, True)
+
+
+def narrowed(name):
+    """The name of a model whose width is that of tests, where there is one."""
+    if name in NARROW:
+        MODELS[f"narrow_{name}"] = functools.partial(MODELS[name], **NARROW[name][1])
+        name = f"narrow_{name}"
+    return name
 
 
 def cast(state, dtype):
@@ -72,12 +84,13 @@ def main():
     model, method, size, dtype, rank = *sys.argv[1:3], int(sys.argv[3]), *sys.argv[4:]
     jax.config.update("jax_enable_x64", dtype == "float64")
     # Falling far enough for a compaction to pay after the first epoch.
-    ranks = {"rank_schedule": "hybrid", "rank_init": float(rank), "rank_target": 0.3,
-             "rank_floor": 0.3}  # fmt: skip
-    ranks = ranks if method == "ssa" else {}
+    ranks = {}
+    if method == "ssa" and rank != "constant":
+        ranks = {"rank_schedule": "hybrid", "rank_init": float(rank), "rank_target": 0.3,
+                 "rank_floor": 0.3}  # fmt: skip
     # Adam's first step divides every entry by its own size, and so magnifies its rounding.
     config = Config(
-        method=method, model=model, batch_size=BATCH, epochs=6, optimizer="momentum",
+        method=method, model=narrowed(model), batch_size=BATCH, epochs=6, optimizer="momentum",
         learning_rate=1e-3, feedback_every=4, **ranks,
     )  # fmt: skip
     data = dataset(size)

@@ -150,3 +150,8 @@ def test_subspaces_do_not_depend_on_the_basis():
     f = random_factors(jax.random.key(0), 8, 6, 3)
     mixed = f._replace(u=f.u @ jnp.array([[2.0, 1, 0], [0, 1, 5], [0, 0, 3]]))
     assert float(metrics.subspace_angle({"w": f}, {"w": mixed})) < ZERO_DEGREES
+
+
+def test_of_a_unit_without_parameters_there_is_nothing_to_measure():
+    assert float(metrics.angle({}, {})) == float(metrics.ratio({}, {})) == 0
+    assert metrics.flatten(({}, {"w": jnp.ones((2, 2))})).shape == (4,)

@@ -12,6 +12,7 @@ from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.optim import (
     OPTIMIZERS,
     OptimizerConfig,
+    decayed,
     learning_rate,
     make_optimizer,
     scale_by_depth,
@@ -140,3 +141,32 @@ def test_a_chain_has_the_hoyer_term_where_its_schedule_ever_weighs_it(schedule):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(OptimizerConfig(0.1, 10, 5, **change))
+
+
+def test_weight_decay_shrinks_kernels_and_the_scale_of_factors_as_one():
+    """W = U diag(s) Vᵀ loses the share rate · λ in a step, whichever form it is stored in."""
+    params = {
+        "f": factors.from_dense(jax.random.normal(jax.random.key(0), (6, 5)), 3),
+        "kernel": jnp.ones((3, 2)),
+        "bias": jnp.ones(2),
+    }
+    still = jax.tree.map(jnp.zeros_like, params)
+    config = OptimizerConfig(0.1, 40, 10, warmup_steps=1, weight_decay=0.5, optimizer="momentum")
+    optimizer = make_optimizer(config)
+    state = optimizer.init((params,))
+    # The rate of the first step is zero.
+    after, once = (params,), learning_rate(config)(1)
+    for _ in range(2):
+        updates, state = optimizer.update((still,), state, after)
+        after = optax.apply_updates(after, updates)
+    kept = 1 - float(once) * 0.5
+    before, after = factors.to_dense(params["f"]), factors.to_dense(after[0]["f"])
+    assert jnp.allclose(after, kept * before, atol=1e-5)
+    assert kept == pytest.approx(0.95)
+
+
+def test_of_a_tree_norms_and_biases_do_not_decay():
+    leaf = factors.from_dense(jnp.eye(4), 2)
+    assert decayed({"a": leaf, "b": jnp.ones((2, 3)), "c": jnp.ones(3)}) == {
+        "a": factors.Factors(False, True, False), "b": True, "c": False
+    }  # fmt: skip

@@ -5,7 +5,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from experiments.studies import overhead, overhead_page
+from experiments.show import overhead_page
+from experiments.studies import overhead
 from ssa_jax.factors import Factors
 from ssa_jax.runs.workdir import WorkdirError
 

@@ -28,8 +28,9 @@ from benchmarks.contestants import Entry
 from benchmarks.networks import Case
 from experiments import flags, folders
 from experiments.measure.timing import contestant, side_by_side
+from experiments.show import overhead_page
 from experiments.show.runs import Row
-from experiments.studies import overhead_page, study
+from experiments.studies import study
 from ssa_jax import factors
 from ssa_jax.models import MODELS
 from ssa_jax.networks.models import split

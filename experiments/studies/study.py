@@ -23,6 +23,7 @@ from experiments.studies.trials import Trial, going_on, result, run_trial
 from ssa_jax.reporting.environment import environment
 from ssa_jax.runs import inputs, workdir
 from ssa_jax.runs.config import Config, differences
+from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_json, write_text
 
@@ -62,6 +63,7 @@ class Study(NamedTuple):
       seeds: how many, by default.
       quick: what `--quick` sets beside `QUICK`, or in its place.
       quick_only: the variants that `--quick` runs; all if empty.
+      given: a trial -> objects in place of names in its config.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Study(NamedTuple):
     seeds: int = 3
     quick: Mapping[str, Any] = _EMPTY
     quick_only: Sequence[str] = ()
+    given: Callable[[Trial], Given] = lambda trial: NOTHING
 
     @property
     def labels(self) -> dict[str, str]:
@@ -124,7 +127,8 @@ def run_study(study: Study, settings: Settings) -> list[Row]:
     with going_on(f"--folder={settings.folder}", functools.partial(write_results, study, settings)):
         for trial in trials:
             if trial.variant in settings.only:
-                run_trial(trial, functools.partial(load, trial.config))
+                given = functools.partial(study.given, trial)
+                run_trial(trial, functools.partial(load, trial.config), given)
                 write_results(study, settings)
     return write_results(study, settings)
 

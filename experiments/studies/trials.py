@@ -17,8 +17,9 @@ from ssa_jax.errors import NotFiniteError
 from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs import workdir
 from ssa_jax.runs.config import Config
+from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
-from ssa_jax.runs.run import run
+from ssa_jax.runs.run import train_given
 from ssa_jax.training.checkpoint import Checkpoints
 
 
@@ -54,7 +55,9 @@ def going_on(flags: str, write: Callable[[], Any]) -> Iterator[None]:
         raise type(e)(f"{what}; go on with the same flags and {flags}") from None
 
 
-def run_trial(trial: Trial, load: Callable[[], Data]) -> None:
+def run_trial(
+    trial: Trial, load: Callable[[], Data], given: Callable[[], Given] = lambda: NOTHING
+) -> None:
     """Runs or resumes a trial that is not done and that no other process is running.
 
     A run that is not finite is told and leaves its summary; other errors are those of
@@ -70,7 +73,7 @@ def run_trial(trial: Trial, load: Callable[[], Data]) -> None:
         print(f"{name}:" if config else f"{name}: kept", flush=True)
         try:
             if config:
-                run(config, load())
+                train_given(config, load(), given())
         except NotFiniteError as e:
             print(f"{name} failed: {e}", flush=True)
 

@@ -69,7 +69,8 @@ def at_rank(model: nnx.Module, rank: float | None, dense: Mapping[str, str]) -> 
       rank: fraction of full rank.
       dense: patterns of layers that stay dense, each with the reason, which is told.
     """
-    return model if rank is None else factorize(model, rank=rank, exclude=dense)
+    # A run, which knows how far its ranks fall, makes those dense that factors make dearer.
+    return model if rank is None else factorize(model, rank=rank, lowest=0.0, exclude=dense)
 
 
 def average(x: Array) -> Array:

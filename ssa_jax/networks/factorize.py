@@ -14,11 +14,12 @@ from flax import nnx, traverse_util
 
 from ssa_jax import factors
 from ssa_jax.factors import Factors, rank_of
-from ssa_jax.networks import linen_factors, nnx_factors
+from ssa_jax.networks import linen_factors, nnx_factors, worth
 from ssa_jax.networks.models import LinenModel
 
 # Layers of a lower full rank stay dense: they have few directions to lose, and few parameters.
 LEAST_FULL_RANK = 16
+_TOO_FEW = f"a full rank of at least {LEAST_FULL_RANK} is needed; factorize='off' trains them dense"
 
 
 class LeftDense(UserWarning):
@@ -29,6 +30,7 @@ def factorize(
     model: Any,
     *,
     rank: float = 0.5,
+    lowest: float | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] | Mapping[str, str] = (),
 ) -> Any:
@@ -36,12 +38,16 @@ def factorize(
 
     Each kernel is replaced by its best approximation of the rank (Eckart & Young 1936). Layers of
     full rank below 16, such as a classifier of ten classes or a convolution on colours, stay
-    dense, and so do depthwise convolutions, where factors would save nothing.
+    dense, and so do depthwise convolutions, where factors would save nothing, and those that the
+    pair of factors would make dearer, in parameters or multiply-accumulates (`worth.dearer`).
 
     Args:
       model: an NNX module with `nnx.Linear`, `nnx.Conv` and `nnx.LinearGeneral`, which attention
         is made of; or a `LinenModel` with Dense, Conv and DenseGeneral. It is left as it is.
       rank: fraction of full rank, in (0, 1].
+      lowest: the fraction to which ranks may fall in training, in [0, rank], at which what is
+        dearer is judged; 0 judges nothing. None is `rank`, and 0 at full rank, which is exact
+        and which nobody asks for to save anything.
       include: patterns, as a shell matches file names, of the paths of layers to put on factors.
       exclude: of layers to leave dense. A mapping from such patterns to reasons has these told.
 
@@ -50,23 +56,23 @@ def factorize(
       those that are excluded for a reason, with their reasons.
 
     Raises:
-      ValueError: a rank out of range, a pattern that fits no layer, or no layer is left.
+      ValueError: a fraction out of range, a pattern that fits no layer, or no layer is left.
     """
     if not 0 < rank <= 1:
         raise ValueError(f"rank must lie in (0, 1], got {rank}")
+    lowest = (rank if rank < 1 else 0.0) if lowest is None else lowest
+    if not 0 <= lowest <= rank:
+        raise ValueError(f"lowest must lie in [0, rank], got {lowest} at rank {rank}")
     if isinstance(model, LinenModel):
-        return _factorize_linen(model, rank, include, exclude)
+        return _factorize_linen(model, rank, lowest, include, exclude)
     if not isinstance(model, nnx.Module):
         raise ValueError(
             f"factorize takes an nnx.Module or a LinenModel, got {type(model).__name__}; a plain "
             "function gets `Factors` by factors.from_dense"
         )
     layers, reasons = nnx_factors.examined(model)
-    ranks = {
-        path: min(nnx_factors.matrix(x).shape) for path, x in layers.items() if not reasons[path]
-    }
-    chosen = _chosen(list(layers), ranks, rank, include, exclude)
-    _tell_left(reasons, exclude)
+    shapes = {p: nnx_factors.matrix(x).shape for p, x in layers.items() if not reasons[p]}
+    chosen = _chosen(layers, reasons, shapes, (rank, lowest), include, exclude)
     return from_dense(model, ranks=chosen)
 
 
@@ -79,24 +85,30 @@ def has_factors(model: Any) -> bool:
 
 
 def _chosen(
-    layers: Sequence[str], full: Mapping[str, int], rank: float, include: Iterable[str],
+    layers: Mapping[str, Any], reasons: Mapping[str, str | None],
+    shapes: Mapping[str, Sequence[int]], fractions: tuple[float, float], include: Iterable[str],
     exclude: Iterable[str],
 ) -> dict[str, int]:  # fmt: skip
-    """Ranks of the layers that fit the patterns and are worth it."""
+    """Ranks of the layers that fit the patterns and are worth it; tells why others are not."""
     for pattern in (*include, *exclude):
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"no layer fits {pattern!r}, there are {', '.join(layers)}")
 
-    ranks = {
-        path: rank_of(rank, n, n)
-        for path, n in full.items()
-        if n >= LEAST_FULL_RANK and _fits(path, include) and not _fits(path, exclude)
-    }
+    rank, lowest = fractions
+    ranks, left = {}, dict(reasons)
+    for path, shape in shapes.items():
+        full = min(shape)
+        if full < LEAST_FULL_RANK or not _fits(path, include) or _fits(path, exclude):
+            continue
+        if lowest and (why := worth.dearer(layers[path], shape, rank_of(lowest, full, full))):
+            left[path] = why
+        else:
+            ranks[path] = rank_of(rank, full, full)
     if not ranks:
-        raise ValueError(
-            f"no layer is left to put on factors of {', '.join(layers)}: a full rank of at least "
-            f"{LEAST_FULL_RANK} is needed; factorize='off' trains dense layers"
-        )
+        dearer = f"at {lowest:g} of full rank they would be dearer; lowest=0 (in a run "
+        why = dearer + "factorize='all') puts them there" if left != reasons else _TOO_FEW
+        raise ValueError(f"no layer is left to put on factors of {', '.join(layers)}: {why}")
+    tell_left(left, exclude)
     return ranks
 
 
@@ -105,13 +117,12 @@ def _fits(path: str, patterns: Iterable[str]) -> str | None:
     return next((p for p in patterns if fnmatch.fnmatchcase(path, p)), None)
 
 
-def _tell_left(
-    reasons: Mapping[str, str | None], exclude: Sequence[str] | Mapping[str, str]
-) -> None:
+def tell_left(reasons: Mapping[str, str | None], exclude: Iterable[str] = ()) -> None:
+    """Warns of the layers that stay dense for a reason, those of `exclude` among them."""
     told = exclude if isinstance(exclude, Mapping) else {}
     left = {path: reason or told.get(_fits(path, told) or "") for path, reason in reasons.items()}
     if text := _by_reason(left):
-        warnings.warn(text, LeftDense, stacklevel=4)
+        warnings.warn(text, LeftDense, stacklevel=5)
 
 
 def _by_reason(reasons: Mapping[str, str | None]) -> str:
@@ -130,8 +141,9 @@ def _by_reason(reasons: Mapping[str, str | None]) -> str:
 def _factorize_linen(
     model: LinenModel,
     rank: float,
-    include: Sequence[str],
-    exclude: Sequence[str] | Mapping[str, str],
+    lowest: float,
+    include: Iterable[str],
+    exclude: Iterable[str],
 ) -> LinenModel:
     layers = model.layers()
     reasons = {path: linen_factors.against(layer) for path, layer in layers.items()}
@@ -142,9 +154,8 @@ def _factorize_linen(
         for path, layer in layers.items()
         if not reasons[path]
     }
-    full = {path: min(m.shape) for path, m in matrices.items()}
-    chosen = _chosen(list(layers), full, rank, include, exclude)
-    _tell_left(reasons, exclude)
+    shapes = {path: m.shape for path, m in matrices.items()}
+    chosen = _chosen(layers, reasons, shapes, (rank, lowest), include, exclude)
     for path, r in chosen.items():
         params[kernels[path]] = _best(matrices[path], r)
     nested = traverse_util.unflatten_dict(params, sep="/")

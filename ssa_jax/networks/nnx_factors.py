@@ -2,9 +2,10 @@
 
 import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -69,7 +70,7 @@ def _unlike_new(layer: Any) -> str | None:
         options = {"feature_group_count": layer.feature_group_count}
     elif isinstance(layer, nnx.LinearGeneral):
         options = {"axis": layer.axis, "batch_axis": layer.batch_axis}
-    new = nnx.eval_shape(lambda: type(layer)(*sizes, **options, rngs=nnx.Rngs(0)))
+    new = _shapes_of(lambda: type(layer)(*sizes, **options, rngs=nnx.Rngs(0)))
     for name, value in vars(layer).items():
         known = name in _UNDERSTOOD or name.startswith("_")
         known |= value is conv_general_dilated
@@ -105,6 +106,15 @@ def _against(layer: Any, uses: Mapping[int, int]) -> str | None:
     return f"its {shared[0]} is another layer's too" if shared else unsupported(layer)
 
 
+def _shapes_of(make: Callable[[], Any]) -> Any:
+    """A module with shapes in place of arrays, also where a mesh is set.
+
+    There Flax (0.12.8) gives a variable without a partition a sharding without one, which fails.
+    """
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(make)
+
+
 def name_of(path: Any) -> str:
     """The path of a layer in its model, such as ``"units/0/map"``."""
     return "/".join(map(str, path))
@@ -137,7 +147,7 @@ def on_factors(layer: Any, kernel: Factors) -> nnx.Module:
         return SVDConv(layer.in_features, layer.out_features, layer.kernel_size, **options)
 
     # Made of shapes alone: an initialisation would take an SVD only to be replaced.
-    new = nnx.eval_shape(make)
+    new = _shapes_of(make)
     new.kernel.set_value(kernel)
     if layer.bias is not None:
         new.bias.set_value(layer.bias.get_value())

@@ -89,6 +89,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         optimizer=optimizer_of(config, given),
+        weight_decay=config.weight_decay,
         first_rate=config.first_rate,
         warmup_steps=config.warmup_steps,
         hoyer=config.hoyer,

@@ -43,11 +43,9 @@ class Config:
         None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.", path=True
     )
     validation: float = setting(
-        0.0,
-        "Share of the training images held out of training and measured in place of the test set.",
-        low=0.0,
-        high=0.5,
-    )
+        0.0, "Share of the training images held out, on which is measured in place of the test "
+        "set.", low=0.0, high=0.5,
+    )  # fmt: skip
     train_size: int = setting(
         0, "Train on at most this many of the training images, always the same; 0: all.", low=0
     )
@@ -63,9 +61,13 @@ class Config:
         "At a record of a streamed data set that cannot be decoded: stop, or take the next one.",
         choices=ON_CORRUPT,
     )
-    factorize: str = setting(
-        "auto", "Layers on factors; auto: on for ssa and svd_bp.", choices=("auto", "on", "off")
+    drop_path: float = setting(
+        0.0, "Chance that training goes around the last block; rises with depth.", low=0.0, high=0.9
     )
+    factorize: str = setting(
+        "auto", "Layers on factors; auto: on for ssa and svd_bp; all: also where that is dearer.",
+        choices=("auto", "on", "off", "all"),
+    )  # fmt: skip
     epochs: int = setting(10, "Passes over the training set.", low=1)
     max_steps: int = setting(0, "Stop after this many steps; 0: no limit.", low=0)
     schedule_steps: int = setting(
@@ -92,6 +94,9 @@ class Config:
     learning_rate: float = setting(2e-3, "Peak learning rate.", above=0.0)
     warmup_steps: int = setting(
         0, "Steps over which the rate rises to its peak; 0: 5 % of the schedule.", low=0
+    )
+    weight_decay: float = setting(
+        0.0, "Decay of kernels and of s apart from the gradient, times the rate (AdamW).", low=0.0
     )
     first_rate: float = setting(
         1.0, "Rate of the first unit over that of the last, geometric in between.", above=0.0
@@ -124,10 +129,9 @@ class Config:
     save_every: int = setting(0, "Steps between checkpoints in an epoch; 0: at its end.", low=0)
     keep_checkpoints: int = setting(2, "Newest checkpoints to keep, beside the best one.", low=1)
     on_nan: str = setting(
-        "stop",
-        "When the loss is not finite: stop, or go back to the newest checkpoint at half the rate.",
-        choices=("stop", "rollback"),
-    )
+        "stop", "When the loss is not finite: stop, or go back to the newest checkpoint at half "
+        "the rate.", choices=("stop", "rollback"),
+    )  # fmt: skip
     drift_bound: float = setting(
         1e-2, "Repair U and V after an epoch where |XᵀX - I| exceeds this; 0: never.", low=0.0
     )
@@ -149,20 +153,15 @@ class Config:
     rank_schedule: str = setting("none", "How ranks fall.", choices=SCHEDULES, open=True)
     rank_init: float = setting(0.5, "Initial rank over full rank.", above=0.0, high=1.0)
     rank_target: float = setting(
-        LINEAR_TARGET,
-        "What the linear fall of linear and hybrid leaves of the initial rank, never below the "
-        "floor.",
-        above=0.0,
-        high=1.0,
-    )
+        LINEAR_TARGET, "What the linear fall of linear and hybrid leaves of the initial rank, "
+        "never below the floor.", above=0.0, high=1.0,
+    )  # fmt: skip
     rank_floor: float = setting(0.3, "Lowest rank over the initial one.", low=0.0, high=1.0)
     rank_budget: float = setting(
-        0.0,
-        "Size where ranks end, over the dense network's: of none from the start, of linear its "
-        "target, of adaptive its budget, of the others their floor; 0: none.",
-        low=0.0,
-        high=1.0,
-    )
+        0.0, "Size where ranks end, over the dense network's: of none from the start, of linear "
+        "its target, of adaptive its budget, of the others their floor; 0: none.",
+        low=0.0, high=1.0,
+    )  # fmt: skip
     budget_kind: str = setting("params", "Unit of --rank_budget.", choices=KINDS)
     rank_exclude: str = setting(
         "auto",
@@ -210,7 +209,7 @@ class Config:
     @property
     def factorized(self) -> bool:
         """Whether the layers hold factors."""
-        return self.factorize == "on" or (self.factorize == "auto" and self.method in ON_FACTORS)
+        return self.method in ON_FACTORS if self.factorize == "auto" else self.factorize != "off"
 
     def validate(self) -> None:
         """Checks every field against its limits.
@@ -224,6 +223,8 @@ class Config:
         for flag in ("rank_budget", "shard_params"):
             if getattr(self, flag) and not self.factorized:
                 raise ConfigError(f"--{flag} needs a factorised model: --factorize=on")
+        if self.weight_decay and self.optimizer not in OPTIMIZERS:
+            raise ConfigError("--weight_decay is for adam and momentum; others have their own")
         if self.image_size and self.dataset not in (*STREAMS, *DATASETS):
             named = ", ".join((*STREAMS, *DATASETS))
             raise ConfigError(f"--image_size is for {named}, not {self.dataset}")

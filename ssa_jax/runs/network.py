@@ -1,6 +1,7 @@
 """The network that a config names: its units, and what it costs."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ from ssa_jax import factors
 from ssa_jax.data import Images
 from ssa_jax.errors import ConfigError
 from ssa_jax.models import MODELS
-from ssa_jax.networks.factorize import factorize, has_factors
+from ssa_jax.networks import worth
+from ssa_jax.networks.factorize import factorize, has_factors, tell_left
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.models import Split, split, start
 from ssa_jax.networks.units import Unit, group_units, in_precision
@@ -44,17 +46,65 @@ def make_model(config: Config, data: Images, given: Given = NOTHING, *, factoriz
     if given.model is not None:
         return _given_model(given.model, config, data, rank)
     make = find("model", config.model, MODELS)
+    options = _options(config, make)
+
+    def at(rank: float | None) -> Any:
+        rngs = nnx.Rngs(config.seed)
+        return make(data.image_shape, data.classes, rank=rank, rngs=rngs, **options)
+
     try:
-        return make(data.image_shape, data.classes, rank=rank, rngs=nnx.Rngs(config.seed))
+        model = at(rank)
+        return model if rank is None else _where_it_pays(model, lambda: at(None), config)
     except ValueError as e:
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
+
+
+def _options(config: Config, make: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments that not every model takes."""
+    if not config.drop_path:
+        return {}
+    taken = inspect.signature(make).parameters
+    if "drop_path" not in taken and "options" not in taken:
+        raise ConfigError(f"--drop_path is for vision transformers and efficientnet_b0, not for "
+                          f"{config.model}")  # fmt: skip
+    return {"drop_path": config.drop_path}
 
 
 def _given_model(model: Any, config: Config, data: Images, rank: float | None) -> Any:
     started = start(model, data.example, config.seed)
     if rank is None or has_factors(started):
         return started
-    return factorize(started, rank=rank)
+    return factorize(started, rank=rank, lowest=rank * least_share(config))
+
+
+def _where_it_pays(model: Any, dense: Callable[[], Any], config: Config) -> Any:
+    """The model on factors, without those that would make layers dearer for all of the run."""
+    share = least_share(config)
+    if not share or not isinstance(model, nnx.Module):
+        return model
+    model, reasons = worth.dense_where_dearer(model, dense, share)
+    if reasons and not has_factors(model):
+        raise ValueError(
+            f"on factors every layer is dearer than dense at --rank_init={config.rank_init:g}: "
+            "lower it, let ranks fall (--rank_schedule), or take --factorize=all"
+        )
+    tell_left(reasons)
+    return model
+
+
+def least_share(config: Config) -> float:
+    """The share of its initial rank to which a layer may fall; 0 where no layer is judged by it.
+
+    None is where the run has exact factors that stay, whose purpose is not to save, or a
+    budget, which is a size for the whole network.
+    """
+    exact = config.rank_schedule == "none" and config.rank_init == 1
+    if exact or config.rank_budget or config.factorize == "all":
+        return 0.0
+    if config.rank_schedule == "none":
+        return 1.0
+    target = config.rank_target if config.rank_schedule == "linear" else 0.0
+    return max(target, config.rank_floor)
 
 
 def split_model(config: Config, data: Images, given: Given = NOTHING, *, factorized: bool) -> Split:

@@ -153,21 +153,26 @@ def subspace_angle(params: Tree, twins: Tree | None) -> Array | None:
 
 
 def angle(a: Tree, b: Tree) -> Array:
-    """Angle in degrees between two trees as flat vectors; 90 if one is zero."""
+    """Angle in degrees between two trees as flat vectors; 90 if one is zero, 0 of empty ones."""
     x, y = flatten(a), flatten(b)
+    if not x.size:
+        return jnp.zeros(())
     zero = ~(jnp.any(x != 0) & jnp.any(y != 0))
     return jnp.where(zero, 90.0, linalg.angle(x, y))
 
 
 def ratio(a: Tree, b: Tree) -> Array:
-    """‖a‖/‖b‖ of two trees as flat vectors; 0 if b is zero."""
+    """‖a‖/‖b‖ of two trees as flat vectors; 0 if b is zero or empty."""
+    if not jax.tree.leaves(b):
+        return jnp.zeros(())
     over, under = linalg.norm(flatten(a)), linalg.norm(flatten(b))
     return jnp.where(under == 0, 0.0, over / jnp.where(under == 0, 1.0, under))
 
 
 def flatten(tree: Tree) -> Array:
     """All leaves of a tree as one vector."""
-    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    leaves = [x.ravel() for x in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves) if leaves else jnp.zeros(0)
 
 
 def _each(measure: Callable[[Tree, Tree], Array], a: Sequence[Tree], b: Sequence[Tree]) -> Array:

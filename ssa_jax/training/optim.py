@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax import transforms
-from ssa_jax.factors import is_factors
+from ssa_jax.factors import Factors, is_factors
 from ssa_jax.training import ranks
 from ssa_jax.training.unitwise import Alone
 from ssa_jax.transforms.selection import path_name
@@ -23,8 +23,6 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": optax.scale_by_adam,
     "momentum": lambda: optax.trace(decay=0.9),
 }
-
-
 # Periods of the energy rule in a run, half of which lie where the schedules cut: a rule that is
 # applied often enough empties any spectrum.
 MOST_CUTS = 10
@@ -41,18 +39,16 @@ class OptimizerConfig(NamedTuple):
       steps_per_epoch: the energy rule cuts in the first step of an epoch.
       optimizer: a name in `OPTIMIZERS`, or a whole optax optimiser, which has a rate of its own:
         `learning_rate` is not used then.
+      weight_decay: λ of kernels W ← (1 - rate λ) W, apart from the gradient, and of s of factors.
       first_rate: rate of the first unit over that of the last; see `scale_by_depth`.
-      warmup: share of training over which the rate rises linearly from zero; a cosine takes
-        it back to zero.
+      warmup: share of training over which the rate rises from zero; a cosine takes it back.
       warmup_steps: the same in steps; 0 for the share.
       clip: largest RMS of one gradient array; local, unlike a global norm.
       hoyer: η, coefficient of the Hoyer term.
       rank_schedule: a name in `ranks.SCHEDULES`, or one of another package.
-      schedule: (share of training, energy, final) -> `ranks.Target`, in place of the one of that
-        name.
+      schedule: (share of training, energy, final) -> `ranks.Target`; None: that of the name.
       rank_floor: lowest rank of any rule but `adaptive`, as a fraction of the initial one.
-      rank_target: what the linear phase leaves, as a fraction of the initial rank; never less
-        than the floor.
+      rank_target: what the linear phase leaves of the initial rank, not less than the floor.
       rank_cuts: how often the energy rule cuts, spread over training; 0 for once an epoch, in
         long runs once in several, `MOST_CUTS` in all.
       rank_exclude: patterns of the paths of layers that keep their rank.
@@ -68,6 +64,7 @@ class OptimizerConfig(NamedTuple):
     total_steps: int
     steps_per_epoch: int
     optimizer: str | optax.GradientTransformation = "adam"
+    weight_decay: float = 0.0
     first_rate: float = 1.0
     warmup: float = 0.05
     warmup_steps: int = 0
@@ -120,6 +117,14 @@ def scale_by_depth(first: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def decayed(params: Any) -> Any:
+    """True for what weight decay shrinks: s of factors, other arrays of two axes or more."""
+    kinds = Factors(False, True, False)  # type: ignore[arg-type]
+    return jax.tree.map(
+        lambda x: kinds if is_factors(x) else x.ndim > 1, params, is_leaf=is_factors
+    )
+
+
 def excluded(patterns: Sequence[str], path: str) -> bool:
     """Whether a layer's path fits one of the patterns, as a shell matches file names."""
     return any(fnmatch.fnmatchcase(path, p) for p in patterns)
@@ -166,6 +171,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     sparse = config.hoyer != 0 and schedule not in ranks.WITHOUT_HOYER
     whole = not isinstance(config.optimizer, str)
     adaptive = config.optimizer if whole else OPTIMIZERS[config.optimizer]()
+    if config.weight_decay:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+        adaptive = optax.chain(adaptive, decay)
     if config.first_rate != 1:
         adaptive = optax.chain(adaptive, scale_by_depth(config.first_rate))
     chain = transforms.ssa(
