@@ -210,8 +210,7 @@ class Checkpoints:
     def _read(
         self, step: int, like: TrainState, place: Callable[[TrainState], TrainState]
     ) -> tuple[Record, TrainState]:
-        folder = self._directory / str(step)
-        record = read_record(folder)
+        record = read_record(folder := self._directory / str(step))
         if different := of_settings(self._config, record["config"]):
             raise CheckpointError(f"{folder} is of another run: {different}")
         target = place(ranks.at_ranks(like, like.params, record["ranks"]))
