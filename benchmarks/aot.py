@@ -1,15 +1,19 @@
 """What are a run's programs on accelerators that this machine does not have?
 
-    python -m benchmarks.aot [--target h100 v5e:4x4] [--models vgg13 resnet32] [--batch N]
+    python -m benchmarks.aot [--target h100 v5e:4x4] [--models vgg13 resnet32] [--batch N ...]
         [--quick] [--json FILE] [--notes TEXT]
+    python -m benchmarks.aot --imagenet --target v5e:4x4 --models resnet50 --batch 1024 32768
 
 Each row is one program, compiled here for a GPU or a TPU slice: kernels, distinct products, loops,
 conditionals, collectives with their bytes, bytes a device, seconds to trace and compile, and the
 time that the device's rates allow at best (see `ssa_jax.parallel.ahead`). Images of CIFAR-10's
-shape; a batch of 128 a GPU, and of 2048 on a slice. Needs the extra `aot-cuda` or `aot-tpu`.
+shape, a batch of 128 a GPU and of 2048 on a slice; or with `--imagenet` images of 224 pixels and a
+thousand classes, and of the programs the initialisation and the step, taped and streamed. Needs the
+extra `aot-cuda` or `aot-tpu`.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -33,28 +37,39 @@ ENTRIES = (
     ("ssa", 1, "taped"),
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
+# What large images ask first is memory: of the default and of what keeps least.
+LARGE_ENTRIES = (
+    ("bp", 0, "taped"),
+    ("bp", 0, "streamed"),
+    ("ssa", 1, "taped"),
+    ("ssa", 1, "streamed"),
+)
+IMAGENET = Described((224, 224, 3), 1000, 1_281_167, "float32", None)
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     """A row a program, as soon as it is known."""
     models, entries = (["mlp"], ENTRIES[::2]) if args.quick else (args.models, ENTRIES)
+    data, last = (IMAGENET, "step") if args.imagenet else (CIFAR, "evaluation")
     for name in args.target:
         where = ahead.target(name)
-        batch = args.batch or (2048 if where.layout.devices > 1 else 128)
-        for model in models:
-            yield from ([row] for row in _network(where, model, batch, entries))
+        batches = args.batch or [2048 if where.layout.devices > 1 else 128]
+        for model, batch in itertools.product(models, batches):
+            of_data = LARGE_ENTRIES if args.imagenet else entries
+            yield from ([row] for row in _network(where, model, data, batch, of_data, last))
 
 
 def _network(
-    where: Target, model: str, batch: int, entries: Sequence[tuple[str, int, str]]
-) -> Iterator[Row]:
+    where: Target, model: str, data: Described, batch: int,
+    entries: Sequence[tuple[str, int, str]], last: str,
+) -> Iterator[Row]:  # fmt: skip
     kernels: dict[str, int] = {}
     for method, lookahead, memory in entries:
         config = Config(
             model=model, method=method, rank_init=RANK, batch_size=batch, memory=memory,
             feedback_lookahead=lookahead,
         )  # fmt: skip
-        for one in planned(build(config, CIFAR), CIFAR.example, batch, where):
+        for one in planned(build(config, data), data.example, batch, where):
             made = one.compiled
             first = kernels.setdefault(one.program, made.kernels)
             yield {
@@ -64,6 +79,8 @@ def _network(
                 "best_ms": round(1e3 * one.best_s, 4),
                 "kernels_to_bp": round(made.kernels / max(1, first), 2),
             }  # fmt: skip
+            if one.program == last:
+                break
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +89,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", choices=tuple(MODELS), default=["mlp", "vgg13", "resnet32"]
     )
-    parser.add_argument("--batch", type=int, help="examples in a step of all devices")
+    parser.add_argument("--batch", type=int, nargs="+", help="examples in a step of all devices")
+    parser.add_argument("--imagenet", action="store_true", help="images of 224 pixels")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     whole = not isinstance(config.optimizer, str)
     adaptive = config.optimizer if whole else OPTIMIZERS[config.optimizer]()
     if config.weight_decay:
-        decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
-        adaptive = optax.chain(adaptive, decay)
+        adaptive = optax.chain(adaptive, optax.add_decayed_weights(config.weight_decay, decayed))
     if config.first_rate != 1:
         adaptive = optax.chain(adaptive, scale_by_depth(config.first_rate))
     chain = transforms.ssa(
