@@ -21,6 +21,20 @@ def _no_twins(feedback: Tree) -> None:
     del feedback
 
 
+class Readouts(NamedTuple):
+    """Losses of the units' own behind readouts that learn on them (see `methods.local`).
+
+    Attributes:
+      of: feedback -> the readouts, one tree a hidden unit.
+      loss: (readout, i, h_i, outputs, batch) -> ℓ_i, whose gradient by h_i is δ_i.
+      update: (feedback, gradients of the readouts) -> feedback: what `Method.update` does.
+    """
+
+    of: Callable[[Tree], Sequence[Tree]]
+    loss: Callable[[Tree, int, Array, Array, Any], Array]
+    update: Callable[[Tree, Sequence[Tree]], Tree]
+
+
 class Method(NamedTuple):
     """A learning method on one network.
 
@@ -38,6 +52,7 @@ class Method(NamedTuple):
         without a tape (see `train.make_step`). None for the others.
       ahead: units that a direct signal is pulled back through exactly before it is used; those
         of `signals` are.
+      readouts: for a method whose signals are gradients of losses of the units' own; else None.
       note: what a run should report of the feedback, in a few words; may be empty.
     """
 
@@ -49,6 +64,7 @@ class Method(NamedTuple):
     twins: Callable[[Tree], Tree | None] = _no_twins
     direct: Direct | None = None
     ahead: int = 0
+    readouts: Readouts | None = None
     note: str = ""
 
 

@@ -70,4 +70,5 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
         twins=lambda feedback: lead.twins(feedback[leader]),
         # The update of either may read the tape.
         direct=direct if a.direct and b.direct else None,
+        readouts=None,
     )
