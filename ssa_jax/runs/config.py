@@ -48,18 +48,14 @@ class Config:
         low=0.0,
         high=0.5,
     )
-    train_size: int = setting(
-        0, "Train on at most this many of the training images, always the same; 0: all.", low=0
-    )
+    train_size: int = setting(0, "Most training images, always the same; 0: all.", low=0)
     image_size: int = setting(
         0, "Side of the square images; those in memory are shrunk to it; 0: the usual one.", low=0
     )
     crop_area: float = setting(
         0.08, "Least share of a streamed image in a random crop.", above=0.0, high=1.0
     )
-    workers: int = setting(
-        0, "Processes that decode a streamed data set; 0: threads of this one.", low=0
-    )
+    workers: int = setting(0, "Processes that decode a streamed data set; 0: threads.", low=0)
     on_corrupt: str = setting(
         "stop",
         "At a record of a streamed data set that cannot be decoded: stop, or take the next one.",
@@ -122,10 +118,10 @@ class Config:
     shard_params: bool = setting(
         False, "Each device keeps a part of U and V of every layer, not all of them."
     )
+    stages: int = setting(1, "Devices in a row, each with some of the units.", low=1)
+    micro_batches: int = setting(1, "Parts in which a batch goes through the stages.", low=1)
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
-    save_every: int = setting(
-        0, "Steps between checkpoints within an epoch; 0: at its end alone.", low=0
-    )
+    save_every: int = setting(0, "Steps between checkpoints in an epoch; 0: at its end.", low=0)
     keep_checkpoints: int = setting(
         2, "Newest checkpoints to keep, beside the one of best test accuracy.", low=1
     )
@@ -218,6 +214,11 @@ class Config:
         """Whether the layers hold factors."""
         return self.factorize == "on" or (self.factorize == "auto" and self.method in ON_FACTORS)
 
+    @property
+    def staged(self) -> bool:
+        """Whether steps go over stages, be it one, in micro-batches."""
+        return self.stages > 1 or self.micro_batches > 1
+
     def validate(self) -> None:
         """Checks every field against its limits.
 
@@ -244,7 +245,7 @@ class Config:
 _NOT_IDENTITY = (
     "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
     "on_nan", "compile_cache", "watch", "callbacks", "tensorboard", "workers", "on_corrupt",
-    "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
+    "shard_params", "stages", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
 

@@ -99,25 +99,27 @@ def _read(method: Method, shapes: TrainState, batch: Batch, outputs: Any) -> dic
     if twins is not None:
         read = {i: jax.tree.leaves(twin) for i, twin in enumerate(twins)}
     for i in hidden:
-        if method.readouts is not None:
-            read[i] = [*read[i], *jax.tree.leaves(method.readouts.of(numbers)[i])]
-        elif method.direct is not None:
-            direct = method.direct
-
-            def signal(feedback: Tree, error: Any, batch: Batch, i: int = i) -> Any:
-                return direct(feedback, error, batch, i)
-
-            (used,) = _dependencies(signal, shapes.feedback, outputs, batch)
-            read[i] = [*read[i], *(k for k in used if k < len(jax.tree.leaves(numbers)))]
+        read[i] = [*read[i], *_of_signal(method, shapes, batch, outputs, i)]
     for i, leaves in read.items():
         for k in leaves:
             found.setdefault(k, set()).add(i)
     return found
 
 
-def _made_from(
-    method: Method, shapes: TrainState, batch: Batch
-) -> list[tuple[set[int], set[int]]]:
+def _of_signal(method: Method, shapes: TrainState, batch: Batch, outputs: Any, i: int) -> list[int]:
+    """Leaves of the feedback that the signal of hidden unit i is made of."""
+    if method.readouts is not None:
+        return jax.tree.leaves(method.readouts.of(_numbered(shapes.feedback))[i])
+    assert method.direct is not None
+    direct = method.direct
+    (used,) = _dependencies(
+        lambda feedback, error, batch: direct(feedback, error, batch, i),
+        shapes.feedback, outputs, batch,
+    )  # fmt: skip
+    return [k for k in used if k < len(jax.tree.leaves(shapes.feedback))]
+
+
+def _made_from(method: Method, shapes: TrainState, batch: Batch) -> list[tuple[set[int], set[int]]]:
     """Of the new value of every leaf of the feedback what it is made of.
 
     That is leaves of the feedback, and units by their parameters or readouts.

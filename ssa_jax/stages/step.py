@@ -158,9 +158,7 @@ class Stages:
     ) -> tuple[dict[str, Buffers], Array]:
         """A step on one device: all ticks, then the update of its stage."""
         own = jax.tree.map(lambda x: x[0], parts)
-        in_turn = jax.tree.map(
-            lambda x: x.reshape(self.micro_batches, -1, *x.shape[1:]), batch
-        )
+        in_turn = jax.tree.map(lambda x: x.reshape(self.micro_batches, -1, *x.shape[1:]), batch)
         state, owned = shapes.tree(), self.owners(shapes)
         one = jax.eval_shape(lambda b: jax.tree.map(lambda x: x[0], b), in_turn)
         net = Network(

@@ -15,7 +15,7 @@ from ssa_jax.parallel import buffers
 from ssa_jax.parallel.buffers import Buffers
 from ssa_jax.parallel.mesh import STAGE
 from ssa_jax.stages.owners import advance
-from ssa_jax.stages.state import Part
+from ssa_jax.stages.state import Part, zeros
 from ssa_jax.training import losses, tasks, unitwise
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.types import Batch
@@ -207,9 +207,7 @@ def update(
     slopes = tuple(summed.get(i, ()) for i in range(len(units)))
     alone = unitwise.states(net.optimizer, params, [group])[0]
     shapes = net.parts["opt_state"].shapes(s)
-    opt_state = jax.tree.unflatten(
-        jax.tree.structure(alone), buffers.unpack(own.opt_state, shapes)
-    )
+    opt_state = jax.tree.unflatten(jax.tree.structure(alone), buffers.unpack(own.opt_state, shapes))
     of_mine = unitwise.only(params, group)
     updates, opt_state = net.optimizer.update(slopes, opt_state, of_mine)
     moved = optax.apply_updates(of_mine, updates)
@@ -231,10 +229,11 @@ def _readout_gradients(net: Network, s: int, sums: Buffers) -> Tree:
     part = net.parts["feedback"]
     shapes = net.method.readouts.of(jax.tree.unflatten(part.structure, part.leaves))
     own = iter(buffers.unpack(sums, readout_shapes(net, s)))
-    return tuple(
-        jax.tree.map(lambda x: next(own) if i in net.groups[s] else jnp.zeros(x.shape, x.dtype), tree)
-        for i, tree in enumerate(shapes)
-    )
+
+    def of(i: int, tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: next(own) if i in net.groups[s] else zeros(x), tree)
+
+    return tuple(of(i, tree) for i, tree in enumerate(shapes))
 
 
 def on_stage(branches: Sequence[Callable[..., Any]], active: Array | None, *args: Any) -> Any:
