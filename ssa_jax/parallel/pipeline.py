@@ -97,7 +97,8 @@ def flow(
         kept = _put((x, own), kept, (t - stage) % stages)
         y, outputs, own = work.forward(arriving, x, own)
         outputs = lax.psum(outputs, STAGE)
-        total = work.gradient(known, *_take(kept, known % stages), outputs, total)
+        x_before, own_before = _take(kept, known % stages)
+        total = work.gradient(known, x_before, own_before, outputs, total)
         return (lax.ppermute(y, STAGE, up), own, kept, total), outputs
 
     kept = jax.tree.map(lambda a: jnp.zeros((stages, *a.shape), a.dtype), (x, own))

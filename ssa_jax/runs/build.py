@@ -125,7 +125,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup, method = make_methods(config, network, given)
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
         weights = LossWeights(config.alpha, config.beta, config.gamma, config.kappa, trained)
-        bounds = ()
+        bounds: tuple[int, ...] = ()
         if config.staged:
             part = example_batch(config, data)
             bounds = bounds_of(units, method, optimizer, weights, state, part, config.stages)
@@ -168,9 +168,15 @@ def _memory(
 
 def example_batch(config: Config, data: Images) -> Batch:
     """Shapes of the inputs and targets of a pass on one device."""
-    images = batch_shape(config, data)
-    targets = jnp.asarray(inputs.first_examples(data, 1)[1])
-    return Batch(images, jax.ShapeDtypeStruct((images.shape[0], *targets.shape[1:]), targets.dtype))
+    images, one = batch_shape(config, data), inputs.first_examples(data, 1)[1]
+
+    def zeros() -> Batch:
+        rows = images.shape[0]
+        return Batch(
+            jnp.zeros(images.shape, images.dtype), jnp.zeros((rows, *one.shape[1:]), one.dtype)
+        )
+
+    return jax.eval_shape(zeros)
 
 
 def batch_shape(config: Config, data: Images) -> jax.ShapeDtypeStruct:

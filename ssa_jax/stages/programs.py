@@ -70,8 +70,9 @@ def make_programs(
     of_whole = returning(keep, train.make_refresh(built.method))
 
     def refresh(state: Any) -> Any:
-        in_parts = stages is not None and isinstance(state, StagedState)
-        return stages.refresh(state) if in_parts else of_whole(state)
+        if stages is not None and isinstance(state, StagedState):
+            return stages.refresh(state)
+        return of_whole(state)
 
     return Programs(
         steps=steps(step_of(built.method), built.method),

@@ -158,10 +158,5 @@ def placed(staged: StagedState, mesh: Mesh) -> StagedState:
 def shardings(staged: StagedState, mesh: Mesh) -> StagedState:
     """Where its arrays belong: buffers over the stages, everything else on every device."""
     everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(STAGE))
-    return dataclasses.replace(
-        staged,
-        step=everywhere,
-        key=everywhere,
-        parts=jax.tree.map(lambda _: spread, staged.parts),
-        common=jax.tree.map(lambda _: everywhere, staged.common),
-    )
+    of_all: StagedState = jax.tree.map(lambda _: everywhere, staged)
+    return dataclasses.replace(of_all, parts=jax.tree.map(lambda _: spread, staged.parts))

@@ -143,7 +143,7 @@ class Stages:
         owned = self.owners(staged.shapes)
         state = staged.shapes.tree()
         # Made of nothing that a stage has, so zeros stand for that.
-        blank = jax.tree.map(states.zeros, state._replace(opt_state=(), key=()))
+        blank = jax.tree.map(states.zeros, state._replace(opt_state=()))
         leaves, structure = jax.tree.flatten(blank.feedback)
         for k, x in zip(owned.common, staged.common, strict=True):
             leaves[k] = x
@@ -210,7 +210,8 @@ class Stages:
             def stage(s: int, images: Tree, x: Array, mstate: Buffers) -> Any:
                 return work.forward(net, s, own["params"], mstate, images, x)
 
-            branches = [*(functools.partial(stage, s) for s in range(idle)), nothing]
+            branches: list[Any] = [functools.partial(stage, s) for s in range(idle)]
+            branches.append(nothing)
             return work.on_stage(branches, m >= 0, of(m).images, x, mstate)
 
         def gradient(
@@ -222,7 +223,8 @@ class Stages:
                 learned = work.gradient(net, s, own["params"], own["feedback"], shared, given)
                 return work.add(net, s, total, learned)
 
-            branches = [*(functools.partial(stage, s) for s in range(idle)), lambda _, t: t]
+            branches: list[Any] = [functools.partial(stage, s) for s in range(idle)]
+            branches.append(lambda _, total: total)
             return work.on_stage(branches, m >= 0, given, total)
 
         x = jnp.zeros(boundary.shape, boundary.dtype)
