@@ -9,12 +9,12 @@ Where there are stages (see `pipeline`) they are a second axis, over which nothi
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -159,11 +159,21 @@ def make_staged_layout(stages: int) -> Layout:
     Raises:
       ValueError: stages that do not divide the devices.
     """
-    devices = jax.device_count()
-    if stages < 1 or devices % stages:
-        raise ValueError(f"{stages} stages do not divide {devices} devices")
-    kinds = (AxisType.Auto, AxisType.Auto)
-    return Layout(jax.make_mesh((devices // stages, stages), (AXIS, STAGE), axis_types=kinds))
+    return Layout(staged_mesh(jax.devices(), stages))
+
+
+def staged_mesh(devices: Sequence[Any], stages: int) -> Mesh:
+    """Rows of stages, neighbours where the devices' own network has them.
+
+    Raises:
+      ValueError: stages that do not divide the devices.
+    """
+    if stages < 1 or len(devices) % stages:
+        raise ValueError(f"{stages} stages do not divide {len(devices)} devices")
+    rows = mesh_utils.create_device_mesh(
+        (len(devices) // stages, stages), devices, allow_split_physical_axes=True
+    )
+    return Mesh(rows, (AXIS, STAGE), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def _put(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
