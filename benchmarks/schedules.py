@@ -93,16 +93,29 @@ def one_forward_one_backward(times: Sequence[Times], micro_batches: int) -> Line
     return _in_order(times, orders)
 
 
-def zero_bubble(times: Sequence[Times], micro_batches: int, kept: int = 1) -> Line:
-    """W apart from B, taken when nothing else can be done; at most so many micro-batches kept.
+def zero_bubble_bound(times: Sequence[Times], micro_batches: int, kept: int = 1) -> float:
+    """What zero bubble takes at least: M (F + B + W) + (S - 1) (F + B - kept W) (Qi et al. 2023).
+
+    F, B and W are those of the costliest stage; with few micro-batches it is the way of one of them
+    up and down, and the last W. Its authors reach it where M is large enough.
 
     Args:
       times: of the stages.
       micro_batches: M.
-      kept: 1 for the memory of 1F1B, S micro-batches (ZB-H1), 2 for 2 S - 1 (ZB-H2).
+      kept: 1 for ZB-H1, which keeps S micro-batches, as 1F1B does, 2 for ZB-H2, 2 S - 1.
     """
-    stages = len(times)
-    most = stages if kept == 1 else 2 * stages - 1
+    f, b, w = max(times, key=sum)
+    bubble = (len(times) - 1) * max(0.0, f + b - kept * w)
+    way = sum(t.forward + t.inputs for t in times) + times[0].params
+    return max(micro_batches * (f + b + w) + bubble, way)
+
+
+def zero_bubble(times: Sequence[Times], micro_batches: int) -> Line:
+    """A time line of ZB-H1: W apart from B, taken when nothing else can be done; S kept at most.
+
+    By a plain rule (B before F before W), which is near `zero_bubble_bound`, not at it.
+    """
+    stages = most = len(times)
     done: dict[tuple[int, str, int], float] = {}
     nexts = [{"F": 0, "B": 0, "W": 0} for _ in times]
     free, line = [0.0] * stages, Line()
@@ -159,9 +172,10 @@ def _in_order(times: Sequence[Times], orders: Sequence[Sequence[tuple[str, int]]
     return line
 
 
-BACKPROPAGATION: dict[str, Callable[[Sequence[Times], int], Line]] = {
+# Of local learning and of backpropagation, what is drawn.
+LINES: dict[str, Callable[[Sequence[Times], int], Line]] = {
     "GPipe": gpipe,
     "1F1B": one_forward_one_backward,
-    "ZB-H1": zero_bubble,
-    "ZB-H2": lambda times, micro_batches: zero_bubble(times, micro_batches, kept=2),
+    "zero bubble (ZB-H1)": zero_bubble,
+    "local, direct": local,
 }
