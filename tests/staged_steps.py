@@ -119,7 +119,8 @@ METHODS = {
 
 
 def run(case, dtype):
-    model, name, stages, micro_batches = *case.split(":")[:2], *map(int, case.split(":")[2:])
+    model, name, stages, micro_batches, *memory = case.split(":")
+    stages, micro_batches = int(stages), int(micro_batches)
     units, params, mstate, shape = network(model)
     of, options = METHODS.get(name, (name, {}))
     method = make_method(of, units, params, mstate, shape, **options)
@@ -146,7 +147,9 @@ def run(case, dtype):
     with layout.active():
         bounds = partition([1] * len(units), stages)
         example = jax.eval_shape(lambda: batches[0])
-        over = Stages(units, method, optimizer, WEIGHTS, layout, bounds, micro_batches, example)
+        over = Stages(
+            units, method, optimizer, WEIGHTS, layout, bounds, micro_batches, example, *memory
+        )
         here = layout.place(state)
         staged = over.divide(here)
         exact = distance(over.whole(staged), here) == 0

@@ -114,7 +114,7 @@ def test_a_stage_has_the_readouts_of_its_units_and_their_moments():
     assert all("count" in name for name in paths_of(state.feedback, own.common))
 
 
-@pytest.mark.parametrize("case", ["chain:ssa:1:4", "linear:local:1:2"])
+@pytest.mark.parametrize("case", ["chain:ssa:1:4", "chain:ssa:1:4:streamed", "linear:local:1:2"])
 def test_one_stage_learns_what_a_step_learns_by_micro_batches_in_turn(case):
     found = run(case, "float32")
     assert found["exact"]
@@ -223,7 +223,6 @@ def test_stages_of_a_run_have_about_equal_work():
         ({"stages": 3}, r"^--stages must divide 4, the number of devices, got 3$"),
         ({"batch_size": 100, "micro_batches": 8}, r"multiple of 16, --micro_batches for each of 2"),
         ({"shard_params": True}, r"^--shard_params is not for --stages=2$"),
-        ({"memory": "taped"}, r"^--memory=taped is not for --stages=2$"),
         (
             {"stages": 1, "warmup_method": "bp"},
             r"^--warmup_method=bp is not for --micro_batches=2$",

@@ -5,8 +5,8 @@ s takes micro-batch t - s, whose input came from the stage below in the tick bef
 a micro-batch, all that a local gradient needs from elsewhere, go from the last stage to all of them
 in the tick in which they are made, and every stage takes its gradient at once. So M + S - 1 ticks
 do it all, and stages wait for S - 1 forward passes of one micro-batch, where a pipeline of
-backpropagation waits for as many backward passes too. Until its gradient a stage keeps the inputs
-of at most S micro-batches.
+backpropagation waits for as many backward passes too. What a stage keeps of a forward pass until
+the gradient it keeps of at most S micro-batches.
 """
 
 import itertools
@@ -58,19 +58,20 @@ class Work(NamedTuple):
     """What a device does in a tick, inside of a `shard_map` over the axis of stages.
 
     Attributes:
-      forward: (micro-batch, x, own) -> (y, outputs, own): of what came from the stage below what
-        goes to the one above, of one shape everywhere, the network's outputs, which are zeros but
-        on the last stage, and the stage's own state. A micro-batch below zero is none: zeros.
-      gradient: (micro-batch, x, own, outputs, total) -> total: adds what the stage learns from a
-        micro-batch, with x and own as they were before its forward pass. Below zero: nothing.
+      forward: (micro-batch, x, own) -> (y, outputs, own, kept): of what came from the stage below
+        what goes to the one above, of one shape everywhere, the network's outputs, which are zeros
+        but on the last stage, the stage's own state, and what its gradient will need. A micro-batch
+        below zero is none: zeros.
+      gradient: (micro-batch, kept, outputs, total) -> total: adds what the stage learns from a
+        micro-batch. Below zero: nothing.
     """
 
-    forward: Callable[[Array, Array, Tree], tuple[Array, Array, Tree]]
-    gradient: Callable[[Array, Array, Tree, Array, Tree], Tree]
+    forward: Callable[[Array, Array, Tree], tuple[Array, Array, Tree, Tree]]
+    gradient: Callable[[Array, Tree, Array, Tree], Tree]
 
 
 def flow(
-    work: Work, stages: int, micro_batches: int, x: Array, own: Tree, total: Tree
+    work: Work, stages: int, micro_batches: int, x: Array, own: Tree, kept: Tree, total: Tree
 ) -> tuple[Tree, Tree, Array]:
     """All micro-batches through all stages.
 
@@ -80,6 +81,7 @@ def flow(
       micro_batches: M.
       x: zeros, of the shape of what goes from stage to stage.
       own: the stage's own state, which its forward passes move.
+      kept: zeros, of the shapes of what is kept of a micro-batch.
       total: what gradients are added to.
 
     Returns:
@@ -93,17 +95,16 @@ def flow(
         x, own, kept, total = carry
         arriving, known = t - stage, t - (stages - 1)
         arriving = jnp.where(arriving < micro_batches, arriving, -1)
+        y, outputs, own, new = work.forward(arriving, x, own)
         # The place is free: the micro-batch that had it, S before, was learned from a tick ago.
-        kept = _put((x, own), kept, (t - stage) % stages)
-        y, outputs, own = work.forward(arriving, x, own)
+        kept = _put(new, kept, (t - stage) % stages)
         outputs = lax.psum(outputs, STAGE)
-        x_before, own_before = _take(kept, known % stages)
-        total = work.gradient(known, x_before, own_before, outputs, total)
+        total = work.gradient(known, _take(kept, known % stages), outputs, total)
         return (lax.ppermute(y, STAGE, up), own, kept, total), outputs
 
-    kept = jax.tree.map(lambda a: jnp.zeros((stages, *a.shape), a.dtype), (x, own))
+    places = jax.tree.map(lambda a: jnp.zeros((stages, *a.shape), a.dtype), kept)
     ticks = jnp.arange(micro_batches + stages - 1)
-    (_, own, _, total), outputs = lax.scan(tick, (x, own, kept, total), ticks)
+    (_, own, _, total), outputs = lax.scan(tick, (x, own, places, total), ticks)
     return own, total, outputs[stages - 1 :]
 
 

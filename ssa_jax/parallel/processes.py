@@ -104,7 +104,6 @@ def _staged_layout(config: Any) -> Layout:
     flag = "stages" if config.stages > 1 else "micro_batches"
     refused = {
         "shard_params": config.shard_params,
-        "memory=taped": config.memory == "taped",
         f"warmup_method={config.warmup_method}": config.warmup_method != "none",
     }
     for other, given in refused.items():

@@ -125,10 +125,11 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup, method = make_methods(config, network, given)
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
         weights = LossWeights(config.alpha, config.beta, config.gamma, config.kappa, trained)
+        mode = _memory(config, units, method, params, mstate, data)
         bounds: tuple[int, ...] = ()
         if config.staged:
             part = example_batch(config, data)
-            bounds = bounds_of(units, method, optimizer, weights, state, part, config.stages)
+            bounds = bounds_of(units, method, optimizer, weights, state, part, config.stages, mode)
     except ValueError as e:
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     return Built(
@@ -136,7 +137,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         method=method,
         warmup=warmup,
         warmup_epochs=0 if config.warmup_method == "none" else config.warmup_epochs,
-        memory=_memory(config, units, method, params, mstate, data),
+        memory=mode,
         bounds=bounds,
         optimizer=optimizer,
         weights=weights,
@@ -160,8 +161,8 @@ def _memory(
     data: Images,
 ) -> str:  # fmt: skip
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
-    if config.memory != "auto" or config.staged:
-        return "streamed" if config.staged else config.memory
+    if config.memory != "auto":
+        return config.memory
     images = batch_shape(config, data)
     return memory.choose(units, method, params, mstate, images, memory.device_bytes())
 

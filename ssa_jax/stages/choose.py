@@ -17,11 +17,11 @@ Tree = Any
 
 def bounds_of(
     units: Sequence[Unit], method: Method, optimizer: Any, weights: LossWeights,
-    state: TrainState, micro_batch: Batch, stages: int,
+    state: TrainState, micro_batch: Batch, stages: int, memory: str,
 ) -> tuple[int, ...]:  # fmt: skip
     """Stages of about equal multiply-accumulates, once it is checked that there can be any.
 
-    Of a unit count two forward passes, its signal and its gradient: the work of a micro-batch.
+    Of a unit count its forward passes, its signal and its gradient: the work of a micro-batch.
 
     Args:
       units: the network.
@@ -31,6 +31,7 @@ def bounds_of(
       state: `TrainState`, or its shapes.
       micro_batch: `Batch`, or its shapes.
       stages: their number.
+      memory: ``"taped"``, or ``"streamed"``, which passes forward twice.
 
     Raises:
       ValueError: see `check`.
@@ -41,7 +42,8 @@ def bounds_of(
             f"--stages must be at most {len(units)}, the number of units, got {stages}"
         )
     of_units = costs.step_costs(units, method, optimizer, weights, state, micro_batch)
-    bounds = partition([2 * c.forward + c.signal + c.update for c in of_units], stages)
+    passes = 2 if memory == "streamed" else 1
+    bounds = partition([passes * c.forward + c.signal + c.update for c in of_units], stages)
     check_shared(units, bounds)
     return bounds
 

@@ -112,7 +112,7 @@ def _of_signal(method: Method, shapes: TrainState, batch: Batch, outputs: Any, i
         return jax.tree.leaves(method.readouts.of(_numbered(shapes.feedback))[i])
     assert method.direct is not None
     direct = method.direct
-    (used,) = _dependencies(
+    (used,) = dependencies(
         lambda feedback, error, batch: direct(feedback, error, batch, i),
         shapes.feedback, outputs, batch,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def _made_from(method: Method, shapes: TrainState, batch: Batch) -> list[tuple[s
     def update(feedback: Tree, sources: Tree, batch: Batch) -> Tree:
         return advance(method, feedback, sources, sources, sources, batch)
 
-    made = _dependencies(update, shapes.feedback, tuple(sources), batch)
+    made = dependencies(update, shapes.feedback, tuple(sources), batch)
     return [
         (
             {v for v in used if v < size},
@@ -161,7 +161,7 @@ def advance(
     return method.update(feedback, before, after, tape, batch)
 
 
-def _dependencies(fn: Callable[..., Tree], *args: Tree) -> list[set[int]]:
+def dependencies(fn: Callable[..., Tree], *args: Tree) -> list[set[int]]:
     """For every result of a function the numbers of the arrays that it is made of."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     known: dict[Any, set[int]] = {v: {k} for k, v in enumerate(jaxpr.invars)}

@@ -42,7 +42,7 @@ def over_stages(
     """The steps of a `runs.build.Built` over stages; see `Stages`."""
     return Stages(
         built.units, built.method, built.optimizer, built.weights, layout, bounds, micro_batches,
-        example,
+        example, built.memory,
     )  # fmt: skip
 
 

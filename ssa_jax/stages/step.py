@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,13 @@ from ssa_jax.parallel.buffers import Buffers
 from ssa_jax.parallel.mesh import AXIS, STAGE, Layout
 from ssa_jax.parallel.pipeline import Work, flow
 from ssa_jax.stages import state as states
+from ssa_jax.stages import tape as taped
 from ssa_jax.stages import work
 from ssa_jax.stages.owners import Owners, advance, owners
 from ssa_jax.stages.state import Shapes, StagedState
-from ssa_jax.stages.work import Given, Network, Own
+from ssa_jax.stages.tape import tape_of
+from ssa_jax.stages.update import Own, update
+from ssa_jax.stages.work import Given, Network, Start
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.tasks import mean_loss
 from ssa_jax.training.train import measured
@@ -49,6 +52,8 @@ class Stages:
       bounds: of the stages, as `pipeline.partition` gives them.
       micro_batches: M; together with the devices that share it they divide a batch.
       example: shapes of a batch, of any number of rows.
+      memory: ``"taped"`` keeps what the gradients of at most S micro-batches need, ``"streamed"``
+        their inputs alone, and passes forward once more.
 
     Attributes:
       step: (state, batch) -> (state, metrics), jitted; its state is donated, as `refresh`'s is.
@@ -66,12 +71,13 @@ class Stages:
         bounds: Sequence[int],
         micro_batches: int,
         example: Batch,
+        memory: str = "taped",
     ):
         assert layout.mesh is not None
         self.units, self.method, self.optimizer = units, method, optimizer
         self.weights, self.mesh, self.devices = weights, layout.mesh, layout.devices
         self.groups = [range(a, b) for a, b in itertools.pairwise(bounds)]
-        self.micro_batches, self.example = micro_batches, example
+        self.micro_batches, self.example, self.memory = micro_batches, example, memory
         self._owners: dict[Shapes, Owners] = {}
         self.step = jax.jit(self._step, donate_argnums=0)
         self.refresh = jax.jit(self._refresh, donate_argnums=0)
@@ -190,43 +196,60 @@ class Stages:
         total: work.Learned, batch: Batch,
     ) -> Own:  # fmt: skip
         mine = Own(own["params"], own["feedback"], own["opt_state"])
-        return work.update(net, s, mine, total, shared, batch)
+        return update(net, s, mine, total, shared, batch)
 
     def _passes(
         self, net: Network, own: dict[str, Buffers], shared: work.Common, in_turn: Batch
     ) -> tuple[Buffers, work.Learned, Array]:
         """All micro-batches through all stages; the stage's state, its gradients, the outputs."""
-        boundary, outputs = net.boundary(), net.outputs
-        idle = len(self.groups)
+        boundary, outputs, stages = net.boundary(), net.outputs, range(len(self.groups))
+        x = jnp.zeros(boundary.shape, boundary.dtype)
+        forwards, backwards, kept = self._modes(net, own, shared, x)
 
         def of(m: Array) -> Batch:
             m = jnp.maximum(m, 0)
             return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, m, 0, False), in_turn)
 
         def forward(m: Array, x: Array, mstate: Buffers) -> Any:
-            def nothing(images: Tree, x: Array, mstate: Buffers) -> Any:
-                return jnp.zeros_like(x), jnp.zeros(outputs.shape, outputs.dtype), mstate
+            def nothing(images: Tree, start: Start) -> Any:
+                return (
+                    jnp.zeros_like(x), jnp.zeros(outputs.shape, outputs.dtype), start.mstate,
+                    jax.tree.map(jnp.zeros_like, kept),
+                )  # fmt: skip
 
-            def stage(s: int, images: Tree, x: Array, mstate: Buffers) -> Any:
-                return work.forward(net, s, own["params"], mstate, images, x)
+            branches: list[Any] = [functools.partial(forwards, s) for s in stages]
+            return work.on_stage([*branches, nothing], m >= 0, of(m).images, Start(x, mstate))
 
-            branches: list[Any] = [functools.partial(stage, s) for s in range(idle)]
-            branches.append(nothing)
-            return work.on_stage(branches, m >= 0, of(m).images, x, mstate)
+        def gradient(m: Array, kept: Tree, outputs: Array, total: work.Learned) -> work.Learned:
+            def stage(s: int, kept: Tree, given: Given, total: work.Learned) -> work.Learned:
+                return work.add(net, s, total, backwards(s, kept, given))
 
-        def gradient(
-            m: Array, x: Array, mstate: Buffers, outputs: Array, total: work.Learned
-        ) -> work.Learned:
-            given = Given(mstate, x, outputs, of(m))
+            branches: list[Any] = [functools.partial(stage, s) for s in stages]
+            branches.append(lambda kept, given, total: total)
+            return work.on_stage(branches, m >= 0, kept, Given(outputs, of(m)), total)
 
-            def stage(s: int, given: Given, total: work.Learned) -> work.Learned:
-                learned = work.gradient(net, s, own["params"], own["feedback"], shared, given)
-                return work.add(net, s, total, learned)
+        steps, total = Work(forward, gradient), work.start(net)
+        return flow(steps, len(stages), self.micro_batches, x, own["mstate"], kept, total)
 
-            branches: list[Any] = [functools.partial(stage, s) for s in range(idle)]
-            branches.append(lambda _, total: total)
-            return work.on_stage(branches, m >= 0, given, total)
+    def _modes(
+        self, net: Network, own: dict[str, Buffers], shared: work.Common, x: Array
+    ) -> tuple[Callable[..., Any], Callable[..., Any], Tree]:
+        """Forward passes and gradients of stages by the mode of memory, and zeros of what is kept.
 
-        x = jnp.zeros(boundary.shape, boundary.dtype)
-        steps = Work(forward, gradient)
-        return flow(steps, idle, self.micro_batches, x, own["mstate"], work.start(net))
+        (s, images, start) -> as `Work.forward`; (s, kept, given) -> gradients.
+        """
+        params, feedback = own["params"], own["feedback"]
+        if self.memory == "streamed":
+            return (
+                lambda s, images, start: work.forward(net, s, params, images, start),
+                lambda s, kept, given: work.gradient(net, s, params, feedback, shared, kept, given),
+                Start(x, jax.tree.map(jnp.zeros_like, own["mstate"])),
+            )
+        tape = tape_of(net)
+        return (
+            lambda s, images, start: taped.forward(net, tape, s, params, images, start),
+            lambda s, kept, given: taped.gradient(
+                net, tape, s, params, feedback, shared, kept, given
+            ),
+            {name: jnp.zeros(n, name) for name, n in tape.sizes.items()},
+        )

@@ -5,18 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from ssa_jax.methods import Method
 from ssa_jax.networks.forward import after, visit
-from ssa_jax.networks.units import Unit, first_copies, sum_shared
+from ssa_jax.networks.units import Unit
 from ssa_jax.parallel import buffers
 from ssa_jax.parallel.buffers import Buffers
 from ssa_jax.parallel.mesh import STAGE
-from ssa_jax.stages.owners import advance
-from ssa_jax.stages.state import Part, zeros
-from ssa_jax.training import losses, tasks, unitwise
+from ssa_jax.stages.state import Part
+from ssa_jax.training import losses, tasks
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.types import Batch
 
@@ -51,6 +49,10 @@ class Network(NamedTuple):
         """Shape and dtype of the outputs of a micro-batch."""
         return self.shapes[-1]
 
+    def view(self, s: int, **own: Buffers) -> list[Tree]:
+        """Parts of the state, by name in this order, as stage s sees them."""
+        return [self.parts[name].tree(s, part) for name, part in own.items()]
+
     def boundary(self) -> Any:
         """Shape and dtype of what goes from stage to stage: rows as long as the longest."""
         crossing = [self.shapes[group[0]] for group in self.groups[1:]]
@@ -59,7 +61,7 @@ class Network(NamedTuple):
         return jax.ShapeDtypeStruct((self.outputs.shape[0], width), dtype)
 
 
-def _input(net: Network, s: int, images: Tree, x: Array) -> Tree:
+def stage_input(net: Network, s: int, images: Tree, x: Array) -> Tree:
     """The input of the first unit of stage s: a micro-batch of images, or what came from below."""
     if s == 0:
         return images
@@ -68,19 +70,32 @@ def _input(net: Network, s: int, images: Tree, x: Array) -> Tree:
     return x[:, :width].reshape(shape.shape).astype(shape.dtype)
 
 
-def forward(net: Network, s: int, params: Buffers, mstate: Buffers, images: Tree, x: Array) -> Any:
-    """Stage s in training mode: what goes up, the outputs (zeros but of the last), its state."""
-    p, m = (net.parts[n].tree(s, own) for n, own in (("params", params), ("mstate", mstate)))
-    h, boundary = _input(net, s, images, x), net.boundary()
-    m = list(m)
-    for i in net.groups[s]:
-        h, m[i] = net.units[i].apply(p[i], m[i], h, train=True)
-    new = net.parts["mstate"].pack(s, tuple(m))
+def boundary_out(net: Network, s: int, h: Array) -> tuple[Array, Array]:
+    """What the output h of stage s is to the stage above, and as outputs: zeros but of the last."""
+    boundary = net.boundary()
     if s == len(net.groups) - 1:
-        return jnp.zeros(boundary.shape, boundary.dtype), h, new
+        return jnp.zeros(boundary.shape, boundary.dtype), h
     flat = h.reshape(len(h), -1).astype(boundary.dtype)
     flat = jnp.pad(flat, ((0, 0), (0, boundary.shape[1] - flat.shape[1])))
-    return flat, jnp.zeros(net.outputs.shape, net.outputs.dtype), new
+    return flat, jnp.zeros(net.outputs.shape, net.outputs.dtype)
+
+
+class Start(NamedTuple):
+    """Where a forward pass of a stage begins, which is all that a streamed one keeps."""
+
+    x: Array
+    mstate: Buffers
+
+
+def forward(
+    net: Network, s: int, params: Buffers, images: Tree, start: Start
+) -> tuple[Array, Array, Buffers, Start]:
+    """Stage s in training mode: what goes up, the outputs, its state, and what it keeps."""
+    p, m = net.view(s, params=params, mstate=start.mstate)
+    h, m = stage_input(net, s, images, start.x), list(m)
+    for i in net.groups[s]:
+        h, m[i] = net.units[i].apply(p[i], m[i], h, train=True)
+    return *boundary_out(net, s, h), net.parts["mstate"].pack(s, tuple(m)), start
 
 
 class Learned(NamedTuple):
@@ -91,45 +106,53 @@ class Learned(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a gradient is made of, beside the parameters.
+    """What a gradient is made of beside what the stage has: outputs and a micro-batch."""
 
-    Attributes:
-      mstate: of the stage, before the forward pass of this micro-batch.
-      x: what came from the stage below.
-      outputs: of the network.
-      batch: the micro-batch.
-    """
-
-    mstate: Buffers
-    x: Array
     outputs: Array
     batch: Batch
 
 
-def gradient(
-    net: Network, s: int, params: Buffers, feedback: Buffers, common: Common, given: Given
-) -> tuple[Tree, Tree]:
-    """The task terms' gradients of stage s and of its readouts for one micro-batch.
+# (i, input of unit i) -> its output, and the pullback to its parameters.
+Visit = Callable[[int, Tree], tuple[Array, Callable[[Array], Tree]]]
 
-    As in `passes.streamed` each unit's comes as the second forward pass meets it, and holds
-    nothing of the others.
+
+def gradient(
+    net: Network, s: int, params: Buffers, feedback: Buffers, common: Common, start: Start,
+    given: Given,
+) -> tuple[Tree, Tree]:  # fmt: skip
+    """The gradients of stage s and of its readouts for one micro-batch, by another forward pass.
+
+    As in `passes.streamed` each unit's comes as the pass meets it, and holds nothing of the others.
+    """
+    p, m = net.view(s, params=params, mstate=start.mstate)
+
+    def visited(i: int, x: Tree) -> tuple[Array, Callable[[Array], Tree]]:
+        y, pullback, _ = visit(net.units[i], p[i], m[i], x)
+        return y, lambda signal: pullback(signal)[0]
+
+    x = stage_input(net, s, given.batch.images, start.x)
+    return learn(net, s, feedback, common, given, x, visited)
+
+
+def learn(
+    net: Network, s: int, feedback: Buffers, common: Common, given: Given, x: Tree, visited: Visit
+) -> tuple[Tree, Tree]:
+    """The task terms' gradients of the units of stage s in turn.
 
     Returns:
       one tree a unit of the stage, and one a readout of it.
     """
-    p, m = (net.parts[n].tree(s, own) for n, own in (("params", params), ("mstate", given.mstate)))
     own_feedback = net.parts["feedback"].tree(s, feedback, common)
     error = tasks.output_error(net.weights.task, given.outputs, given.batch.labels)[1]
-    h = _input(net, s, given.batch.images, given.x)
     of_units, of_readouts, last = [], [], len(net.units) - 1
     for i in net.groups[s]:
-        h, pullback, _ = visit(net.units[i], p[i], m[i], h)
+        h, pullback = visited(i, x)
         signal = error
         if i < last:
             signal, readout = _signal(net, own_feedback, h, error, given, i)
             of_readouts += readout
-        of_units.append(pullback(losses.cotangent(h, signal, net.weights, last=i == last))[0])
-        h, error = after((h, error), of_units[-1])
+        of_units.append(pullback(losses.cotangent(h, signal, net.weights, last=i == last)))
+        x, error = after((h, error), of_units[-1])
     return of_units, of_readouts
 
 
@@ -175,65 +198,6 @@ def add(net: Network, s: int, total: Learned, learned: tuple[Tree, Tree]) -> Lea
         for trees, size in zip(learned, sizes, strict=True)
     )
     return jax.tree.map(jnp.add, total, Learned(*flat))
-
-
-class Own(NamedTuple):
-    """The buffers of a stage that its update moves."""
-
-    params: Buffers
-    feedback: Buffers
-    opt_state: Buffers
-
-
-def update(
-    net: Network, s: int, own: Own, learned: Learned, common: Common, batch: Batch
-) -> Own:  # fmt: skip
-    """Stage s after a step: the chain on its units' gradients, then its feedback."""
-    group, units = net.groups[s], net.units
-    params = net.parts["params"].tree(s, own.params)
-    feedback = net.parts["feedback"].tree(s, own.feedback, common)
-    twins = net.method.twins(feedback)
-    slopes = net.parts["params"].tree(s, learned.params)
-    gradients = [
-        jax.tree.map(
-            jnp.add,
-            slopes[i],
-            jax.grad(losses.regulariser)(params[i], twins and twins[i], net.weights),
-        )
-        for i in group
-    ]
-    mine = [units[i] for i in group]
-    summed = dict(zip(group, sum_shared(mine, gradients), strict=True))
-    slopes = tuple(summed.get(i, ()) for i in range(len(units)))
-    alone = unitwise.states(net.optimizer, params, [group])[0]
-    shapes = net.parts["opt_state"].shapes(s)
-    opt_state = jax.tree.unflatten(jax.tree.structure(alone), buffers.unpack(own.opt_state, shapes))
-    of_mine = unitwise.only(params, group)
-    updates, opt_state = net.optimizer.update(slopes, opt_state, of_mine)
-    moved = optax.apply_updates(of_mine, updates)
-    copied = dict(zip(group, first_copies(mine, [moved[i] for i in group]), strict=True))
-    new = tuple(copied.get(i, p) for i, p in enumerate(params))
-    readouts = _readout_gradients(net, s, learned.readouts)
-    feedback = advance(net.method, feedback, params, new, readouts, batch)
-    return Own(
-        net.parts["params"].pack(s, new),
-        net.parts["feedback"].pack(s, feedback),
-        buffers.pack(jax.tree.leaves(opt_state), net.parts["opt_state"].sizes),
-    )
-
-
-def _readout_gradients(net: Network, s: int, sums: Buffers) -> Tree:
-    """Of all readouts; zeros of those of other stages."""
-    if net.method.readouts is None:
-        return ()
-    part = net.parts["feedback"]
-    shapes = net.method.readouts.of(jax.tree.unflatten(part.structure, part.leaves))
-    own = iter(buffers.unpack(sums, readout_shapes(net, s)))
-
-    def of(i: int, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: next(own) if i in net.groups[s] else zeros(x), tree)
-
-    return tuple(of(i, tree) for i, tree in enumerate(shapes))
 
 
 def on_stage(branches: Sequence[Callable[..., Any]], active: Array | None, *args: Any) -> Any:
