@@ -88,18 +88,26 @@ def _ready(case: Case, kind: str, *, shapes_alone: bool = True) -> Ready:
 WEIGHTS = LossWeights(1.0, 0.0, 0.0, 0.0)
 
 
+# Multiply-accumulates (forward, signal, update) of every unit.
+Units = Sequence[tuple[float, float, float]]
+# Of 64 units of which all passes of backpropagation take the same.
+EQUAL: dict[str, Units] = {
+    "bp": [(1, 1, 1)] * 64, "direct": [(1, 0, 1)] * 64, "walk": [(1, WALK, 1)] * 64,
+}  # fmt: skip
+
+
 class Counted(NamedTuple):
     """A network, what its units cost for one example, and the shapes of their outputs.
 
     Attributes:
       ready: with direct signals.
-      units: by kind of method, multiply-accumulates (forward, signal, update) of every unit.
+      units: by kind of method.
       activations: by kind, bytes that a unit's gradient keeps.
       shapes: of the outputs of the units.
     """
 
     ready: Ready
-    units: dict[str, list[tuple[int, int, int]]]
+    units: dict[str, Units]
     activations: dict[str, list[int]]
     shapes: Sequence[tuple[int, ...]]
 
@@ -116,7 +124,7 @@ def _counted(case: Case) -> Counted:
     return Counted(ready, units, activations, shapes)
 
 
-def _times(units: Sequence[tuple[int, int, int]], stages: int, again: bool = False) -> list[Times]:
+def _times(units: Units, stages: int, again: bool = False) -> list[Times]:
     """Of every stage; `again` with a second forward pass in W."""
     works = [f + b + w + again * f for f, b, w in units]
     bounds = partition(works, stages)
@@ -127,9 +135,9 @@ def _times(units: Sequence[tuple[int, int, int]], stages: int, again: bool = Fal
     return [Times(f, b, w + again * f) for f, b, w in sums]
 
 
-def _model(case: Case, counted: Counted, stages: int, parts: int) -> Row:
+def _model(model: str, units: dict[str, Units], stages: int, parts: int) -> Row:
     """Speed-ups over backpropagation on one device, which has no bubble."""
-    bp, direct, walk = (counted.units[kind] for kind in METHODS_OF)
+    bp, direct, walk = (units[kind] for kind in METHODS_OF)
     alone = parts * sum(map(sum, bp))
     of_bp, of_walk = _times(bp, stages), _times(walk, stages)
     spans = {
@@ -138,11 +146,11 @@ def _model(case: Case, counted: Counted, stages: int, parts: int) -> Row:
         "ZB-H1": schedules.zero_bubble_bound(of_bp, parts),
         "ZB-H2": schedules.zero_bubble_bound(of_bp, parts, kept=2),
         "walk": span(schedules.one_forward_one_backward(of_walk, parts)),
-        "direct": span(schedules.local(_times(direct, stages, again=True), parts)),
-        "direct, kept": span(schedules.local(_times(direct, stages), parts)),
+        "direct": span(schedules.local(_times(direct, stages), parts)),
+        "streamed": span(schedules.local(_times(direct, stages, again=True), parts)),
     }
     return {
-        "part": "model", "model": case.model, "stages": stages, "micro_batches": parts,
+        "part": "model", "model": model, "stages": stages, "micro_batches": parts,
         **{name: round(alone / time, 3) for name, time in spans.items()},
     }  # fmt: skip
 
@@ -150,7 +158,7 @@ def _model(case: Case, counted: Counted, stages: int, parts: int) -> Row:
 def _sent(case: Case, counted: Counted, stages: int, parts: int) -> Row:
     """Bytes that stages send each other in a step, and that a device of the costliest holds."""
     ready, rows = counted.ready, BATCH // parts
-    bounds = partition([2 * f + b + w for f, b, w in counted.units["direct"]], stages)
+    bounds = partition(list(map(sum, counted.units["direct"])), stages)
     groups = list(itertools.pairwise(bounds))
     widths = [math.prod(counted.shapes[a - 1]) for a, _ in groups[1:]]
     classes = counted.shapes[-1][0]
@@ -162,16 +170,19 @@ def _sent(case: Case, counted: Counted, stages: int, parts: int) -> Row:
     shapes = states.shapes_of(ready.state)
     own = states.parts_of(shapes, over.owners(shapes))
     state = sum(4 * n for part in own.values() for n in part.sizes.values())
-    kept = stages * rows * 4 * max(widths) + rows * max(counted.activations["direct"])
-    of_bp = [rows * sum(counted.activations["bp"][a:b]) for a, b in groups]
+    taped, of_bp = (
+        [rows * sum(counted.activations[kind][a:b]) for a, b in groups] for kind in ("direct", "bp")
+    )
+    in_flight = min(stages, parts)
     return {
         "part": "sent", "model": case.model, "stages": stages, "micro_batches": parts,
         "up": 4 * BATCH * max(widths) * (stages - 1), "outputs": 4 * BATCH * classes,
         "bp": 2 * 4 * BATCH * sum(widths),
         "walk": round((1 + RANK * WALK) * 4 * BATCH * sum(widths)),
         "state": state, "whole_state": memory.nbytes(ready.state),
-        "activations": kept,
-        "1F1B": min(stages, parts) * max(of_bp), "GPipe": parts * max(of_bp),
+        "taped": in_flight * max(taped),
+        "streamed": in_flight * rows * 4 * max(widths) + rows * max(counted.activations["direct"]),
+        "1F1B": in_flight * max(of_bp), "GPipe": parts * max(of_bp),
     }  # fmt: skip
 
 
@@ -183,7 +194,7 @@ def _measured(quick: bool) -> Iterator[list[Row]]:
     for parts in (2,) if quick else (1, 2, 4, 8, 16):
         calls = [_step(ready, batch, stages, parts, units) for stages in (1, 2)]
         one, two = side_by_side(calls, rounds=3 if quick else 11, budget_s=20.0)
-        works = [_times(units, stages, again=True) for stages in (1, 2)]
+        works = [_times(units, stages) for stages in (1, 2)]
         spans = [span(schedules.local(work, parts)) for work in works]
         yield [
             {
@@ -198,7 +209,7 @@ def _measured(quick: bool) -> Iterator[list[Row]]:
 def _step(ready: Ready, batch: Batch, stages: int, parts: int, units: Any) -> Any:
     """A contestant: a step over stages, from a copy of its state, which it is given."""
     layout = Layout(staged_mesh(jax.devices()[:stages], stages))
-    bounds = partition([2 * f + b + w for f, b, w in units], stages)
+    bounds = partition(list(map(sum, units)), stages)
     example = jax.eval_shape(lambda: batch)
     over = Stages(
         ready.units, ready.method, ready.optimizer, WEIGHTS, layout, bounds, parts, example
@@ -230,9 +241,11 @@ def _compiled(args: argparse.Namespace) -> Iterator[list[Row]]:
                         {
                             "part": "compiled", "target": name, "model": model.split(":")[-1],
                             "stages": stages, "micro_batches": parts, "batch": BATCH,
-                            **one.compiled._asdict(), "best_ms": round(1e3 * one.best_s, 4),
+                            "memory": built.memory, **one.compiled._asdict(),
+                            "best_ms": round(1e3 * one.best_s, 4),
                         }
                     ]  # fmt: skip
+                    break
 
 
 # A network, stages, micro-batches.
@@ -254,11 +267,13 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
         yield from _compiled(args)
         return
     yield from _measured(args.quick)
+    for stages in (2,) if args.quick else STAGES:
+        yield [_model("equal units", EQUAL, stages, m) for m in MICRO_BATCHES]
     for case in (CHAIN._replace(depth=3),) if args.quick else CASES:
         counted = _counted(case)
         for stages in (2,) if args.quick else STAGES:
             if stages <= len(counted.shapes):
-                yield [_model(case, counted, stages, m) for m in MICRO_BATCHES]
+                yield [_model(case.model, counted.units, stages, m) for m in MICRO_BATCHES]
                 yield [_sent(case, counted, stages, 4 * stages)]
 
 

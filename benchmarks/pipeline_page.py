@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.page import Row, markdown, setting
-from benchmarks.schedules import LINES, Times, idle, span
+from benchmarks.schedules import LINES, Times, idle, local, span
 
-SCHEDULES = ("GPipe", "1F1B", "ZB-H1", "ZB-H2", "walk", "direct", "direct, kept")
+SCHEDULES = ("GPipe", "1F1B", "ZB-H1", "ZB-H2", "walk", "direct", "streamed")
 MIB = 2**20
 _COMMAND = "python -m benchmarks.pipeline"
 _MEASURED = ("micro-batches", "one stage", "two stages", "speed-up", "modelled")
@@ -26,7 +26,7 @@ def _case(row: Row) -> list[str]:
 
 def _sent(rows: Sequence[Row]) -> str:
     fields = ("up", "outputs", "bp", "walk")
-    held = ("state", "whole_state", "activations", "1F1B", "GPipe")
+    held = ("state", "whole_state", "taped", "streamed", "1F1B", "GPipe")
     table = [
         [
             *_case(row),
@@ -36,7 +36,7 @@ def _sent(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     header = ["model", "micro-batches", "up", "outputs", "bp", "walk", "state", "whole state",
-              "activations", "of 1F1B", "of GPipe"]  # fmt: skip
+              "taped", "streamed", "1F1B", "GPipe"]  # fmt: skip
     return markdown(header, table)
 
 
@@ -62,17 +62,17 @@ def pipeline(record: dict[str, Any]) -> str:
             "counts, and sending takes no time. Stages are contiguous and about equal. GPipe and "
             "1F1B are simulated; of ZB-H1 and ZB-H2 it is the bound that their authors give. Walk: "
             "a sequential signal through a quarter of the directions, by 1F1B. Direct: as "
-            "`ssa_jax.parallel.pipeline` does it, which makes each unit's forward pass again for "
-            "its gradient; kept: a step that would keep what the gradients need, at the memory of "
-            "1F1B. mlp: fifteen hidden layers of 256.",
+            "`ssa_jax.parallel.pipeline` does it; streamed: with each forward pass made again for "
+            "the gradient. Equal units: 64 of which F, B and W take the same, and the walk's B a "
+            "quarter of it. mlp: fifteen hidden layers of 256, of which the first has 3072 inputs.",
             setting(record, f"{_COMMAND} --json benchmarks/records/pipeline.json"),
             markdown(["model", "micro-batches", *SCHEDULES], model),
             "MiB of a step of 2048 examples. Sent from stage to stage in all: up, by direct "
             "signals, with every boundary as wide as the widest; outputs, given to all stages; by "
             "backpropagation, activations up and signals down; by the walk, signals by their "
             "numbers in a quarter of the directions. Held by a device of the costliest stage: the "
-            "state, of a direct method with random paths, beside that of the whole network; "
-            "activations, beside those of 1F1B and GPipe.",
+            "state, of a direct method with random paths, beside that of the whole network; what is"
+            " kept of forward passes, taped and streamed, beside 1F1B and GPipe.",
             _sent(_of(rows, "sent")),
             "Milliseconds of a step of 1024 examples of the mlp, the least of rounds in turn, "
             "on one host device and on two, a thread each; the speed-up, and what the model says.",
@@ -122,10 +122,11 @@ def draw(file: str, stages: int = 4, micro_batches: int = 8) -> None:
     """Draws the time lines of equal stages, a forward pass and each gradient taking the same."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(len(LINES), 1, figsize=(9, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(len(LINES), 1, figsize=(9, 8), sharex=True, layout="constrained")
     for axis, (name, schedule) in zip(axes, LINES.items(), strict=True):
-        # A direct gradient passes forward again and needs none of the input.
-        times = Times(1, 0, 2) if schedule is LINES["local, direct"] else Times(1, 1, 1)
+        # A local step needs no gradient of inputs; a streamed one passes forward again.
+        direct = Times(1, 0, 2 if "streamed" in name else 1)
+        times = direct if schedule is local else Times(1, 1, 1)
         line = schedule([times] * stages, micro_batches)
         for task in line:
             width = task.end - task.start

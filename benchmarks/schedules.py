@@ -178,4 +178,5 @@ LINES: dict[str, Callable[[Sequence[Times], int], Line]] = {
     "1F1B": one_forward_one_backward,
     "zero bubble (ZB-H1)": zero_bubble,
     "local, direct": local,
+    "local, direct, streamed": local,
 }
