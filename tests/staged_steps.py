@@ -1,5 +1,7 @@
 """Steps over stages, and the same steps on one device, for tests here and in other processes."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from helpers import CLASSES, apart, make_batch, make_method, small_model, split
 from ssa_jax.models.blocks import Plain, dense
 from ssa_jax.models.feedforward import Feedforward
 from ssa_jax.networks.units import first_copies, sum_shared
+from ssa_jax.parallel.collectives import collectives
 from ssa_jax.parallel.mesh import make_staged_layout, on_host
 from ssa_jax.parallel.pipeline import partition
 from ssa_jax.stages.owners import advance
@@ -155,10 +158,10 @@ def run(case, dtype):
         exact = distance(over.whole(staged), here) == 0
         held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(staged.parts))
         total = sum(x.nbytes for x in jax.tree.leaves(here) if hasattr(x, "nbytes"))
-        losses = []
+        losses, step = [], over.step.lower(staged, batches[0]).compile()
         for k, batch in enumerate(batches):
             staged = over.refresh(staged) if k == 1 else staged
-            staged, metrics = over.step(staged, batch)
+            staged, metrics = step(staged, batch)
             losses.append(float(metrics["loss"]))
         found = over.whole(staged)
     return {
@@ -167,4 +170,5 @@ def run(case, dtype):
         "state": distance(found, other),
         "moved": distance(other.params, state.params),
         "held": held / total,
+        "sent": collections.Counter(c.kind for c in collectives(step.as_text())),
     }
