@@ -191,28 +191,34 @@ def _measured(quick: bool) -> Iterator[list[Row]]:
     case = Case("mlp", 64 if quick else 1024, depth=4 if quick else 15)
     ready, batch = _ready(case, "direct", shapes_alone=False), random_batch(case)
     units = _counted(case._replace(batch=1)).units["direct"]
-    for parts in (2,) if quick else (1, 2, 4, 8, 16):
-        calls = [_step(ready, batch, stages, parts, units) for stages in (1, 2)]
-        one, two = side_by_side(calls, rounds=3 if quick else 11, budget_s=20.0)
-        works = [_times(units, stages) for stages in (1, 2)]
-        spans = [span(schedules.local(work, parts)) for work in works]
-        yield [
-            {
-                "part": "measured", "model": case.model, "stages": 2, "micro_batches": parts,
-                "ms_of_one": round(one.min_ms, 2), "ms": round(two.min_ms, 2),
-                "speed_up": round(one.min_ms / two.min_ms, 3),
-                "modelled": round(spans[0] / spans[1], 3),
-            }
-        ]  # fmt: skip
+    for parts in (2,) if quick else (1, 4, 16):
+        cases = list(itertools.product(("taped", "streamed"), (1, 2)))
+        calls = [_step(ready, batch, stages, parts, units, mode) for mode, stages in cases]
+        times = side_by_side(calls, rounds=3 if quick else 21, budget_s=20.0)
+        ms = dict(zip(cases, (time.min_ms for time in times), strict=True))
+        for mode in ("taped", "streamed"):
+            works = [_times(units, stages, again=mode == "streamed") for stages in (1, 2)]
+            spans = [span(schedules.local(work, parts)) for work in works]
+            one, two = ms[mode, 1], ms[mode, 2]
+            yield [
+                {
+                    "part": "measured", "model": case.model, "memory": mode, "stages": 2,
+                    "micro_batches": parts, "ms_of_one": round(one, 2), "ms": round(two, 2),
+                    "speed_up": round(one / two, 3), "modelled": round(spans[0] / spans[1], 3),
+                }
+            ]  # fmt: skip
 
 
-def _step(ready: Ready, batch: Batch, stages: int, parts: int, units: Any) -> Any:
+def _step(
+    ready: Ready, batch: Batch, stages: int, parts: int, units: Units, mode: str
+) -> Any:  # fmt: skip
     """A contestant: a step over stages, from a copy of its state, which it is given."""
     layout = Layout(staged_mesh(jax.devices()[:stages], stages))
-    bounds = partition(list(map(sum, units)), stages)
+    passes = 2 if mode == "streamed" else 1
+    bounds = partition([passes * f + b + w for f, b, w in units], stages)
     example = jax.eval_shape(lambda: batch)
     over = Stages(
-        ready.units, ready.method, ready.optimizer, WEIGHTS, layout, bounds, parts, example
+        ready.units, ready.method, ready.optimizer, WEIGHTS, layout, bounds, parts, example, mode
     )
     with layout.active():
         kept, rows = [over.divide(layout.place(ready.state))], layout.place(batch, whole=True)

@@ -13,7 +13,7 @@ from benchmarks.schedules import LINES, Times, idle, local, span
 SCHEDULES = ("GPipe", "1F1B", "ZB-H1", "ZB-H2", "walk", "direct", "streamed")
 MIB = 2**20
 _COMMAND = "python -m benchmarks.pipeline"
-_MEASURED = ("micro-batches", "one stage", "two stages", "speed-up", "modelled")
+_MEASURED = ("memory", "micro-batches", "one stage", "two stages", "speed-up", "modelled")
 
 
 def _of(rows: Sequence[Row], part: str) -> list[Row]:
@@ -48,7 +48,7 @@ def pipeline(record: dict[str, Any]) -> str:
     ]
     measured = [
         [
-            str(row["micro_batches"]), f"{row['ms_of_one']:.4g}", f"{row['ms']:.4g}",
+            row["memory"], str(row["micro_batches"]), f"{row['ms_of_one']:.4g}", f"{row['ms']:.4g}",
             f"{row['speed_up']:.2f}", f"{row['modelled']:.2f}",
         ]
         for row in _of(rows, "measured")

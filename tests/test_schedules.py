@@ -69,10 +69,13 @@ def test_the_page_has_a_line_for_every_row():
             "part": "sent", **case, "up": 2**20, "outputs": 0, "bp": 2**21, "walk": 0, "state": 0,
             "whole_state": 2**22, "taped": 0, "streamed": 0, "1F1B": 0, "GPipe": 0,
         },
-        {"part": "measured", **case, "ms_of_one": 3.0, "ms": 2.0, "speed_up": 1.5, "modelled": 1.7},
+        {
+            "part": "measured", **case, "memory": "taped", "ms_of_one": 3.0, "ms": 2.0,
+            "speed_up": 1.5, "modelled": 1.7,
+        },
     ]  # fmt: skip
     record = {"rows": rows, "hardware": "x", "versions": {}, "commit": "c"}
     page = unpadded(pipeline_page.pipeline(record))
     assert "| mlp, 2 stages | 4 | 1.50 | 1.50 |" in page
     assert "| mlp, 2 stages | 4 | 1.00 | 0.00 | 2.00 |" in page
-    assert "| 4 | 3 | 2 | 1.50 | 1.70 |" in page
+    assert "| taped | 4 | 3 | 2 | 1.50 | 1.70 |" in page

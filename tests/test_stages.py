@@ -16,6 +16,7 @@ from helpers import make_batch, make_method, split
 from staged_steps import run
 from test_processes import ended, rows, start, start_two
 
+import ssa_jax
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError
 from ssa_jax.networks.units import Unit
@@ -255,6 +256,17 @@ def test_the_number_of_stages_is_no_part_of_what_a_run_is_but_micro_batches_are(
     other = dataclasses.replace(DIRECT, stages=4)
     assert identity(other) == identity(DIRECT)
     assert identity(dataclasses.replace(DIRECT, micro_batches=4)) != identity(DIRECT)
+
+
+@pytest.mark.slow
+def test_fit_takes_micro_batches():
+    data = noise()
+    run = ssa_jax.fit(
+        "mlp", data, method="dfa", epochs=1, batch_size=16, micro_batches=2, compile_cache="off"
+    )
+    (row,) = run.history
+    assert np.isfinite(row["train_loss"])
+    assert run.built.bounds == (0, 3)
 
 
 FLAGS = ("--dataset=digits", "--model=mlp", "--batch_size=128", "--rank_schedule=hybrid",
