@@ -2,7 +2,7 @@
 
     python stages_on_devices.py DTYPE CASE...
 
-A case is MODEL:METHOD:STAGES:MICRO_BATCHES, taped, or with :streamed behind it. Trains three steps,
+A case is MODEL:METHOD:STAGES:MICRO_BATCHES, streamed, or with :taped behind. Trains three steps,
 with a refresh after the first, on the stages and on one device by micro-batches in turn, and prints
 as JSON how far the former end from the latter, and which share of the state's bytes a device has.
 Of one micro-batch on one device for each stage the other step is `train.make_step` itself.

@@ -115,7 +115,7 @@ def test_a_stage_has_the_readouts_of_its_units_and_their_moments():
     assert all("count" in name for name in paths_of(state.feedback, own.common))
 
 
-@pytest.mark.parametrize("case", ["chain:ssa:1:4", "chain:ssa:1:4:streamed", "linear:local:1:2"])
+@pytest.mark.parametrize("case", ["chain:ssa:1:4", "chain:ssa:1:4:taped", "linear:local:1:2"])
 def test_one_stage_learns_what_a_step_learns_by_micro_batches_in_turn(case):
     found = run(case, "float32")
     assert found["exact"]
@@ -154,9 +154,9 @@ BOUNDS = {"vit": 1e-6}
     "case",
     [
         "chain:ssa:8:1", "chain:ssa:8:16", "chain:mutual:4:2", "chain:regression:4:2",
-        "chain:dfa:4:4", "chain:drtp:2:2", "conv:local:4:2", "conv:auglocal:2:2",
-        "vgg13:ssa:4:2", "vgg13:dfa:2:2:streamed", "resnet32:dfa:8:2", "resnet32:ssa:4:2:streamed",
-        "vit:ssa:2:4", "vit:ssa:4:1:streamed",
+        "chain:dfa:4:4", "chain:drtp:2:2", "conv:local:4:2:taped", "conv:auglocal:2:2",
+        "vgg13:ssa:4:2", "vgg13:dfa:2:2:taped", "resnet32:dfa:8:2", "resnet32:ssa:4:2:taped",
+        "vit:ssa:2:4", "vit:ssa:4:1:taped",
     ],
 )  # fmt: skip
 def test_stages_of_any_network_learn_what_one_device_learns(case):

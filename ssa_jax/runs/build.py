@@ -163,6 +163,10 @@ def _memory(
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
         return config.memory
+    if config.staged:
+        # What a stage keeps for later goes through buffers, which takes longer than a forward pass
+        # where it was measured (RECORDS.md).
+        return "streamed"
     images = batch_shape(config, data)
     return memory.choose(units, method, params, mstate, images, memory.device_bytes())
 

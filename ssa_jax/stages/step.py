@@ -71,7 +71,7 @@ class Stages:
         bounds: Sequence[int],
         micro_batches: int,
         example: Batch,
-        memory: str = "taped",
+        memory: str = "streamed",
     ):
         assert layout.mesh is not None
         self.units, self.method, self.optimizer = units, method, optimizer
