@@ -75,7 +75,10 @@ def pipeline(record: dict[str, Any]) -> str:
             " kept of forward passes, taped and streamed, beside 1F1B and GPipe.",
             _sent(_of(rows, "sent")),
             "Milliseconds of a step of 1024 examples of the mlp, the least of rounds in turn, "
-            "on one host device and on two, a thread each; the speed-up, and what the model says.",
+            "on one host device and on two, a thread each; the speed-up, and what the model says. "
+            "Two devices need both processors for themselves, which other programs share, and the "
+            "model knows nothing of moving what is kept: where the speed-up is far below it, it "
+            "tells of these.",
             markdown(_MEASURED, measured),
         ]
     )  # fmt: skip
@@ -103,7 +106,8 @@ def pipeline_tpu(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Stages on TPUs, compiled without one",
-            f"Steps of direct ssa at rank 0.25 with random paths over rows of stages; "
+            f"Steps of direct ssa at rank 0.25 with random paths over rows of stages, "
+            f"{record['rows'][0]['memory']}; "
             f"{record['rows'][0]['batch']} examples in all, the rows share them. Collectives are "
             "counted once, though the loop over ticks repeats its own, one permutation and one sum "
             "of outputs, in each; the rest is the sum of gradients over the rows. At best: every "
