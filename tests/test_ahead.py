@@ -112,7 +112,7 @@ def test_a_step_of_the_default_has_neither_before_it_is_compiled():
 
 def test_the_plan_says_what_does_not_fit_and_what_does_not_divide(monkeypatch):
     small = here()._replace(rates=ahead.Rates(1e3, 1e10, 1e10))
-    monkeypatch.setattr(ahead, "target", lambda name: small)
+    monkeypatch.setattr(ahead, "target", lambda name, stages: small)
     config = Config(model="mlp", dataset="digits", batch_size=32)
     text = list(plan.lines(config, DIGITS, "here"))
     assert len(text) == 4

@@ -23,6 +23,7 @@ ALLOWED = {
     "methods": {"factors", "layers", "networks"},
     "transforms": {"factors"},
     "data": {"errors", "parallel", "types"},
+    "stages": {"methods", "networks", "parallel", "training", "types"},
     "training": {"data", "factors", "methods", "networks", "parallel", "transforms", "types"},
     "runs": {
         "data",
@@ -35,6 +36,7 @@ ALLOWED = {
         "plugins",
         "reporting",
         "settings",
+        "stages",
         "training",
         "types",
     },

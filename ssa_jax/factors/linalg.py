@@ -5,6 +5,8 @@ unless it says otherwise. Matrices on the Stiefel manifold St(n, r) are tall: sh
 n >= r, XᵀX = I, with any leading axes of one matrix each, in float32 or float64.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -42,6 +44,15 @@ def gram(x: Array) -> Array:
 def eye_like(a: Array) -> Array:
     """Identities (..., r, r) of the shape and dtype of a."""
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
+def devices_that_share() -> int:
+    """Devices over which the compiler spreads what is traced here, one without a mesh.
+
+    Those of a `shard_map` do not count: each runs a program of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
 def varying_as(x: Array, *like: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssa_jax.factors.linalg import varying_as
+from ssa_jax.factors.linalg import devices_that_share, varying_as
 from ssa_jax.layers.windows import Pads, Strides, reverse_windows, windows_of
 
 Array = jax.Array
@@ -154,7 +154,7 @@ def _kernel_gradient_on_mesh(
     send each other all of x and g.
     """
     gradient = functools.partial(_kernel_gradient, strides, pads, shape)
-    devices = jax.sharding.get_abstract_mesh().size
+    devices = devices_that_share()
     if devices < 2 or x.shape[0] % devices:
         return gradient(x, g)
     of_each = (a.reshape(devices, -1, *a.shape[1:]) for a in (x, g))

@@ -23,6 +23,20 @@ def _no_twins(feedback: Tree) -> None:
     del feedback
 
 
+class Readouts(NamedTuple):
+    """Losses of the units' own behind readouts that learn on them (see `methods.local`).
+
+    Attributes:
+      of: feedback -> the readouts, one tree a hidden unit.
+      loss: (readout, i, h_i, outputs, batch) -> ℓ_i, whose gradient by h_i is δ_i.
+      update: (feedback, gradients of the readouts) -> feedback: what `Method.update` does.
+    """
+
+    of: Callable[[Tree], Sequence[Tree]]
+    loss: Callable[[Tree, int, Array, Array, Any], Array]
+    update: Callable[[Tree, Sequence[Tree]], Tree]
+
+
 class Method(NamedTuple):
     """A learning method on one network.
 
@@ -43,6 +57,7 @@ class Method(NamedTuple):
         can train with a few units' tape at a time. None for the others.
       ahead: units that a direct signal is pulled back through exactly before it is used; those
         of `signals` are.
+      readouts: for a method whose signals are gradients of losses of the units' own; else None.
       note: what a run should report of the feedback, in a few words; may be empty.
     """
 
@@ -55,6 +70,7 @@ class Method(NamedTuple):
     direct: Direct | None = None
     down: Callable[[Tree, Tree], Through] | None = None
     ahead: int = 0
+    readouts: Readouts | None = None
     note: str = ""
 
 

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from ssa_jax.layers.lowering import conv
-from ssa_jax.methods.base import FeedbackOptions, Method, Network, require_choice
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, Readouts, require_choice
 from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
@@ -82,11 +82,13 @@ def by_readouts(
         readouts = drawn(key)
         return LocalFeedback(readouts, optimizer.init(readouts))
 
+    def loss(readout: Tree, i: int, h: Array, outputs: Array, batch: Any) -> Array:
+        return loss_one(readout, i, h, network.encode(batch.labels, outputs))
+
     def losses(readouts: Tree, hidden: Sequence[Array], logits: Array, batch: Any) -> Array:
         # Each unit's loss reads its own output alone, so one gradient of the sum serves all.
-        targets = network.encode(batch.labels, logits)
         each = (
-            loss_one(r, i, h, targets)
+            loss(r, i, h, logits, batch)
             for i, (r, h) in enumerate(zip(readouts, hidden, strict=True))
         )
         return sum(each, start=jnp.float32(0))
@@ -103,13 +105,18 @@ def by_readouts(
         del before, after
         if options.readout_update == "fixed":
             return feedback
-        gradients = jax.grad(losses)(feedback.readouts, *_apart(tape), batch)
+        return move(feedback, jax.grad(losses)(feedback.readouts, *_apart(tape), batch))
+
+    def move(feedback: LocalFeedback, gradients: Sequence[Tree]) -> LocalFeedback:
+        if options.readout_update == "fixed":
+            return feedback
         updates, opt_state = optimizer.update(gradients, feedback.opt_state)
         return LocalFeedback(optax.apply_updates(feedback.readouts, updates), opt_state)
 
     sizes = (math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(drawn, jax.random.key(0))))
     note = f"readouts of {sum(sizes):,} parameters beside the network's"
-    return Method(init=init, signals=signals, update=update, note=note)
+    readouts = Readouts(lambda feedback: feedback.readouts, loss, move)
+    return Method(init=init, signals=signals, update=update, readouts=readouts, note=note)
 
 
 def _apart(tape: Tape) -> tuple[Sequence[Array], Array]:

@@ -75,4 +75,5 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
         # The update of either may read the tape.
         direct=direct if lead.direct and streams(a) and streams(b) else None,
         down=down if lead.down and streams(a) and streams(b) else None,
+        readouts=None,
     )

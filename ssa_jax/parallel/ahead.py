@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from ssa_jax.errors import ConfigError
 from ssa_jax.parallel.collectives import collectives
-from ssa_jax.parallel.mesh import AXIS, Layout
+from ssa_jax.parallel.mesh import AXIS, Layout, staged_mesh
 
 Tree = Any
 
@@ -79,11 +79,16 @@ class Target(NamedTuple):
     options: dict[str, Any]
 
 
-def target(name: str) -> Target:
+def target(name: str, stages: int = 0) -> Target:
     """The devices of a name: ``"h100"``, or a TPU slice such as ``"v5e:4x4"`` or ``"v5p:4x4x4"``.
 
+    Args:
+      name: of them.
+      stages: in which they stand in rows, of a step over stages; else 0.
+
     Raises:
-      ConfigError: an unknown name, or a compiler that is not installed.
+      ConfigError: an unknown name, stages that do not divide the devices, or a compiler that is not
+        installed.
     """
     kind, _, shape = name.partition(":")
     if kind not in RATES or bool(shape) == (kind == "h100"):
@@ -98,8 +103,14 @@ def target(name: str) -> Target:
             f"jax cannot compile for {name} here ({str(e).splitlines()[0][:120]}); the compiler "
             f"comes with pip install '.[{extra}]', and the device is not needed"
         ) from e
-    mesh = topologies.make_mesh(devices, (len(devices.devices),), (AXIS,))
-    mesh = jax.sharding.Mesh(mesh.devices, (AXIS,), axis_types=(AxisType.Auto,))
+    n = len(devices.devices)
+    if n % max(1, stages):
+        raise ConfigError(f"--stages must divide the {n} devices of {name}, got {stages}")
+    if stages:
+        mesh = staged_mesh(devices.devices, stages)
+    else:
+        mesh = topologies.make_mesh(devices, (n,), (AXIS,))
+        mesh = jax.sharding.Mesh(mesh.devices, (AXIS,), axis_types=(AxisType.Auto,))
     options = {"xla_gpu_autotune_level": 0} if kind == "h100" else {}
     return Target(name, Layout(mesh), RATES[kind], options)
 
@@ -170,7 +181,7 @@ def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled
       args: its arguments, of arrays or shapes with shardings; see `shaped`.
       where: the target.
     """
-    several = where.layout.devices > 1
+    several = where.layout.devices * where.layout.stages > 1
     begun = time.perf_counter()
     with where.layout.active() if several else Layout().active():
         lowered = program.lower(*args)  # type: ignore[attr-defined]

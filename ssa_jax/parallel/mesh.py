@@ -4,15 +4,17 @@ Data parallelism as the compiler has it: one program over a mesh of all devices 
 axes, the rows of a batch spread over them, everything else whole on each or, where asked for,
 factors in parts. The program is written for the whole batch, so that its losses and batch
 statistics are those of the whole batch; the compiler puts in what devices tell each other.
+
+Where there are stages (see `pipeline`) they are a second axis, over which nothing here is spread.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +25,7 @@ Tree = Any
 T = TypeVar("T")
 
 AXIS = "devices"
+STAGE = "stage"
 # Of a text that one process tells the others.
 _TEXT_BYTES = 4096
 
@@ -31,7 +34,8 @@ class Layout(NamedTuple):
     """Where arrays lie. On one device nothing here does anything.
 
     Attributes:
-      mesh: of all devices of all processes, one axis; None where there is one device.
+      mesh: of all devices of all processes: of those that share a batch, and of stages where
+        there are some; None where there is one device.
       shard_factors: whether U and V of every `Factors` in a state are spread over the devices.
     """
 
@@ -40,8 +44,13 @@ class Layout(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Their number."""
-        return 1 if self.mesh is None else self.mesh.size
+        """The number of those that share a batch."""
+        return 1 if self.mesh is None else self.mesh.shape[AXIS]
+
+    @property
+    def stages(self) -> int:
+        """The number of stages, one where a step has none."""
+        return 1 if self.mesh is None else self.mesh.shape.get(STAGE, 1)
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which programs are traced for the mesh."""
@@ -99,7 +108,7 @@ class Layout(NamedTuple):
             return tree
 
         def spread(x: Array) -> Array:
-            spec = P() if x.shape[0] % mesh.size else P(AXIS)
+            spec = P() if x.shape[0] % self.devices else P(AXIS)
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
         return jax.tree.map(spread, tree)
@@ -124,7 +133,7 @@ class Layout(NamedTuple):
 
         def cut(x: Array) -> NamedSharding:
             # The first axis of U (d_out, r) and V (d_in, r): ranks come and go, it stays.
-            divides = x.ndim > 1 and x.shape[0] % along_first.mesh.size == 0
+            divides = x.ndim > 1 and x.shape[0] % self.devices == 0
             return along_first if divides else everywhere
 
         def of(node: Any) -> Tree:
@@ -143,6 +152,31 @@ def make_layout(shard_factors: bool = False) -> Layout:
         return ONE_DEVICE
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
     return Layout(mesh, shard_factors)
+
+
+def make_staged_layout(stages: int) -> Layout:
+    """The layout of all devices of all processes as rows of stages, which are neighbours.
+
+    Also of one device, since stages are programs of a mesh.
+
+    Raises:
+      ValueError: stages that do not divide the devices.
+    """
+    return Layout(staged_mesh(jax.devices(), stages))
+
+
+def staged_mesh(devices: Sequence[Any], stages: int) -> Mesh:
+    """Rows of stages, neighbours where the devices' own network has them.
+
+    Raises:
+      ValueError: stages that do not divide the devices.
+    """
+    if stages < 1 or len(devices) % stages:
+        raise ValueError(f"{stages} stages do not divide {len(devices)} devices")
+    rows = mesh_utils.create_device_mesh(
+        (len(devices) // stages, stages), devices, allow_split_physical_axes=True
+    )
+    return Mesh(rows, (AXIS, STAGE), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def _put(x: Array | np.ndarray, sharding: NamedSharding) -> Array:

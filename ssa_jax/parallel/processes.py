@@ -87,13 +87,38 @@ def layout(config: Any) -> Layout:
     """Where the arrays of a run lie: on all devices of all processes.
 
     Raises:
-      ConfigError: the devices do not divide a batch.
+      ConfigError: the devices do not divide a batch, or stages the devices.
     """
+    if config.stages > 1 or config.micro_batches > 1:
+        return _staged_layout(config)
     layout = mesh.make_layout(config.shard_params)
     if config.batch_size % layout.devices:
         raise ConfigError(
             f"--batch_size must be a multiple of {layout.devices}, the number of devices, got "
             f"{config.batch_size}"
+        )
+    return layout
+
+
+def _staged_layout(config: Any) -> Layout:
+    flag = "stages" if config.stages > 1 else "micro_batches"
+    refused = {
+        "shard_params": config.shard_params,
+        f"warmup_method={config.warmup_method}": config.warmup_method != "none",
+    }
+    for other, given in refused.items():
+        if given:
+            raise ConfigError(f"--{other} is not for --{flag}={getattr(config, flag)}")
+    if jax.device_count() % config.stages:
+        raise ConfigError(
+            f"--stages must divide {jax.device_count()}, the number of devices, got {config.stages}"
+        )
+    layout = mesh.make_staged_layout(config.stages)
+    parts = layout.devices * config.micro_batches
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"--batch_size must be a multiple of {parts}, --micro_batches for each of "
+            f"{layout.devices} rows of stages, got {config.batch_size}"
         )
     return layout
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ssa_jax.data import Images
 from ssa_jax.errors import ConfigError
@@ -19,12 +20,13 @@ from ssa_jax.runs.learning import check_outputs, make_methods, make_tasks, optim
 from ssa_jax.runs.network import split_model
 from ssa_jax.runs.rank_budget import at_budget, keeping_rank, within_budget
 from ssa_jax.settings import MOST
+from ssa_jax.stages.choose import bounds_of
 from ssa_jax.training import memory, optim
 from ssa_jax.training.losses import LossWeights
 from ssa_jax.training.ranks import SCHEDULES
 from ssa_jax.training.tasks import Task, output_error
 from ssa_jax.training.train import init_state
-from ssa_jax.types import TrainState
+from ssa_jax.types import Batch, TrainState
 
 Array = jax.Array
 Tree = Any
@@ -38,7 +40,8 @@ class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
     `warmup` is at work in the first `warmup_epochs` epochs, on the state that `method` shares;
-    `memory` is the mode of the steps of both.
+    `memory` is the mode of the steps of both; `bounds` are those of the stages of a step that goes
+    over some (see `parallel.pipeline`), else none.
     """
 
     units: tuple[Unit, ...]
@@ -46,6 +49,7 @@ class Built(NamedTuple):
     warmup: Method
     warmup_epochs: int
     memory: str
+    bounds: tuple[int, ...]
     optimizer: Any
     weights: LossWeights
     task: Task
@@ -121,6 +125,12 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         )
         warmup, method = make_methods(config, network, given)
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
+        weights = LossWeights(config.alpha, config.beta, config.gamma, config.kappa, trained)
+        mode = _memory(config, units, method, params, mstate, data)
+        bounds: tuple[int, ...] = ()
+        if config.staged:
+            part = example_batch(config, data)
+            bounds = bounds_of(units, method, optimizer, weights, state, part, config.stages, mode)
     except ValueError as e:
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     return Built(
@@ -128,9 +138,10 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         method=method,
         warmup=warmup,
         warmup_epochs=0 if config.warmup_method == "none" else config.warmup_epochs,
-        memory=_memory(config, units, method, params, mstate, data),
+        memory=mode,
+        bounds=bounds,
         optimizer=optimizer,
-        weights=LossWeights(config.alpha, config.beta, config.gamma, config.kappa, trained),
+        weights=weights,
         task=measured,
         learning_rate=optim.learning_rate(chain) if isinstance(chain.optimizer, str) else None,
         steps_per_epoch=steps_per_epoch,
@@ -153,11 +164,29 @@ def _memory(
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
         return config.memory
+    if config.staged:
+        # What a stage keeps for later goes through buffers, which takes longer than a forward pass
+        # where it was measured (RECORDS.md).
+        return "streamed"
     images = batch_shape(config, data)
     return memory.choose(units, method, params, mstate, images, memory.device_bytes())
 
 
+def example_batch(config: Config, data: Images) -> Batch:
+    """Shapes of the inputs and targets of a pass on one device."""
+    images, one = batch_shape(config, data), inputs.first_examples(data, 1)[1]
+
+    def zeros() -> Batch:
+        rows = images.shape[0]
+        return Batch(
+            jnp.zeros(images.shape, images.dtype), jnp.zeros((rows, *one.shape[1:]), one.dtype)
+        )
+
+    return jax.eval_shape(zeros)
+
+
 def batch_shape(config: Config, data: Images) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the inputs of a step on one device."""
-    rows = -(-config.batch_size // jax.device_count())
+    """Shape and dtype of the inputs of a pass on one device."""
+    parts = max(1, jax.device_count() // config.stages) * config.micro_batches
+    rows = -(-config.batch_size // parts)
     return jax.ShapeDtypeStruct((rows, *data.image_shape), data.example.dtype)

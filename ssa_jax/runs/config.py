@@ -46,16 +46,10 @@ class Config:
         0.0, "Share of the training images held out, on which is measured in place of the test "
         "set.", low=0.0, high=0.5,
     )  # fmt: skip
-    train_size: int = setting(
-        0, "Train on at most this many of the training images, always the same; 0: all.", low=0
-    )
+    train_size: int = setting(0, "Most training images, always the same; 0: all.", low=0)
     image_size: int = setting(0, "Side that images are brought to; 0: the usual one.", low=0)
-    crop_area: float = setting(
-        0.08, "Least share of a streamed image in a random crop.", above=0.0, high=1.0
-    )
-    workers: int = setting(
-        0, "Processes that decode a streamed data set; 0: threads of this one.", low=0
-    )
+    crop_area: float = setting(0.08, "Least share of a streamed image in a crop.", above=0, high=1)
+    workers: int = setting(0, "Processes that decode a streamed data set; 0: threads.", low=0)
     on_corrupt: str = setting(
         "stop",
         "At a record of a streamed data set that cannot be decoded: stop, or take the next one.",
@@ -122,9 +116,9 @@ class Config:
     )
     num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
     process_id: int = setting(-1, "This one's, from 0, with --coordinator_address.", low=-1)
-    shard_params: bool = setting(
-        False, "Each device keeps a part of U and V of every layer, not all of them."
-    )
+    shard_params: bool = setting(False, "Each device keeps a part of U and V of every layer.")
+    stages: int = setting(1, "Devices in a row, each with some of the units.", low=1)
+    micro_batches: int = setting(1, "Parts in which a batch goes through the stages.", low=1)
     resume: bool = setting(False, "Go on from the newest checkpoint in --workdir.")
     save_every: int = setting(0, "Steps between checkpoints in an epoch; 0: at its end.", low=0)
     keep_checkpoints: int = setting(2, "Newest checkpoints to keep, beside the best one.", low=1)
@@ -211,6 +205,11 @@ class Config:
         """Whether the layers hold factors."""
         return self.method in ON_FACTORS if self.factorize == "auto" else self.factorize != "off"
 
+    @property
+    def staged(self) -> bool:
+        """Whether steps go over stages, be it one, in micro-batches."""
+        return self.stages > 1 or self.micro_batches > 1
+
     def validate(self) -> None:
         """Checks every field against its limits.
 
@@ -239,7 +238,7 @@ class Config:
 _NOT_IDENTITY = (
     "recipe", "workdir", "resume", "data_dir", "max_steps", "save_every", "keep_checkpoints",
     "on_nan", "compile_cache", "watch", "callbacks", "tensorboard", "workers", "on_corrupt",
-    "shard_params", "distributed", "coordinator_address", "num_processes", "process_id",
+    "shard_params", "stages", "distributed", "coordinator_address", "num_processes", "process_id",
 )  # fmt: skip
 
 # What a run did before a setting was there: by default a new one changes nothing, but for these.

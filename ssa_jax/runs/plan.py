@@ -11,6 +11,8 @@ from ssa_jax.parallel import ahead
 from ssa_jax.parallel.ahead import Compiled, Target
 from ssa_jax.runs.build import Built, build
 from ssa_jax.runs.config import Config
+from ssa_jax.stages.programs import over_stages
+from ssa_jax.stages.state import shardings
 from ssa_jax.training import costs, train
 from ssa_jax.types import Batch
 
@@ -23,7 +25,8 @@ class Planned(NamedTuple):
     Attributes:
       program: ``"initialisation"``, ``"step"``, ``"refresh"`` or ``"evaluation"``.
       compiled: what the compiler made of it.
-      macs: multiply-accumulates of all devices together.
+      macs: multiply-accumulates of all devices together; of a step over stages as if each did the
+        work of the costliest in every tick.
       best_s: seconds that the rates of a device allow at best: of its share of the products, or of
         reading and writing what it holds, whichever is longer.
     """
@@ -34,22 +37,27 @@ class Planned(NamedTuple):
     best_s: float
 
 
-def planned(built: Built, example: Any, batch_size: int, where: Target) -> Iterator[Planned]:
+def planned(
+    built: Built, example: Any, batch_size: int, where: Target, micro_batches: int = 1
+) -> Iterator[Planned]:
     """The programs of a run, compiled one after the other; trains nothing.
 
     Args:
       built: the run.
       example: shape and dtype of one input, (1, ...).
       batch_size: examples in a step of all devices, which divide it.
-      where: the target.
+      where: the target, with stages for a run that has `bounds`.
+      micro_batches: of a run over stages.
 
     Raises:
       ConfigError: a batch that the devices do not divide.
     """
-    if batch_size % where.layout.devices:
+    parts = where.layout.devices * micro_batches
+    if batch_size % parts:
+        what = "devices" if micro_batches == 1 else "micro-batches of the devices"
         raise ConfigError(
-            f"--batch_size must be a multiple of the {where.layout.devices} devices of "
-            f"{where.name}, got {batch_size}"
+            f"--batch_size must be a multiple of the {parts} {what} of {where.name}, got "
+            f"{batch_size}"
         )
 
     def examples() -> Batch:
@@ -59,10 +67,7 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
     state = ahead.shaped(built.state, where)
     rows = ahead.shaped(jax.eval_shape(examples), where, rows=True)
     keep, whole, returning = where.layout.keep, where.layout.whole, where.layout.returning
-    step = train.make_step(
-        built.units, built.method, built.optimizer, built.weights, memory=built.memory
-    )
-    step = returning(where.layout.stepped, step, donate=(0,))
+    step, stepped = _step(built, state, rows, where, micro_batches)
 
     def initialisation(params: Tree, mstate: Tree, key: jax.Array) -> Any:
         feedback = built.method.init(key, params, mstate)
@@ -70,7 +75,7 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
 
     programs: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("initialisation", jax.jit(initialisation), (state.params, state.mstate, state.key)),
-        ("step", step, (state, rows)),
+        ("step", step, (stepped, rows)),
         ("refresh", returning(keep, train.make_refresh(built.method)), (state,)),
         (
             "evaluation",
@@ -82,9 +87,30 @@ def planned(built: Built, example: Any, batch_size: int, where: Target) -> Itera
         if name == "refresh" and not built.method.refresh_every:
             continue
         made = ahead.compiled(program, args, where)
-        macs = costs.macs(program, *args)
-        share = macs / where.layout.devices / where.rates.products
+        devices = where.layout.devices * where.layout.stages
+        # The program of a stage counts as the costliest one, in every tick.
+        macs = costs.macs(program, *args) * (devices if name == "step" and built.bounds else 1)
+        share = macs / devices / where.rates.products
         yield Planned(name, made, macs, max(share, made.bytes / where.rates.bandwidth))
+
+
+def _step(
+    built: Built, state: Tree, rows: Batch, where: Target, micro_batches: int
+) -> tuple[Any, Tree]:
+    """The step of a run, over stages or not, and shapes of the state that it takes."""
+    if not built.bounds:
+        step = train.make_step(
+            built.units, built.method, built.optimizer, built.weights, memory=built.memory
+        )
+        return where.layout.returning(where.layout.stepped, step, donate=(0,)), state
+    stages = over_stages(built, built.bounds, micro_batches, where.layout, rows)
+    with where.layout.active():
+        staged = jax.eval_shape(stages.divide, state)
+    assert where.layout.mesh is not None
+    places = shardings(staged, where.layout.mesh)
+    return stages.step, jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), staged, places
+    )
 
 
 def lines(config: Config, data: Any, name: str) -> Iterator[str]:
@@ -93,10 +119,11 @@ def lines(config: Config, data: Any, name: str) -> Iterator[str]:
     Raises:
       ConfigError: a target that there is not, or cannot be compiled for here.
     """
-    where = ahead.target(name)
+    where = ahead.target(name, config.stages if config.staged else 0)
     built = build(config, data)
     fits = where.rates.memory
-    for one in planned(built, data.example, config.batch_size, where):
+    parts = config.micro_batches
+    for one in planned(built, data.example, config.batch_size, where, parts):
         c = one.compiled
         held = f"{c.bytes / 2**30:.2f} GiB of {fits / 2**30:.0f} a device"
         yield (

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from ssa_jax.runs import build, inputs
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
+from ssa_jax.stages.programs import make_programs, over_stages
+from ssa_jax.stages.state import StagedState
 from ssa_jax.training import metrics, ranks, train
 from ssa_jax.training.dispatch import Steps, dispatches, make_steps
 from ssa_jax.training.running_means import RunningMeans
@@ -34,17 +36,6 @@ PROBE_SIZE = 512
 # than as single programs, and starts a program in no time.
 _STEPS_PER_DISPATCH = {"cpu": 1}
 _STEPS_PER_DISPATCH_ELSE = 10
-
-
-class Programs(NamedTuple):
-    """The jitted functions of a run."""
-
-    steps: Steps
-    warmup: Steps
-    refresh: Callable[[TrainState], TrainState]
-    evaluate: Callable[..., dict[str, Array]]
-    probe: Callable[[TrainState, Batch], metrics.Probe]
-    truncation: Callable[[TrainState, Batch], dict[str, Array]]
 
 
 class Trainer:
@@ -71,29 +62,31 @@ class Trainer:
         self.given = given
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
         self.loader = inputs.make_loader(config, data, layout)
-        self.state = layout.place(built.state)
+        self._state: TrainState | StagedState = layout.place(built.state)
         self.use(built)
+
+    @property
+    def state(self) -> TrainState:
+        """The whole state, put together on every device where steps have it in parts."""
+        if isinstance(self._state, StagedState):
+            self._state = self.programs.whole(self._state)
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
 
     def use(self, built: build.Built) -> None:
         """Takes over the programs of another build of the same run; the state stays."""
-        self.built = built
-        keep, whole = self.layout.keep, self.layout.whole
-        returning = self.layout.returning
-        self.programs = Programs(
-            self._steps(built.method),
-            self._steps(built.warmup),
-            returning(keep, train.make_refresh(built.method)),
-            returning(whole, train.make_eval(built.units, built.task)),
-            returning(whole, metrics.make_probe(built.units, built.method, built.weights)),
-            returning(whole, train.make_truncation_losses(built.units, built.memory, built.task)),
-        )
+        self.built, self.stages = built, None
+        if built.bounds:
+            example = build.example_batch(self.config, self.data)
+            parts = self.config.micro_batches
+            self.stages = over_stages(built, built.bounds, parts, self.layout, example)
+        self.programs = make_programs(built, self.layout, self.stages, self._steps)
 
-    def _steps(self, method: Method) -> Steps:
-        built, config = self.built, self.config
-        step = train.make_step(
-            built.units, method, built.optimizer, built.weights, memory=built.memory
-        )
-        step = self.layout.returning(self.layout.stepped, step)
+    def _steps(self, step: train.Step, method: Method) -> Steps:
+        config = self.config
         asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
             jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
         )
@@ -104,7 +97,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Steps done."""
-        return int(jax.device_get(self.state.step))
+        return int(jax.device_get(self._state.step))
 
     def train_epoch(self, epoch: int, means: RunningMeans, between: Callable[[int], None]) -> Row:
         """The rest of an epoch, in the order that seed and epoch give; all metrics are averaged.
@@ -119,7 +112,7 @@ class Trainer:
           NotFiniteError: the loss is not finite.
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
-        feeds = self.loader.feeds(self.state.key, epoch, size, means.steps)
+        feeds = self.loader.feeds(self._state.key, epoch, size, means.steps)
         steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
@@ -162,9 +155,10 @@ class Trainer:
         every, _ = steps.periods
         # Paths of the method that takes over may be old.
         takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
-        if (every and step % every == 0) or 0 < takes_over == step:
-            self.state = self.programs.refresh(self.state)
-        self.state, measured = steps.programs[count](self.state, feed.source)
+        due = (every and step % every == 0) or 0 < takes_over == step
+        state = self.programs.divided(self._state)
+        state = self.programs.refresh(state) if due else state
+        self._state, measured = steps.programs[count](state, feed.source)
         means.add(measured | feed.counts, count)
         if self.built.cuts_at(step):
             losses = self.programs.truncation(self.state, self._probe_batch())

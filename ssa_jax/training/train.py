@@ -96,11 +96,15 @@ def make_step(
             logits, loss, mstate, moved, tape = take_pass(take=take)
             params, opt_state = chain.join(moved, state.opt_state)
         feedback = method.update(state.feedback, state.params, params, tape, batch)
-        measured = {n: m(logits, batch.labels) for n, m in weights.task.metrics.items()}
-        metrics = {"loss": loss, **{name: jnp.mean(values) for name, values in measured.items()}}
+        metrics = {"loss": loss, **measured(weights.task, logits, batch.labels)}
         return TrainState(state.step + 1, params, mstate, feedback, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def measured(task: Task, outputs: Array, targets: Array) -> dict[str, Array]:
+    """The means of a task's metrics over a batch."""
+    return {name: jnp.mean(metric(outputs, targets)) for name, metric in task.metrics.items()}
 
 
 def make_truncation_losses(

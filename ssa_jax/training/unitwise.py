@@ -42,8 +42,8 @@ class Unitwise(NamedTuple):
         New values wait for the whole update of the unit: only then has everything else that reads
         the old ones come first, and the compiler can put the new into their place.
         """
-        leaves = _by_path(opt_state)
-        paths = _by_path(self.states[i])
+        leaves = by_path(opt_state)
+        paths = by_path(self.states[i])
         state = jax.tree.unflatten(
             jax.tree.structure(self.states[i]), [leaves[path] for path in paths]
         )
@@ -52,13 +52,13 @@ class Unitwise(NamedTuple):
         updates, state = self.optimizer.update(gradients, state, alone)
         update, state = after((updates[i], state), updates[i])
         params = optax.apply_updates(params, update)
-        return Moved(params, _by_path(state)), params
+        return Moved(params, by_path(state)), params
 
     def join(self, moved: Sequence[Moved], opt_state: optax.OptState) -> tuple[Tree, Any]:
         """Parameters and state of all units; `opt_state` is the one before, for its structure."""
         # What units share, such as counts, each of them has advanced alike.
         new = {path: leaf for unit in moved for path, leaf in unit.state.items()}
-        leaves = [new[path] for path in _by_path(opt_state)]
+        leaves = [new[path] for path in by_path(opt_state)]
         state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
         return tuple(unit.params for unit in moved), state
 
@@ -80,19 +80,32 @@ def split(optimizer: optax.GradientTransformation, params: Tree) -> Unitwise | N
     """
     if not isinstance(optimizer, Alone):
         return None
+    return Unitwise(optimizer, states(optimizer, params, [[i] for i in range(len(params))]))
+
+
+def states(
+    optimizer: optax.GradientTransformation, params: Tree, groups: Sequence[Sequence[int]]
+) -> list[Tree]:
+    """The shapes of the state that a chain has for each group of units alone.
+
+    Args:
+      optimizer: one that treats units `Alone`.
+      params: one parameter tree a unit, or its shapes.
+      groups: numbers of units.
+    """
     shapes = jax.eval_shape(lambda p: p, params)
     with warnings.catch_warnings():
-        # Of a unit alone, a transformation may find nothing to act on.
+        # Of a few units alone, a transformation may find nothing to act on.
         warnings.simplefilter("ignore", NothingToActOn)
-        states = [jax.eval_shape(optimizer.init, _only(shapes, i)) for i in range(len(shapes))]
-    return Unitwise(optimizer, states)
+        return [jax.eval_shape(optimizer.init, only(shapes, group)) for group in groups]
 
 
-def _only(params: Tree, i: int) -> Tree:
-    """The parameters of unit i in its place, and no others."""
-    return tuple(p if j == i else () for j, p in enumerate(params))
+def only(trees: Sequence[Tree], group: Sequence[int]) -> Tree:
+    """The trees of a group of units in their places, and no others."""
+    return tuple(tree if i in group else () for i, tree in enumerate(trees))
 
 
-def _by_path(tree: Tree) -> Leaves:
+def by_path(tree: Tree) -> Leaves:
+    """The leaves of a tree by their path."""
     named = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in named}
