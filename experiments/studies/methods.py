@@ -146,9 +146,10 @@ def measure_costs(methods: Study, networks: Sequence[Network], settings: Setting
     """Measures costs.json, network by network, unless it holds them, and rewrites the table."""
     file = settings.folder / COSTS
     rounds = QUICK_ROUNDS if settings.quick else ROUNDS
-    forms = [f for f in FORMS if not settings.quick or f.name in QUICK_FORMS]
     for network in networks:
-        compared = [network.variant(form) for form in forms]
+        variants_of_it = map(network.variant, FORMS)
+        reference = network.prefix + REFERENCE
+        compared = [v for v in variants_of_it if v.name in settings.only or v.name == reference]
         costs = read_json(file).get("costs", {})
         if {v.name for v in compared} <= costs.keys():
             continue
