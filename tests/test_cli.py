@@ -353,8 +353,8 @@ def test_settings_that_do_not_fit_each_other(tmp_path):
         run(dataclasses.replace(SMALL, method="svd_bp", factorize="off", workdir=str(folder)))
     streamed = dataclasses.replace(SMALL, memory="streamed", workdir=str(folder))
     for change, named in {
-        ("method", "bp"): "--method=bp",
-        ("feedback", "sequential"): "--method=ssa",
+        ("method", "local"): "--method=local",
+        ("local_weight", 0.5): "--method=ssa",
         ("warmup_method", "local"): "--warmup_method=local",
     }.items():
         with pytest.raises(ConfigError, match=f"{named}, as set here.*--memory=taped or auto$"):

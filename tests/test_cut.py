@@ -9,12 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import max_difference
+from helpers import max_difference, walk
 
 from ssa_jax import CutError, Functional, cut, factors
 from ssa_jax.methods import METHODS, FeedbackOptions, Network
 from ssa_jax.methods.bp import chain as pulled_back
-from ssa_jax.methods.feedback import walk
 from ssa_jax.networks.forward import forward, predict
 from ssa_jax.networks.models import LinenModel, split, start
 from ssa_jax.networks.packing import Packing

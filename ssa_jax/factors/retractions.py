@@ -60,7 +60,8 @@ def retract_series(x: Array, xi: Array) -> Array:
 
     The inverse root is its series in E = I - YᵀY to the seventh order. That leaves 0.4 E⁸, which is
     rounding while no row of E sums to more than `_SERIES_ENDS`; a longer ξ is shortened to that
-    bound, a turn of the columns by about 20 degrees. A drift of X from the manifold is taken back.
+    bound, a turn of the columns by about 20 degrees. Entries of ξ beyond 1e15, whose squares could
+    not be had, count as that. A drift of X from the manifold is taken back.
     Neither loop nor conditional: the same products in every step.
 
     Args:

@@ -9,7 +9,7 @@ from ssa_jax.transforms.mapping import on_mesh
 Array = jax.Array
 
 
-def clip_by_rms(threshold: float) -> optax.GradientTransformationExtraArgs:
+def clip_by_rms(threshold: float | Array) -> optax.GradientTransformationExtraArgs:
     """Shortens each update u to a root mean square of at most c: u / max(1, rms(u)/c).
 
     What `optax.clip_by_block_rms` does to rounding, in fewer kernels: rows are summed where the
@@ -31,7 +31,7 @@ def clip_by_rms(threshold: float) -> optax.GradientTransformationExtraArgs:
     >>> print(u[0], u[1][0])
     [1. 1. 1. 1.] [0.5 0.5 0.5]
     """
-    if threshold <= 0:
+    if isinstance(threshold, int | float) and threshold <= 0:
         raise ValueError(f"the clipping threshold must be above 0, got {threshold}")
 
     def update(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
