@@ -168,9 +168,9 @@ def test_two_processes_decode_a_batch_between_them_and_train_what_one_trains(tmp
     assert [r["skipped"] for r in rows(tmp_path / "two")] == [0, 0]
 
 
-def end_one_of_two(folder, victim, sent):
+def end_one_of_two(folder, victim, sent, flags=LONG):
     """What the other one of two processes says and returns, and after how many seconds."""
-    pair = start_two(folder, *LONG, "--epochs=100")
+    pair = start_two(folder, *flags, "--epochs=100")
     other = pair[1 - victim]
     try:
         until = time.monotonic() + 120

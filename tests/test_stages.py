@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import make_batch, make_method, split
 from staged_steps import run
-from test_processes import ended, rows, start, start_two
+from test_processes import assert_same_curve, end_one_of_two, ended, rows, start, start_two
 
 import ssa_jax
 from ssa_jax.data import Dataset
@@ -299,3 +300,21 @@ def test_stages_on_two_processes_learn_what_those_of_one_do(tmp_path):
         ended(process)
     for mine, theirs in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         assert mine[:2] == pytest.approx(theirs[:2], rel=2e-3)
+
+
+@pytest.mark.long
+def test_a_stage_that_dies_ends_the_run_whose_checkpoint_is_whole(tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--dataset=digits", "--model=mlp", "--batch_size=64", "--method=dfa",
+             "--save_every=5", "--micro_batches=2")  # fmt: skip
+    # A process a stage.
+    err, code, seconds = end_one_of_two(folder, 1, signal.SIGKILL, (*flags, "--stages=2"))
+    assert code == processes.EXIT_LOST, err
+    assert processes.LOST in err
+    assert seconds < 60
+    done = len(rows(folder))
+    to = ("--epochs=100", f"--max_steps={22 * (done + 1)}")
+    ended(start(folder, *flags, *to, "--stages=2", "--resume", devices=2))
+    ended(start(tmp_path / "one", *flags, *to))
+    assert len(rows(folder)) == done + 1
+    assert_same_curve(folder, tmp_path / "one")
