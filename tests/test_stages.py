@@ -22,9 +22,11 @@ from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError
 from ssa_jax.networks.units import Unit
 from ssa_jax.parallel import buffers, processes
+from ssa_jax.parallel.mesh import STAGE
 from ssa_jax.parallel.pipeline import partition
 from ssa_jax.runs import build
 from ssa_jax.runs.config import Config, identity
+from ssa_jax.stages import work
 from ssa_jax.stages.choose import check_shared
 from ssa_jax.stages.owners import owners
 from ssa_jax.training import optim, train
@@ -68,6 +70,21 @@ def test_unequal_lists_of_arrays_come_out_of_buffers_as_they_went_in():
         for a, b in zip(arrays, buffers.unpack(packed, arrays), strict=True):
             assert a.dtype == b.dtype
             assert jnp.array_equal(a, b)
+
+
+def test_equal_programs_of_stages_are_there_once():
+    a, b = jnp.arange(3.0), jnp.arange(3.0) + 1
+    branches = [lambda x: 2 * x, lambda x: 2 * x, lambda x: x * a, lambda x: x * b]
+
+    def on_any(x):
+        return work.on_stage(branches, None, x)
+
+    program = jax.make_jaxpr(on_any, axis_env=[(STAGE, 4)])(a)
+    (switch,) = (eqn for eqn in program.eqns if eqn.primitive.name == "cond")
+    # Those of other arrays are others.
+    assert len(switch.params["branches"]) == 3
+    found = jax.vmap(on_any, in_axes=None, axis_size=4, axis_name=STAGE)(b)
+    np.testing.assert_array_equal(found, [2 * b, 2 * b, a * b, b * b])
 
 
 def found_owners(name, groups, **options):

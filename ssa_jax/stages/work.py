@@ -1,5 +1,6 @@
 """What a stage does with its units: passes, gradients, its update."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -203,6 +204,9 @@ def add(net: Network, s: int, total: Learned, learned: tuple[Tree, Tree]) -> Lea
 def on_stage(branches: Sequence[Callable[..., Any]], active: Array | None, *args: Any) -> Any:
     """What the branch of this device's stage makes of the arguments.
 
+    Stages of equal units have equal programs, each of which is there once. Not to be
+    differentiated: what is told apart is the programs, not their derivatives.
+
     Args:
       branches: one a stage; where there is `active`, one more for a stage that is not.
       active: whether the stage does anything; None: all do.
@@ -211,4 +215,15 @@ def on_stage(branches: Sequence[Callable[..., Any]], active: Array | None, *args
     stage = lax.axis_index(STAGE)
     if active is not None:
         stage = jnp.where(active, stage, len(branches) - 1)
-    return lax.switch(stage, branches, *args)
+    keys = [_program(branch, args) for branch in branches]
+    distinct = list(dict.fromkeys(keys))
+    which = jnp.array([distinct.index(key) for key in keys])
+    return lax.switch(which[stage], [branches[keys.index(key)] for key in distinct], *args)
+
+
+def _program(branch: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """What a branch does with the arguments and the arrays that it has from around it."""
+    program = jax.make_jaxpr(branch)(*args)
+    # Without places in memory, which are those of functions that only a derivative would call.
+    text = re.sub(r"0x[0-9a-f]+", "", str(program))
+    return text, *(id(array) for array in program.consts)
