@@ -190,7 +190,7 @@ def test_stages_of_any_network_learn_what_one_device_learns(case):
 def test_stages_learn_what_one_device_learns_to_the_rounding_of_float32():
     for found in on_devices("float32", "chain:ssa:8:4", "chain:local:4:2").values():
         assert found["losses"] < 1e-5
-        assert found["state"] < 1e-5 < found["moved"]
+        assert found["state"] < 1e-4 < found["moved"]
 
 
 def noise():
