@@ -56,7 +56,7 @@ def pipeline(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Pipelines of local learning and of backpropagation",
-            "![Time lines of four stages and eight micro-batches](docs/images/pipeline.png)",
+            "![Time lines of four stages and eight micro-batches](../images/pipeline.png)",
             "Speed-up of a step over one device of backpropagation by the same micro-batches, from "
             "counted multiply-accumulates of the factorised network at rank 0.25: nothing else "
             "counts, and sending takes no time. Stages are contiguous and about equal. GPipe and "
