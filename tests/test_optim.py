@@ -123,7 +123,7 @@ def test_a_chain_has_the_hoyer_term_where_its_schedule_ever_weighs_it(schedule):
         found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
         return any(isinstance(x, kinds) for x in found)
 
-    weighs = any(ranks.SCHEDULES[schedule](t / 100, 0.9).hoyer for t in range(101))
+    weighs = any(ranks.SCHEDULES[schedule](jnp.float32(t / 100), 0.9).hoyer for t in range(101))
     assert has_term(1e-2) == weighs
     assert not has_term(0.0)
 

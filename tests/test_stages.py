@@ -28,7 +28,7 @@ from ssa_jax.runs import build
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.stages import work
 from ssa_jax.stages.choose import check_shared
-from ssa_jax.stages.owners import owners
+from ssa_jax.stages.owners import dependencies, owners
 from ssa_jax.training import optim, train
 
 TESTS = Path(__file__).parent
@@ -85,6 +85,14 @@ def test_equal_programs_of_stages_are_there_once():
     assert len(switch.params["branches"]) == 3
     found = jax.vmap(on_any, in_axes=None, axis_size=4, axis_name=STAGE)(b)
     np.testing.assert_array_equal(found, [2 * b, 2 * b, a * b, b * b])
+
+
+def test_what_is_made_of_what_is_seen_through_programs_within_programs():
+    @jax.jit
+    def apart(a, b, c):
+        return jax.nn.relu(a) + b, c
+
+    assert dependencies(lambda a, b, c: apart(a, b, c), 1.0, 2.0, 3.0) == [{0, 1}, {2}]
 
 
 def found_owners(name, groups, **options):

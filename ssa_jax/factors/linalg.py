@@ -52,7 +52,7 @@ def devices_that_share() -> int:
     Those of a `shard_map` do not count: each runs a program of its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+    return math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
 
 
 def varying_as(x: Array, *like: Array) -> Array:

@@ -161,15 +161,26 @@ def advance(
     return method.update(feedback, before, after, tape, batch)
 
 
+# Programs within a program, whose results are each made of some of the arguments.
+_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+
+
 def dependencies(fn: Callable[..., Tree], *args: Tree) -> list[set[int]]:
     """For every result of a function the numbers of the arrays that it is made of."""
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return _made_of(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _made_of(jaxpr: Any) -> list[set[int]]:
     known: dict[Any, set[int]] = {v: {k} for k, v in enumerate(jaxpr.invars)}
 
     def of(v: Any) -> set[int]:
         return set() if hasattr(v, "val") else known.get(v, set())
 
     for eqn in jaxpr.eqns:
-        made = set().union(*map(of, eqn.invars))
-        known |= dict.fromkeys(eqn.outvars, made)
+        made = [set().union(*map(of, eqn.invars))] * len(eqn.outvars)
+        if eqn.primitive.name in _CALLS:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            uses = _made_of(inner.jaxpr)
+            made = [set().union(*(of(eqn.invars[k]) for k in used)) for used in uses]
+        known |= dict(zip(eqn.outvars, made, strict=True))
     return [of(v) for v in jaxpr.outvars]
