@@ -25,7 +25,7 @@ from ssa_jax import factors
 from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.factors import Factors
 from ssa_jax.parallel.interrupt import Interruptible, Terminated
-from ssa_jax.runs import build, loop, run
+from ssa_jax.runs import build, given, loop, run
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -104,6 +104,17 @@ def signal_at(monkeypatch):
         return monkeypatch.undo
 
     return arrange
+
+
+def test_a_signal_behind_the_last_step_is_heard_by_what_comes_after_the_run(tmp_path):
+    def stop(row):
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated, match="had finished"):
+        run.train_given(
+            at(SMALL, tmp_path / "run", epochs=1), given=given.NOTHING._replace(callbacks=(stop,))
+        )
+    assert summary(tmp_path / "run")["status"] == "finished"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,13 @@ class Loop:
                 f"{what}; the state after step {self.saved} is kept, go on with the same flags and "
                 f"--workdir={self.folder.path} --resume"
             ) from None
-        return self.finish()
+        row = self.finish()
+        try:
+            self.interrupt.check()
+        except KeyboardInterrupt as e:
+            # Behind the last step; what comes after this run is to hear of it.
+            raise type(e)(f"stopped; the run in {self.folder.path} had finished") from None
+        return row
 
     def begin(self) -> None:
         """From the newest checkpoint, or with the first one."""
