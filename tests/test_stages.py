@@ -314,7 +314,7 @@ def test_a_run_over_stages_resumes_bit_for_bit_and_from_another_number_of_stages
         ended(start(tmp_path / name, *FLAGS, *again, devices=stages))
     assert curve(tmp_path / "same") == curve(tmp_path / "whole")
     for mine, theirs in zip(curve(tmp_path / "other"), curve(tmp_path / "whole"), strict=True):
-        assert mine[:2] == pytest.approx(theirs[:2], rel=2e-3)
+        assert mine[:2] == pytest.approx(theirs[:2], rel=1e-5)
         assert mine[3] == theirs[3]
 
 
