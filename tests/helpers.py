@@ -1,5 +1,6 @@
 """Small networks and batches that the tests share."""
 
+import functools
 import re
 import warnings
 
@@ -182,4 +183,6 @@ def first(cases, n):
 
 def walk(units, params, twins, tape, error):
     """The signals of all units that a walk through twins makes of an error."""
-    return all_down(through_twins(units, twins), visited(tape, params), error)
+    through = through_twins(units, twins)
+    above = visited(tape, params)[1:]
+    return all_down([functools.partial(through, unit) for unit in above], error)

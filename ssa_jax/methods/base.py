@@ -1,5 +1,6 @@
 """The interface of a learning method: it makes teaching signals and nothing else."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,11 +92,11 @@ def all_direct(direct: Direct, units: int) -> Callable[..., Sequence[Array]]:
     return signals
 
 
-def all_down(through: Through, units: Sequence[Visited], error: Array) -> list[Array]:
-    """The signals of all units, δ_n = e and δ_{i-1} = through(i, δ_i)."""
+def all_down(steps: Sequence[Callable[[Array], Array]], error: Array) -> list[Array]:
+    """The signals of all units: δ_n = e, δ_{i-1} = step_i(δ_i), a step for all but the first."""
     deltas = [error]
-    for unit in units[:0:-1]:
-        deltas.insert(0, through(unit, deltas[0]))
+    for step in reversed(steps):
+        deltas.insert(0, step(deltas[0]))
     return deltas
 
 
@@ -106,7 +107,9 @@ def walking(
 
     def signals(feedback: Tree, params: Tree, tape: Tape, error: Array, batch: Any) -> list[Array]:
         del batch
-        return all_down(down(feedback, params), visited(tape, params), error)
+        through = down(feedback, params)
+        above = visited(tape, params)[1:]
+        return all_down([functools.partial(through, unit) for unit in above], error)
 
     return Method(init=init, signals=signals, down=down)
 

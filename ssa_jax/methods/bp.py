@@ -1,12 +1,13 @@
 """Backpropagation, as the chain of the units' own pullbacks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from ssa_jax import factors
-from ssa_jax.methods.base import FeedbackOptions, Method, Network, walking
-from ssa_jax.networks.forward import Tape, Visited
+from ssa_jax.methods.base import FeedbackOptions, Method, Network, all_down, walking
+from ssa_jax.networks.forward import Pullback, Tape, Visited
 
 Array = jax.Array
 Tree = Any
@@ -19,10 +20,11 @@ def through(unit: Visited, signal: Array) -> Array:
 
 def chain(tape: Tape, error: Array) -> list[Array]:
     """The true ∂loss/∂h_i of every unit: δ_{i-1} = (∂h_i/∂x_i)ᵀ δ_i from δ_n = e."""
-    deltas = [error]
-    for pullback in tape.pullbacks[:0:-1]:
-        deltas.insert(0, pullback(deltas[0])[1])
-    return deltas
+
+    def step(pullback: Pullback) -> Callable[[Array], Array]:
+        return lambda signal: pullback(signal)[1]
+
+    return all_down([step(pullback) for pullback in tape.pullbacks[1:]], error)
 
 
 def bp(network: Network, options: FeedbackOptions) -> Method:

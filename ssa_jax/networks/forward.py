@@ -140,9 +140,23 @@ def output_shapes(
 ) -> list[tuple[int, ...]]:
     """Shape of each unit's output for one example, without the batch axis."""
     x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
-    shapes = []
+    return [h.shape[1:] for h in outputs_of(units, params, mstate, x, train=False)]
+
+
+def outputs_of(
+    units: Sequence[Unit], params: Tree, mstate: Tree, x: Tree, *, train: bool
+) -> list[Any]:
+    """Shape and dtype of each unit's output; nothing is computed.
+
+    Args:
+      units: n units.
+      params, mstate: a tree a unit, or their shapes.
+      x: of a batch, (batch, ...), or its shape.
+      train: the mode.
+    """
+    found: list[Any] = []
     expect(units, params)
     for unit, p, m in zip(units, params, mstate, strict=True):
-        x, _ = jax.eval_shape(functools.partial(unit.apply, train=False), p, m, x)
-        shapes.append(x.shape[1:])
-    return shapes
+        x, _ = jax.eval_shape(functools.partial(unit.apply, train=train), p, m, x)
+        found.append(x)
+    return found

@@ -11,7 +11,7 @@ from ssa_jax.parallel import ahead
 from ssa_jax.parallel.ahead import Compiled, Target
 from ssa_jax.runs.build import Built, build
 from ssa_jax.runs.config import Config
-from ssa_jax.stages.programs import over_stages
+from ssa_jax.stages.programs import over_stages, step_of_all
 from ssa_jax.stages.state import shardings
 from ssa_jax.training import costs, train
 from ssa_jax.types import Batch
@@ -99,10 +99,7 @@ def _step(
 ) -> tuple[Any, Tree]:
     """The step of a run, over stages or not, and shapes of the state that it takes."""
     if not built.bounds:
-        step = train.make_step(
-            built.units, built.method, built.optimizer, built.weights, memory=built.memory
-        )
-        return where.layout.returning(where.layout.stepped, step, donate=(0,)), state
+        return step_of_all(built, built.method, where.layout), state
     stages = over_stages(built, built.bounds, micro_batches, where.layout, rows)
     with where.layout.active():
         staged = jax.eval_shape(stages.divide, state)

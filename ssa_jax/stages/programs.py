@@ -46,6 +46,12 @@ def over_stages(
     )  # fmt: skip
 
 
+def step_of_all(built: Any, method: Method, layout: Layout) -> Any:
+    """The step of a `runs.build.Built` without stages; its state is donated."""
+    step = train.make_step(built.units, method, built.optimizer, built.weights, memory=built.memory)
+    return layout.returning(layout.stepped, step, donate=(0,))
+
+
 def make_programs(
     built: Any, layout: Layout, stages: Stages | None, steps: Callable[[Any, Method], Steps]
 ) -> Programs:
@@ -62,10 +68,7 @@ def make_programs(
     def step_of(method: Method) -> Any:
         if stages is not None:
             return stages.step
-        step = train.make_step(
-            built.units, method, built.optimizer, built.weights, memory=built.memory
-        )
-        return returning(layout.stepped, step)
+        return step_of_all(built, method, layout)
 
     of_whole = returning(keep, train.make_refresh(built.method))
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssa_jax.methods import Method
-from ssa_jax.networks.forward import expect
+from ssa_jax.networks.forward import outputs_of
 from ssa_jax.networks.units import Unit
 from ssa_jax.parallel.buffers import Buffers
 from ssa_jax.parallel.mesh import AXIS, STAGE, Layout
@@ -96,12 +96,8 @@ class Stages:
 
     def _unit_shapes(self, state: TrainState, images: Tree) -> list[Any]:
         """Of the input of every unit, and of the outputs."""
-        expect(self.units, state.params)
-        found = [jax.eval_shape(lambda x: x, images)]
-        for unit, p, m in zip(self.units, state.params, state.mstate, strict=True):
-            apply = functools.partial(unit.apply, train=True)
-            found.append(jax.eval_shape(apply, p, m, found[-1])[0])
-        return found
+        outputs = outputs_of(self.units, state.params, state.mstate, images, train=True)
+        return [jax.eval_shape(lambda x: x, images), *outputs]
 
     def _divide(self, state: TrainState) -> StagedState:
         return states.divided(state, self.owners(states.shapes_of(state)), self.mesh)

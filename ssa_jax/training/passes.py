@@ -29,6 +29,7 @@ from ssa_jax.networks.forward import (
 from ssa_jax.networks.units import Unit
 from ssa_jax.training import losses, tasks
 from ssa_jax.training.losses import LossWeights
+from ssa_jax.transforms.mapping import on_mesh
 
 Array = jax.Array
 Tree = Any
@@ -107,7 +108,7 @@ def taped(
     # Each signal is made when its unit's turn comes: all at once would weigh as much as the tape.
     # On a mesh that would send each unit's gradient by itself, since the wait is for the sum over
     # all devices; there the compiler's own order has to do.
-    in_turn = jax.sharding.get_abstract_mesh().empty
+    in_turn = not on_mesh()
     for i in reversed(range(len(units))):
         signal = waited_error if i == last else method.direct(feedback, waited_error, batch, i)
         gradients.insert(0, _gradient_of(seen[i], twins, signal, weights, last=i == last))
