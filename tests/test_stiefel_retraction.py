@@ -17,6 +17,7 @@ from stiefel_cases import RETRACTIONS, SHAPES, drift, normal, orthonormal
 
 from ssa_jax import factors, transforms
 from ssa_jax.factors import linalg, polar, retractions
+from ssa_jax.transforms.mapping import common_shapes
 
 COMPILED = {name: jax.jit(retractions.RETRACTIONS[name]) for name in RETRACTIONS}
 
@@ -191,19 +192,64 @@ def test_products_alone_show_a_nan(name):
     assert np.isnan(COMPILED[name](x, jnp.ones((4, 2)).at[0, 0].set(jnp.nan))).any()
 
 
-def test_the_default_chain_has_neither_loop_nor_conditional_and_few_products():
-    """Ten layers of one shape take as many products as one."""
-    f = factors.Factors(jnp.eye(12, 4), jnp.ones(4), jnp.eye(20, 4))
+def lowered_chain(shapes, platform="cpu"):
+    """The default chain for factors of these (m, n, r), as a platform's compiler gets it."""
+    params = {
+        str(i): factors.Factors(jnp.eye(m, r), jnp.ones(r), jnp.eye(n, r))
+        for i, (m, n, r) in enumerate(shapes)
+    }
+    chain = transforms.ssa(1e-3)
+    traced = jax.jit(chain.update).trace(params, chain.init(params), params)
+    return traced.lower(lowering_platforms=(platform,))
 
-    def program(layers):
-        params = {str(i): f for i in range(layers)}
-        chain = transforms.ssa(1e-3)
-        return str(jax.make_jaxpr(chain.update)(params, chain.init(params), params))
 
-    ten = program(10)
+def test_the_default_chain_compiles_to_neither_loop_nor_conditional():
+    program = lowered_chain([(12, 20, 4)] * 10).compile().as_text()
+    assert "fusion" in program
+    assert " while(" not in program
+    assert " conditional(" not in program
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_ten_layers_of_one_shape_take_as_many_products_as_one(platform):
+    ten, one = (lowered_chain([(12, 20, 4)] * n, platform).as_text() for n in (10, 1))
     assert "while" not in ten
-    assert "cond[" not in ten
-    assert 0 < ten.count("dot_general") == program(1).count("dot_general")
+    assert 0 < ten.count("dot_general") == one.count("dot_general")
+
+
+def test_on_accelerators_nearly_equal_shapes_share_their_products():
+    """Small matrices of every shape are brought to one; on a CPU each shape has its own."""
+    shapes = [(12, 20, 4), (30, 16, 5), (9, 9, 3)]
+    one = lowered_chain([(30, 30, 5)], "cuda").as_text().count("dot_general")
+    assert lowered_chain(shapes, "cuda").as_text().count("dot_general") == one
+    assert lowered_chain(shapes, "cpu").as_text().count("dot_general") > 4 * one
+
+
+@pytest.mark.parametrize("name", ["project_stiefel", "project_horizontal", "retract_series"])
+def test_rows_and_columns_of_zeros_stay_zeros_and_change_nothing_else(name):
+    fn = getattr(retractions, name)
+    rng = np.random.default_rng(3)
+    x, g = orthonormal(rng, (2, 9, 4)), 0.3 * normal(rng, (2, 9, 4))
+    wide = [jnp.pad(a, [(0, 0), (0, 3), (0, 2)]) for a in (x, g)]
+    done = np.asarray(jax.jit(fn)(*wide))
+    np.testing.assert_allclose(done[:, :9, :4], fn(x, g), rtol=0, atol=1e-6)
+    assert not done[:, 9:].any()
+    assert not done[:, :, 4:].any()
+
+
+def test_common_shapes_hold_what_they_stand_for_and_padding_pays():
+    large = [(4096, 512)] * 3
+    shapes = [(96, 16), (80, 32), *large, (16, 96)]
+    common = common_shapes(shapes)
+    assert all(
+        c >= s
+        for new, old in zip(common, shapes, strict=True)
+        for c, s in zip(new, old, strict=True)
+    )
+    assert common[2:5] == large
+    assert len(set(common)) == 2
+    # Stacks of stacks are of their own kind.
+    assert common_shapes([(2, 8, 4), (8, 4), (9, 4)]) == [(2, 8, 4), (9, 4), (9, 4)]
 
 
 def test_small_steps_take_one_iteration(monkeypatch):
@@ -253,6 +299,7 @@ import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax
 from ssa_jax.factors import linalg, polar, retractions
+from ssa_jax.transforms.mapping import common_shapes
 retract = retractions.RETRACTIONS[{name!r}]
 keys = jax.random.split(jax.random.key(0), 8)
 xs = [polar.orthonormalize(jax.random.normal(k, (3, 200, 160))) for k in keys]

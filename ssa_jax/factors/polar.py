@@ -85,12 +85,10 @@ def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[
 
 
 def inverse_root_series(e: Array) -> Array:
-    """(I - E)^(-1/2) - I of symmetric (..., r, r), to the seventh order of E, by four products."""
+    """(I - E)^(-1/2) - I of symmetric (..., r, r), to the sixth order of E, by three products."""
     e2 = mm(e, e)
-    e3 = mm(e2, e)
-    low = 1 / 2 * e + 3 / 8 * e2 + 5 / 16 * e3
-    high = 35 / 128 * eye_like(e) + 63 / 256 * e + 231 / 1024 * e2 + 429 / 2048 * e3
-    return low + mm(mm(e2, e2), high)
+    high = 35 / 128 * e2 + mm(e2, 63 / 256 * e + 231 / 1024 * e2)
+    return 1 / 2 * e + 3 / 8 * e2 + mm(e2, 5 / 16 * e + high)
 
 
 def msign(m: Array, steps: int = 5) -> Array:

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from ssa_jax.transforms.mapping import on_mesh
+from ssa_jax.transforms.mapping import map_stacked, on_mesh, padded
 
 Array = jax.Array
 
@@ -54,7 +55,22 @@ def _mean_squares(leaves: list[Array]) -> list[Array]:
     # Rows that lie on several devices would be sent to be together.
     if on_mesh():
         return [jnp.mean(s) for s in squares]
-    sums = [jnp.sum(s, axis=-1).ravel() if s.ndim > 1 else s.ravel() for s in squares]
+    sums = lax.platform_dependent(squares, cpu=_sums_of_rows, default=_sums_of_stacks)
     longest = max(len(s) for s in sums)
     table = jnp.stack([jnp.pad(s, (0, longest - len(s))) for s in sums])
     return list(jnp.sum(table, axis=1) / jnp.array([x.size for x in leaves]))
+
+
+def _sums_of_rows(squares: list[Array]) -> list[Array]:
+    """Of each array the sums of its rows, flat."""
+    return [jnp.sum(s, axis=-1).ravel() if s.ndim > 1 else s.ravel() for s in squares]
+
+
+def _sums_of_stacks(squares: list[Array]) -> list[Array]:
+    """The same, matrices brought to few shapes, whose rows are summed at once."""
+    sums = _sums_of_rows(squares)
+    places = [i for i, s in enumerate(squares) if s.ndim == 2]
+    stacked = map_stacked(lambda s: (jnp.sum(s, axis=-1),), padded([squares[i] for i in places]))[0]
+    for i, of_rows in zip(places, stacked, strict=True):
+        sums[i] = of_rows[: len(sums[i])]
+    return sums

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ssa_jax.factors import retractions
-from ssa_jax.transforms.mapping import each, map_matrices, map_stacked
+from ssa_jax.transforms.mapping import each, map_matrices
 from ssa_jax.transforms.selection import Mask, kinds_at_init, kinds_of, with_params
 
 Array = jax.Array
@@ -86,20 +86,9 @@ def project_to_tangent(
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        return map_matrices(each(project), kinds_of(params, mask), updates, params), state
+        return map_matrices(each(project, pad=True), kinds_of(params, mask), updates, params), state
 
     return with_params(init, update)
-
-
-def _land_by_series(xs: list[Array], us: list[Array]) -> list[Array]:
-    """Of each matrix `retract_series` less x; what is as wide shares its small products."""
-    steps, es = map_stacked(retractions.series_start, xs, us)
-    shares, roots = map_stacked(retractions.series_root, es)
-
-    def end(x: Array, step: Array, share: Array, root: Array) -> tuple[Array]:
-        return (retractions.series_end(x, step, share, root) - x,)
-
-    return map_stacked(end, xs, steps, shares, roots)[0]
 
 
 def retract(
@@ -110,7 +99,7 @@ def retract(
     u <- R_x(u) - x, the last link of a chain: `optax.apply_updates` adds x back. R_x(u) is
 
     ``series``: the polar factor of x + P_x(u) by a fixed number of matrix products, with a u that
-    turns the columns by more than about 20 degrees shortened to that;
+    turns the columns by more than about 19 degrees shortened to that;
     ``newton_schulz``: the polar factor of x + u by matrix products in a loop, from any x;
     ``polar``: the same by an eigendecomposition of the Gram matrix;
     ``qr``, ``cholesky_qr2``: the Q factor of x + u, by Householder or by Cholesky;
@@ -149,9 +138,8 @@ def retract(
     check_every(every, "retract")
     if every > 1 and method == "series":
         retraction = retractions.retract_newton_schulz
-    landing = each(lambda x, u: retraction(x, u) - x)
-    if retraction is retractions.retract_series:
-        landing = _land_by_series
+    pad = retraction is retractions.retract_series
+    landing = each(lambda x, u: retraction(x, u) - x, pad=pad)
 
     def init(params: optax.Params) -> RetractState:
         kinds_at_init("retract", params, mask)

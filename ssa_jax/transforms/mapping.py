@@ -1,6 +1,8 @@
 """Maps over the orthonormal matrices and the spectra of a tree, those of one shape at once."""
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +11,11 @@ import jax.numpy as jnp
 from ssa_jax.transforms.selection import COLUMNS, ROWS, SPECTRUM
 
 Array = jax.Array
+
+# Multiply-accumulates that padding may add to a product to spare a shape. A shape less is some 25
+# kernels less in a step of projections and retractions, five of them products with tall matrices; a
+# GPU starts 25 kernels in some 60 µs, in a fifth of which it does so many in float32.
+_WORTH_A_SHAPE = 3e8
 
 
 def is_matrix(kind: str) -> bool:
@@ -83,13 +90,72 @@ def map_matrices(
     return jax.tree.unflatten(structure, out)
 
 
-def each(fn: Callable[[Array, Array], Array]) -> Callable[..., list[Array]]:
-    """For `map_matrices`: fn(x, g) of every matrix and its update, those of one shape at once."""
+def each(fn: Callable[[Array, Array], Array], *, pad: bool = False) -> Callable[..., list[Array]]:
+    """For `map_matrices`: fn(x, g) of every matrix and its update, those of one shape at once.
 
-    def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
+    Args:
+      fn: of stacks of both, see `map_stacked`.
+      pad: fn leaves rows and columns of zeros at zero and the rest as without them, so matrices
+        of nearly one shape are brought to one by zeros, see `common_shapes`, on one accelerator.
+    """
+
+    def by_shape(xs: list[Array], gs: list[Array]) -> list[Array]:
         return map_stacked(lambda x, g: (fn(x, g),), xs, gs)[0]
 
+    def by_common_shape(xs: list[Array], gs: list[Array]) -> list[Array]:
+        done = by_shape(padded(xs), padded(gs))
+        return [y[..., : x.shape[-2], : x.shape[-1]] for x, y in zip(xs, done, strict=True)]
+
+    def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
+        if not pad or on_mesh():
+            return by_shape(xs, gs)
+        # A CPU starts an operation in no time, and adds and multiplies zeros like other numbers.
+        return jax.lax.platform_dependent(xs, gs, cpu=by_shape, default=by_common_shape)
+
     return mapped
+
+
+def padded(xs: list[Array]) -> list[Array]:
+    """Matrices with zeros behind their entries, up to their `common_shapes`."""
+
+    def pad(x: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
+
+    return list(map(pad, xs, common_shapes([x.shape for x in xs])))
+
+
+def common_shapes(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """For each matrix's shape (..., n, r) the one, at least as large, that it is brought to.
+
+    Every distinct shape is a program of its own to compile, to tune and to start. The two shapes
+    whose union adds the fewest multiply-accumulates, n r² a matrix, become one, again and again,
+    while these are within `_WORTH_A_SHAPE`.
+
+    >>> common_shapes([(96, 16), (80, 32), (2048, 512), (2048, 512)])
+    [(96, 32), (96, 32), (2048, 512), (2048, 512)]
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        places.setdefault(shape, []).append(i)
+
+    def cost(shape: tuple[int, ...], *like: tuple[int, ...]) -> int:
+        return math.prod(shape) * shape[-1] * sum(len(places[one]) for one in like)
+
+    def union(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(map(max, a, b))
+
+    def added(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+        a, b = pair
+        return cost(union(a, b), a, b) - cost(a, a) - cost(b, b)
+
+    while pairs := [p for p in itertools.combinations(places, 2) if p[0][:-2] == p[1][:-2]]:
+        least = min(pairs, key=added)
+        if added(least) > _WORTH_A_SHAPE:
+            break
+        moved = [i for shape in least for i in places.pop(shape)]
+        places.setdefault(union(*least), []).extend(moved)
+    brought = {i: shape for shape, members in places.items() for i in members}
+    return [brought[i] for i in range(len(shapes))]
 
 
 def map_spectra(fn: Callable[..., Array], kinds: Any, updates: Any, params: Any) -> Any:
