@@ -33,7 +33,7 @@ INSTALLED = {
 def here():
     """A target that is this machine's own CPU, for what needs no other compiler."""
     mesh = jax.sharding.Mesh(jax.devices()[:1], (AXIS,))
-    return ahead.Target("here", Layout(mesh), ahead.Rates(1e9, 1e10, 1e10), {})
+    return ahead.Target("here", Layout(mesh), "cpu", ahead.Rates(1e9, 1e10, 1e10), {})
 
 
 @pytest.mark.parametrize("name", ["a100", "h100:2", "v5e", "", "v5p:"])

@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import first
 
 from ssa_jax import factors, layers
+from ssa_jax.factors import Factors, linalg
 from ssa_jax.layers import Pool, SVDConv, SVDDense, lowering, matrix_to_kernel
 from ssa_jax.training import costs
 
@@ -102,13 +103,36 @@ def test_a_convolution_runs_the_form_of_less_work(channels, shape, rank, strides
     g = images(1, conv(x).shape)
     kernel, pair = (
         costs.macs(local_pass(conv, form, monkeypatch), weights, x, g)
-        + layers.conv.MACS_PER_FLOAT * moved(conv, form, monkeypatch, weights, x, g)
+        + layers.conv.macs_per_float() * moved(conv, form, monkeypatch, weights, x, g)
         for form in (True, False)
     )
     assert pays == (kernel < pair)
     found, expected = (local_pass(conv, f, monkeypatch)(weights, x, g) for f in (True, False))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert jnp.allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("channels", "on_cpu", "on_accelerator"),
+    [(16, True, True), (64, False, True), (128, False, True), (512, False, False)],
+)
+def test_an_accelerator_takes_the_kernel_up_to_more_channels(channels, on_cpu, on_accelerator):
+    """There reading a map costs ten times the arithmetic that it costs on a CPU."""
+    rank = 3 * channels // 4
+    weights = Factors(
+        *(jax.ShapeDtypeStruct(s, jnp.float32) for s in
+          ((3 * channels, rank), (rank,), (3 * channels, rank)))
+    )  # fmt: skip
+    shape = (128, 16, 16, channels)
+
+    def pays():
+        return layers.kernel_pays(weights, shape, (3, 3), (1, 1))
+
+    assert pays() == on_cpu
+    for platform in ("cuda", "tpu"):
+        with linalg.traced_for(platform):
+            assert pays() == on_accelerator
+    assert pays() == on_cpu
 
 
 def test_in_evaluation_on_a_mesh_and_in_less_than_float32_no_kernel_is_put_together():

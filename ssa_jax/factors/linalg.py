@@ -5,7 +5,10 @@ unless it says otherwise. Matrices on the Stiefel manifold St(n, r) are tall: sh
 n >= r, XᵀX = I, with any leading axes of one matrix each, in float32 or float64.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,9 @@ Array = jax.Array
 
 # Accelerators round the factors of a float32 product to fewer bits unless told otherwise.
 _PRECISION = jax.lax.Precision.HIGHEST
+
+# Of what is traced for devices that are not here.
+_platform: contextvars.ContextVar[str] = contextvars.ContextVar("platform")
 
 # Rows that are added up in one running sum, at most, and partial sums, at least.
 _SUMMED_AT_ONCE = 128
@@ -53,6 +59,21 @@ def devices_that_share() -> int:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What is traced within is for a platform, ``"cpu"`` or another, that may not be this one."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def platform() -> str:
+    """For which platform this is traced: jax's default one, or that of `traced_for`."""
+    return _platform.get(None) or jax.default_backend()
 
 
 def varying_as(x: Array, *like: Array) -> Array:

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssa_jax.errors import ConfigError
+from ssa_jax.factors.linalg import traced_for
 from ssa_jax.parallel.collectives import collectives
 from ssa_jax.parallel.mesh import AXIS, Layout, staged_mesh
 
@@ -68,6 +69,7 @@ class Target(NamedTuple):
     Attributes:
       name: as it was asked for.
       layout: of a mesh of them.
+      platform: as jax names theirs.
       rates: of one.
       options: of the compiler. On a GPU products are not tuned, which needs the device; a run
         that tunes them compiles longer.
@@ -75,6 +77,7 @@ class Target(NamedTuple):
 
     name: str
     layout: Layout
+    platform: str
     rates: Rates
     options: dict[str, Any]
 
@@ -112,7 +115,8 @@ def target(name: str, stages: int = 0) -> Target:
         mesh = topologies.make_mesh(devices, (n,), (AXIS,))
         mesh = jax.sharding.Mesh(mesh.devices, (AXIS,), axis_types=(AxisType.Auto,))
     options = {"xla_gpu_autotune_level": 0} if kind == "h100" else {}
-    return Target(name, Layout(mesh), RATES[kind], options)
+    platform = "cuda" if kind == "h100" else "tpu"
+    return Target(name, Layout(mesh), platform, RATES[kind], options)
 
 
 def _gpu(name: str) -> Any:
@@ -183,7 +187,7 @@ def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled
     """
     several = where.layout.devices * where.layout.stages > 1
     begun = time.perf_counter()
-    with where.layout.active() if several else Layout().active():
+    with where.layout.active() if several else Layout().active(), traced_for(where.platform):
         lowered = program.lower(*args)  # type: ignore[attr-defined]
         traced = time.perf_counter()
         done = lowered.compile(compiler_options=where.options)

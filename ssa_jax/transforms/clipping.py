@@ -51,26 +51,30 @@ def clip_by_rms(threshold: float | Array) -> optax.GradientTransformationExtraAr
 
 def _mean_squares(leaves: list[Array]) -> list[Array]:
     """Mean square of each array, in at least float32."""
-    squares = [jnp.square(x.astype(jnp.result_type(jnp.float32, x.dtype))) for x in leaves]
+    wide = [x.astype(jnp.result_type(jnp.float32, x.dtype)) for x in leaves]
     # Rows that lie on several devices would be sent to be together.
     if on_mesh():
-        return [jnp.mean(s) for s in squares]
-    sums = lax.platform_dependent(squares, cpu=_sums_of_rows, default=_sums_of_stacks)
+        return [jnp.mean(jnp.square(x)) for x in wide]
+    sums = lax.platform_dependent(wide, cpu=_rows, default=_rows_of_stacks)
     longest = max(len(s) for s in sums)
     table = jnp.stack([jnp.pad(s, (0, longest - len(s))) for s in sums])
     return list(jnp.sum(table, axis=1) / jnp.array([x.size for x in leaves]))
 
 
-def _sums_of_rows(squares: list[Array]) -> list[Array]:
-    """Of each array the sums of its rows, flat."""
-    return [jnp.sum(s, axis=-1).ravel() if s.ndim > 1 else s.ravel() for s in squares]
+def _rows(arrays: list[Array]) -> list[Array]:
+    """Of each array the sums of squares of its rows, flat."""
+    return [
+        jnp.sum(jnp.square(x), axis=-1).ravel() if x.ndim > 1 else jnp.square(x).ravel()
+        for x in arrays
+    ]
 
 
-def _sums_of_stacks(squares: list[Array]) -> list[Array]:
+def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
     """The same, matrices brought to few shapes, whose rows are summed at once."""
-    sums = _sums_of_rows(squares)
-    places = [i for i, s in enumerate(squares) if s.ndim == 2]
-    stacked = map_stacked(lambda s: (jnp.sum(s, axis=-1),), padded([squares[i] for i in places]))[0]
+    sums = _rows(arrays)
+    places = [i for i, x in enumerate(arrays) if x.ndim == 2]
+    matrices = padded([arrays[i] for i in places])
+    stacked = map_stacked(lambda x: (jnp.sum(jnp.square(x), axis=-1),), matrices)[0]
     for i, of_rows in zip(places, stacked, strict=True):
         sums[i] = of_rows[: len(sums[i])]
     return sums
