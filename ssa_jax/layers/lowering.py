@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssa_jax.factors.linalg import devices_that_share, varying_as
+from ssa_jax.layers.depthwise import depthwise
 from ssa_jax.layers.windows import Pads, Strides, reverse_windows, windows_of
 
 Array = jax.Array
@@ -45,27 +46,38 @@ def conv(
     Raises:
       ValueError: another padding, or arrays that do not fit.
     """
-    sh, sw = strides
-    size = kernel.shape[:2]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], size, (sh, sw), padding)
-    (top, bottom), (left, right) = padding
     dtype = jnp.result_type(x, kernel)
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    return _conv((sh, sw), ((top, bottom), (left, right)), x, kernel)
+    whole = _strides_and_pads(x, kernel, strides, padding)
+    return _conv(*whole, x.astype(dtype), kernel.astype(dtype))
 
 
 def conv_general_dilated(
     lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Any, **options: Any
 ) -> Array:
-    """`lax.conv_general_dilated` by `conv` where that covers it: what `nnx.Conv` takes.
+    """`lax.conv_general_dilated` by `conv` or `depthwise` where these cover it.
 
-    Dilations, groups, other axes, a precision and another dtype go to lax.
+    What `nnx.Conv` takes. Dilations, other groups and axes, a precision and another dtype go to
+    lax, and on a mesh all groups, whose kernel gradient goes through the batch.
     """
     rest = {name: value for name, value in options.items() if not _is_default(name, value)}
-    if rest or lhs.ndim != 4 or lhs.dtype != rhs.dtype:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-    return conv(lhs, rhs, window_strides, padding)
+    if lhs.ndim == 4 and lhs.dtype == rhs.dtype:
+        if not rest:
+            return conv(lhs, rhs, window_strides, padding)
+        channels = {"feature_group_count": lhs.shape[-1]}
+        if rest == channels and rhs.shape[-1] == lhs.shape[-1] and devices_that_share() == 1:
+            strides, pads = _strides_and_pads(lhs, rhs, window_strides, padding)
+            return depthwise(strides, pads, lhs, rhs)
+    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+
+
+def _strides_and_pads(
+    x: Array, kernel: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]]
+) -> tuple[Strides, Pads]:
+    sh, sw = strides
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (sh, sw), padding)
+    (top, bottom), (left, right) = padding
+    return (sh, sw), ((top, bottom), (left, right))
 
 
 def _is_default(name: str, value: Any) -> bool:
