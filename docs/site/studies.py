@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ Row = dict[str, Any]
 PAGE = "studies.md"
 _HEAD = """# Studies in pictures
 
-Drawn from the stored results in `results/` while this site is built; a click enlarges a picture. What they say, with commands, hardware and commits, is told in [results](results.md) and [research](research.md).
+Drawn from the stored results in `results/` while this site is built; values stand under the pointer. What they say, with commands, hardware and commits, is told in [results](results.md) and [research](research.md).
 """  # noqa: E501
 
 
@@ -41,8 +42,11 @@ def _is_compared(folder: Path) -> bool:
 
 
 def _section(title: str, about: str, name: str, note: str = "") -> str:
-    image = f"![{title}](pictures/studies/{name}.svg)"
-    return f"## {title}\n\n{about} Stored in `results/{name}`.\n\n{image}\n\n{note}\n"
+    file = f"pictures/studies/{name}.svg"
+    # A picture in an img element would show no values.
+    image = f'<object type="image/svg+xml" data="{file}" aria-label="{title}"></object>'
+    told = f"{about} Stored in `results/{name}`; [the picture alone]({file})."
+    return f"## {title}\n\n{told}\n\n{image}\n\n{note}\n"
 
 
 def _study(folder: Path) -> tuple[str, bytes]:
@@ -78,8 +82,8 @@ def _runs(folder: Path) -> tuple[str, bytes]:
 
 
 def _drawn(draw: Callable[[Path], Any]) -> bytes:
-    """What a function draws to a file, as SVG."""
+    """What a function draws to a file, as SVG of whatever size there is room for."""
     with TemporaryDirectory() as made:
         file = Path(made) / "picture.svg"
         draw(file)
-        return file.read_bytes()
+        return re.sub(rb' width="[\d.]+pt" height="[\d.]+pt"', b"", file.read_bytes(), count=1)
