@@ -67,7 +67,8 @@ def _contestants(rows: Sequence[Row]) -> str:
         ]
         for r in rows
     ]
-    return markdown([rows[0]["model"], *(name for name, _, _ in COLUMNS)], table)
+    title = f"{rows[0]['model']}, {rows[0]['steps']} steps"
+    return markdown([title, *(name for name, _, _ in COLUMNS)], table)
 
 
 def _points(ours: Row, peer: Row) -> str:
@@ -140,7 +141,7 @@ def peers(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Training beside PyTorch and biotorch",
-            f"CIFAR-10 of {SIDE}x{SIDE} pixels, {first['steps']} steps of batch {first['batch']}, "
+            f"CIFAR-10 of {SIDE}x{SIDE} pixels, batch {first['batch']}, "
             f"{seeds} seed{'s' * (seeds != 1)}, one core, one thread. All get the same augmented "
             "batches and the same learning rates of Adam (warm-up, cosine); those on dense layers "
             "start at the same weights, and so do those on thin ones. pytorch bp: written by hand, "
