@@ -44,7 +44,6 @@ Column = tuple[str, Callable[[Row], float | None], Callable[[Row], str]]
 COLUMNS: tuple[Column, ...] = (
     ("test accuracy", lambda r: -_accuracy(r), _percent),
     ("CPU ms", lambda r: r["cpu_ms"], lambda r: format_ms({"median_ms": r["cpu_ms"]})),
-    ("ms", lambda r: r["ms"], lambda r: format_ms({"median_ms": r["ms"]})),
     ("parameters", lambda r: r["params"], lambda r: f"{r['params'] / 1e3:.0f} k"),
     ("process MiB", _process, lambda r: _mib(_process(r))),
     ("steps MiB", lambda r: r["steps_bytes"], lambda r: _mib(r["steps_bytes"])),
@@ -109,10 +108,9 @@ def _pairs(rows: Sequence[Row]) -> str:
                     _points(ours, peer),
                     _ratio(ours["cpu_ms"], peer["cpu_ms"], library),
                     _ratio(_process(ours), _process(peer), library),
-                    _ratio(ours["steps_bytes"], peer["steps_bytes"], library),
                 ]
             )
-    header = ["network, ours and its peer", "points of accuracy", "CPU time", "process", "steps"]
+    header = ["network, ours and its peer", "points of accuracy", "CPU time", "process"]
     return markdown(header, table)
 
 
@@ -124,7 +122,7 @@ def _wins(rows: Sequence[Row]) -> str:
         parts = []
         for name, key, text in COLUMNS:
             known = [r for r in of_model if key(r) is not None]
-            if not known or name == "ms":
+            if not known or name == "parameters":
                 continue
             first = min(known, key=lambda r: key(r) or 0.0)
             parts.append(f"{name} {first['library']}'s {first['method']} ({text(first)})")
@@ -143,18 +141,20 @@ def peers(record: dict[str, Any]) -> str:
             "## Training beside PyTorch and biotorch",
             f"CIFAR-10 of {SIDE}x{SIDE} pixels, batch {first['batch']}, "
             f"{seeds} seed{'s' * (seeds != 1)}, one core, one thread. All get the same augmented "
-            "batches and the same learning rates of Adam (warm-up, cosine); those on dense layers "
+            "batches and the same learning rates of Adam (warm-up, cosine; ours also clip the RMS of a "
+            "gradient at 1, PyTorch's do not); those on dense layers "
             "start at the same weights, and so do those on thin ones. pytorch bp: written by hand, "
             f"fused Adam, channels last, not compiled. Low rank: layers W = A B at {RANK} of full "
             "rank, trained by backpropagation; svd_bp and ssa have as many parameters and the "
             "singular values. ssa direct: no unit ahead; ssa: the default, one unit ahead. "
             "biotorch: its layers, by `BioModule`, in the network of pytorch bp. Test accuracy: "
             "mean and deviation over seeds. CPU ms: of the processor, median of a step with its "
-            "share of a refresh, compilation excluded; ms: the same by the wall, beside other "
-            "work. All took turns of ten steps. Process: largest resident size of a process that "
-            "builds and takes three steps, less what its libraries, data and first batch take; "
-            "programs of ours are traced and read from a cache. Steps: by how much it rises while "
-            "they run. Bold: the best of a column.",
+            "share of a refresh, compilation excluded; all took turns of ten steps (the record has "
+            "the wall clock's too, which other work distorts). Process: largest resident size of a "
+            "process that builds and takes three steps, less what its libraries, data and first "
+            "batch take; programs of ours are traced and read from a cache. Steps: by how much it "
+            "rises while they run; PyTorch's gradients stay between steps and are not in it. Bold: "
+            "the best of a column.",
             setting(record, "python -m benchmarks.peers --json benchmarks/records/peers.json"),
             *(_contestants([r for r in rows if r["model"] == model]) for model in models),
             _wins(rows),
