@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.page import Row, find, format_ms, markdown, setting
 from benchmarks.trainees import BIOTORCH, LOW_RANK, MODES, OURS, RANK, SIDE, TORCH
@@ -31,7 +31,8 @@ def _percent(row: Row) -> str:
     return f"{100 * _accuracy(row):.2f} ± {100 * deviation:.2f} %"
 
 
-def _process(row: Row) -> float | None:
+def process(row: Row) -> float | None:
+    """Bytes of a process beyond its libraries and data."""
     return None if row["peak_bytes"] is None else row["peak_bytes"] - row["base_bytes"]
 
 
@@ -45,7 +46,7 @@ COLUMNS: tuple[Column, ...] = (
     ("test accuracy", lambda r: -_accuracy(r), _percent),
     ("CPU ms", lambda r: r["cpu_ms"], lambda r: format_ms({"median_ms": r["cpu_ms"]})),
     ("parameters", lambda r: r["params"], lambda r: f"{r['params'] / 1e3:.0f} k"),
-    ("process MiB", _process, lambda r: _mib(_process(r))),
+    ("process MiB", process, lambda r: _mib(process(r))),
     ("steps MiB", lambda r: r["steps_bytes"], lambda r: _mib(r["steps_bytes"])),
 )
 
@@ -70,18 +71,25 @@ def _contestants(rows: Sequence[Row]) -> str:
     return markdown([title, *(name for name, _, _ in COLUMNS)], table)
 
 
-def _points(ours: Row, peer: Row) -> str:
-    """The difference in accuracy over the seeds, and who wins."""
+class Points(NamedTuple):
+    """A difference in accuracy: its mean over the seeds, its standard error, and who wins."""
+
+    mean: float
+    error: float
+    winner: str
+
+
+def points(ours: Row, peer: Row) -> Points:
+    """Ours less the peer's in per cent, seed by seed; the error is zero of one seed."""
     gains = [100 * (a - b) for a, b in zip(ours["accuracies"], peer["accuracies"], strict=True)]
     mean = statistics.mean(gains)
     if len(gains) == 1:
-        return f"{mean:+.2f} (one seed)"
+        return Points(mean, 0.0, "one seed")
     error = statistics.stdev(gains) / len(gains) ** 0.5
     alike = all(g > 0 for g in gains) or all(g < 0 for g in gains)
-    winner = "even"
-    if alike and abs(mean) > 2 * error:
-        winner = OURS if mean > 0 else peer["library"]
-    return f"{mean:+.2f} ± {error:.2f} ({winner})"
+    if not alike or abs(mean) <= 2 * error:
+        return Points(mean, error, "even")
+    return Points(mean, error, OURS if mean > 0 else peer["library"])
 
 
 def _ratio(ours: float | None, theirs: float | None, peer: str) -> str:
@@ -105,9 +113,9 @@ def _pairs(rows: Sequence[Row]) -> str:
             table.append(
                 [
                     f"{model}, {method} and {library} {theirs}",
-                    _points(ours, peer),
+                    "{:+.2f} ± {:.2f} ({})".format(*points(ours, peer)),
                     _ratio(ours["cpu_ms"], peer["cpu_ms"], library),
-                    _ratio(_process(ours), _process(peer), library),
+                    _ratio(process(ours), process(peer), library),
                 ]
             )
     header = ["network, ours and its peer", "points of accuracy", "CPU time", "process"]

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from helpers import unpadded
 
-from benchmarks import peers, records, torch_step, trainees
+from benchmarks import page, peers, peers_page, records, torch_step, trainees
 from benchmarks.trainees import BIOTORCH, LOW_RANK, OURS, TORCH, Entry, Setup, Trainee
 from ssa_jax.data import make_loader
 from ssa_jax.models import MODELS
@@ -44,13 +44,13 @@ RECORD = {
 
 
 def test_the_page_says_who_wins_a_column_be_it_a_peer():
-    page = unpadded(records.peers(RECORD))
-    assert "| ssa_jax, ssa | **54.33 ± 1.53 %** | 4 |" in page
-    assert "| pytorch, low rank | 50.00 ± 1.00 % | **1** | **0 k** | 200 | **5** |" in page
-    assert "accuracy ssa_jax's ssa (54.33 ± 1.53 %); by CPU ms pytorch's low rank (1)" in page
-    assert "process MiB pytorch's bp (50)" in page
-    assert "| mlp, bp and pytorch bp | +0.00 ± 0.58 (even) | 1.01 (even) | 2.00 (pytorch) |" in page
-    assert "| mlp, ssa and pytorch low rank | +4.33 ± 0.88 (ssa_jax) | 4.00 (pytorch) |" in page
+    text = unpadded(records.peers(RECORD))
+    assert "| ssa_jax, ssa | **54.33 ± 1.53 %** | 4 |" in text
+    assert "| pytorch, low rank | 50.00 ± 1.00 % | **1** | **0 k** | 200 | **5** |" in text
+    assert "accuracy ssa_jax's ssa (54.33 ± 1.53 %); by CPU ms pytorch's low rank (1)" in text
+    assert "process MiB pytorch's bp (50)" in text
+    assert "| mlp, bp and pytorch bp | +0.00 ± 0.58 (even) | 1.01 (even) | 2.00 (pytorch) |" in text
+    assert "| mlp, ssa and pytorch low rank | +4.33 ± 0.88 (ssa_jax) | 4.00 (pytorch) |" in text
 
 
 def test_all_take_turns_on_the_same_batches_and_refresh_before_the_step_where_it_is_due():
@@ -124,6 +124,74 @@ def test_biotorch_starts_at_our_weights(mode):
     made, plain = network(mode, "mlp"), network("backpropagation", "mlp")
     inputs = torch.ones(2, 3, 16, 16)
     torch.testing.assert_close(made.eval()(inputs), plain.eval()(inputs))
+
+
+def test_the_results_state_the_stored_figures():
+    rows = json.loads((records.STORED / "peers.json").read_text())["rows"]
+    text = (ROOT / "docs/results.md").read_text().split("## Beside PyTorch and biotorch")[1]
+
+    def pair(model, method, library, theirs):
+        of_model = [r for r in rows if r["model"] == model]
+        return (
+            page.find(of_model, library=OURS, method=method),
+            page.find(of_model, library=library, method=theirs),
+        )
+
+    def points(method, library, theirs):
+        both = (peers_page.points(*pair(m, method, library, theirs)) for m in peers.MODELS)
+        return [(f"{p.mean:+.2f} ± {p.error:.2f}", p.winner) for p in both]
+
+    def times(method, library, theirs):
+        both = (pair(m, method, library, theirs) for m in peers.MODELS)
+        return [ours["cpu_ms"] / peer["cpu_ms"] for ours, peer in both]
+
+    (mlp, first), (conv, second) = points("bp", TORCH, "bp")
+    assert first == second == "even"
+    assert f"({mlp} and {conv} points)" in text
+    for mode in ("fa", "frsf"):
+        assert [winner for _, winner in points(mode, BIOTORCH, mode)] == ["even"] * 2
+    for mode in ("dfa", "brsf"):
+        (mlp, first), (conv, second) = points(mode, BIOTORCH, mode)
+        assert first == second == BIOTORCH
+        assert f"by {mlp[1:]} and {conv[1:]}" in text
+    (_, first), (conv, second) = points("usf", BIOTORCH, "usf")
+    assert (first, second) == ("even", OURS)
+    assert f"better by {conv[1:]} on `smallconv`" in text
+    (mlp, first), (conv, second) = points("ssa", TORCH, LOW_RANK)
+    assert (first, second) == ("even", OURS)
+    assert f"on `mlp` ({mlp}), and better on `smallconv` ({conv})" in text
+    mlp, winner = points("ssa direct", TORCH, LOW_RANK)[0]
+    assert winner == TORCH
+    assert f"it is {mlp[1:]} points worse on `mlp`" in text
+    assert [winner for _, winner in points("ssa", TORCH, "bp")] == ["even"] * 2
+    best = [
+        max((r for r in rows if r["model"] == m), key=lambda r: sum(r["accuracies"]))["method"]
+        for m in peers.MODELS
+    ]
+    assert best == ["svd_bp"] * 2
+
+    of_dense = zip(
+        times("bp", TORCH, "bp"), *(times(m, BIOTORCH, m) for m in trainees.MODES), strict=True
+    )
+    low, high = zip(*((min(r), max(r)) for r in of_dense), strict=True)
+    assert f"take {low[0]:.2f} to {high[0]:.2f} of the peer's processor time" in text
+    assert f"on `smallconv` {low[1]:.2f} to {high[1]:.2f} of it" in text
+    a, b = times("ssa", TORCH, LOW_RANK)
+    assert f"`ssa` takes {a:.2f} and {b:.2f} times that of W = A B" in text
+    a, b = times("ssa", TORCH, "bp")
+    assert f"and {a:.2f} and {b:.2f} times that of dense backpropagation" in text
+    process = {
+        (m, method): peers_page.process(ours) / peers_page.process(peer)
+        for m in peers.MODELS
+        for method, *theirs in peers_page.PAIRS
+        for ours, peer in [pair(m, method, *theirs)]
+        if theirs != [TORCH, "bp"] or method == "bp"
+    }
+    assert f"{process['mlp', 'ssa']:.2f} and {process['smallconv', 'ssa']:.2f} times what" in text
+    assert [k for k, ratio in process.items() if ratio < 0.95] == [("mlp", "usf")]
+    sizes = [ours["params"] / peer["params"] for ours, peer in
+             (pair(m, "ssa", TORCH, "bp") for m in peers.MODELS)]  # fmt: skip
+    assert f"({100 * sizes[0]:.0f} and {100 * sizes[1]:.0f} % of the dense network's)" in text
 
 
 @pytest.mark.slow
