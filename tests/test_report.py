@@ -235,6 +235,18 @@ def test_an_svg_tells_its_values_under_the_pointer(tmp_path):
     assert titles[-2:] == ["d: 1.5", "d: 3"]
 
 
+def test_panels_of_bars_name_the_same_things_once(tmp_path):
+    def words(names):
+        file = tmp_path / "picture.svg"
+        panels = [charts.BarPanel("a length", n, [charts.Bars("d", [[1.0]])]) for n in names]
+        charts.draw(file, panels)
+        # Matplotlib draws text as shapes, and says in a comment which.
+        return [file.read_text().count(f"<!-- {word} -->") for word in ("a length", "one", "two")]
+
+    assert words([["one"], ["one"]]) == [1, 1, 0]
+    assert words([["one"], ["two"]]) == [2, 1, 1]
+
+
 def test_no_unit_hides_behind_another_and_units_count_from_one():
     assert pictures.together([[9.0, 8.0], [0.0, 0.1], [5.0, 5.0], [0.0, 0.0]]) == [[1], [2, 4], [3]]
     assert [pictures.called(units) for units in ([1], [2, 4], [3, 4, 5])] == [
