@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import contestants
-from benchmarks.contestants import Contestant, Entry
+from benchmarks.contestants import Entry
 from benchmarks.networks import Case, random_batch
 
 STEPS = 3
@@ -47,7 +47,12 @@ class Peak(NamedTuple):
 
 def in_process(case: Case, entry: Entry) -> Peak:
     """The peak of an entry in a fresh process, which reads what this one has compiled and kept."""
-    command = [sys.executable, "-m", "benchmarks.peak", json.dumps(case), json.dumps(entry)]
+    return fresh("benchmarks.peak", case, entry)
+
+
+def fresh(module: str, *arguments: Any) -> Peak:
+    """What a program prints as its last line that is called with these arguments as JSON."""
+    command = [sys.executable, "-m", module, *map(json.dumps, arguments)]
     kept = jax.config.values["jax_compilation_cache_dir"]
     cache = {"JAX_COMPILATION_CACHE_DIR": kept} if kept else {}
     done = subprocess.run(
@@ -101,18 +106,26 @@ def measure(case: Case, entry: Entry) -> Peak:
     random_batch(case).images.block_until_ready()
     if entry.method == contestants.TORCH:
         importlib.import_module("torch")
+    return of(lambda: contestants.prepare(case, entry).step, done=1)
+
+
+def of(prepare: Callable[[], Callable[[], Any]], done: int = 0) -> Peak:
+    """The peak of this process as it makes a step and takes it some times.
+
+    Args:
+      prepare: makes the step; all that it imports and is fed with should be there before.
+      done: steps that `prepare` takes itself.
+    """
     base = largest_resident()
-    contestant: Contestant = contestants.prepare(case, entry)
-    for _ in range(STEPS - 1):
-        contestant.step()
+    step = prepare()
+
+    def steps(number: int = STEPS) -> None:
+        for _ in range(number):
+            step()
+
+    steps(STEPS - done)
     # Read before the next line resets it.
-    most = largest_resident()
-
-    def steps() -> None:
-        for _ in range(STEPS):
-            contestant.step()
-
-    return Peak(base, most, beyond(steps))
+    return Peak(base, largest_resident(), beyond(steps))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def main(
     doc: str,
     measure: Callable[..., Iterable[list[Row]]],
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    peers: Sequence[str] = (),
 ) -> None:
     """The program of such a benchmark: its flags, its record, which grows as it goes, its table.
 
@@ -62,6 +63,7 @@ def main(
       doc: of the program.
       measure: (quick) -> rows, a part at a time; with flags of its own (the parsed flags) -> rows.
       add_flags: adds those flags.
+      peers: packages whose versions the record should have beside ours.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     if add_flags:
@@ -77,6 +79,6 @@ def main(
         rows += part
         if args.json:
             notes = {"notes": args.notes} if args.notes else {}
-            record = {**environment(), **notes, "rows": rows}
+            record = {**environment(*peers), **notes, "rows": rows}
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     print(markdown.of_records(rows))

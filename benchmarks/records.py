@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import gpu_page
 from benchmarks.forms_page import pair, stacked
 from benchmarks.page import Row, find, format_ms, markdown, setting
+from benchmarks.peers_page import peers
 from benchmarks.pipeline_page import pipeline, pipeline_tpu
 from benchmarks.training_page import depth, scaling, step
 
@@ -341,6 +342,7 @@ SECTIONS = {
     "step": step,
     "depth": depth,
     "scaling": scaling,
+    "peers": peers,
     "comm": comm,
     "pipeline": pipeline,
     "pipeline_tpu": pipeline_tpu,

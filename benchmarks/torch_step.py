@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from ssa_jax.layers import SVDConv, SVDDense
 from ssa_jax.models.blocks import Plain, Residual
 from ssa_jax.types import Batch
 
@@ -49,7 +50,11 @@ def make_step(model: Any, batch: Batch, learning_rate: float) -> Callable[[], fl
 
 
 def module(model: Any) -> Any:
-    """The network of `make_step`: channels last, in training mode."""
+    """The network of `make_step`: channels last, in training mode.
+
+    A layer W = U diag(s) Vᵀ is two, W = A B with A = U diag(√s) and B = diag(√s) Vᵀ, so that it
+    starts as the same map.
+    """
     torch = importlib.import_module("torch")
     made = torch.nn.Sequential(*(_unit(torch, unit) for unit in model.units))
     return made.to(memory_format=torch.channels_last).train()
@@ -77,20 +82,47 @@ def _unit(torch: Any, unit: Any) -> Any:
 
 
 def _map(torch: Any, layer: Any) -> Any:
+    bias = None if layer.bias is None else np.asarray(layer.bias.get_value())
+    if isinstance(layer, SVDDense | SVDConv):
+        return _two_maps(torch, layer, bias)
     kernel = np.asarray(layer.kernel.get_value())
     if isinstance(layer, nnx.Linear):
-        made = torch.nn.Linear(*kernel.shape, bias=layer.bias is not None)
-        weight = kernel.T
-    else:
-        kh, kw, c, n = kernel.shape
-        made = torch.nn.Conv2d(
-            c, n, (kh, kw), layer.strides, (kh // 2, kw // 2), bias=layer.bias is not None
-        )
-        weight = kernel.transpose(3, 2, 0, 1)
+        return _linear(torch, kernel.T, bias)
+    return _conv(torch, kernel.transpose(3, 2, 0, 1), bias, layer.strides)
+
+
+def _two_maps(torch: Any, layer: Any, bias: np.ndarray | None) -> Any:
+    u, s, v = (np.asarray(x) for x in layer.kernel.get_value())
+    a, b = u * np.sqrt(s), (v * np.sqrt(s)).T
+    if isinstance(layer, SVDDense):
+        return torch.nn.Sequential(_linear(torch, b, None), _linear(torch, a, bias))
+    kh, kw = layer.kernel_size
+    rank, down = len(s), layer.strides
+    # Rows of u are (column of the kernel, channel out), of v (row of the kernel, channel in).
+    first = b.reshape(rank, kh, -1).transpose(0, 2, 1)[..., None]
+    second = a.reshape(kw, -1, rank).transpose(1, 2, 0)[:, :, None]
+    return torch.nn.Sequential(
+        _conv(torch, first, None, (down[0], 1)), _conv(torch, second, bias, (1, down[1]))
+    )
+
+
+def _linear(torch: Any, weight: np.ndarray, bias: np.ndarray | None) -> Any:
+    made = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None)
+    return _filled(torch, made, weight, bias)
+
+
+def _conv(torch: Any, weight: np.ndarray, bias: np.ndarray | None, strides: Any) -> Any:
+    n, c, kh, kw = weight.shape
+    padding = (kh // 2, kw // 2)
+    made = torch.nn.Conv2d(c, n, (kh, kw), strides, padding, bias=bias is not None)
+    return _filled(torch, made, weight, bias)
+
+
+def _filled(torch: Any, made: Any, weight: np.ndarray, bias: np.ndarray | None) -> Any:
     with torch.no_grad():
         made.weight.copy_(torch.tensor(np.ascontiguousarray(weight)))
-        if layer.bias is not None:
-            made.bias.copy_(torch.tensor(np.asarray(layer.bias.get_value())))
+        if bias is not None:
+            made.bias.copy_(torch.tensor(bias))
     return made
 
 

@@ -4,6 +4,7 @@ import html.parser
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,33 @@ def test_curves_and_bars_are_drawn_in_the_colours_of_their_methods(tmp_path):
         charts.draw(tmp_path / "bars.png", [bars]),
     ):
         assert {colors.NAMED["ssa"], colors.NAMED["dfa"]} <= shown(file)
+
+
+def test_an_svg_tells_its_values_under_the_pointer(tmp_path):
+    file = tmp_path / "picture.svg"
+    few, many = ([charts.Point(i, i / 3, 0.1) for i in range(n)] for n in (3, 30))
+    curves = [charts.Curve("a < $b", few), charts.Curve("c", many)]
+    charts.draw(file, [charts.Panel("x", "y", curves, levels=[0.5])])
+    titles = [e.text for e in ET.parse(file).iter() if e.tag.endswith("title")]
+    assert titles.count("a < $b: 2, 0.6667") == 1
+    assert sum(t.startswith("c: ") for t in titles if t) == len(many)
+    assert sum(": " in t for t in titles if t) == len(few) + len(many)
+    bars = [charts.Bars("d", [[1.0, 2.0], [3.0]])]
+    charts.draw(file, [charts.BarPanel("x", ["one", "two"], bars)])
+    titles = [e.text for e in ET.parse(file).iter() if e.tag.endswith("title")]
+    assert titles[-2:] == ["d: 1.5", "d: 3"]
+
+
+def test_panels_of_bars_name_the_same_things_once(tmp_path):
+    def words(names):
+        file = tmp_path / "picture.svg"
+        panels = [charts.BarPanel("a length", n, [charts.Bars("d", [[1.0]])]) for n in names]
+        charts.draw(file, panels)
+        # Matplotlib draws text as shapes, and says in a comment which.
+        return [file.read_text().count(f"<!-- {word} -->") for word in ("a length", "one", "two")]
+
+    assert words([["one"], ["one"]]) == [1, 1, 0]
+    assert words([["one"], ["two"]]) == [2, 1, 1]
 
 
 def test_no_unit_hides_behind_another_and_units_count_from_one():

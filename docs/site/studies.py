@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from experiments.show import charts, variants
+from experiments.show import charts, overhead_page, variants
+from experiments.studies import overhead
 from experiments.studies import study as study_lib
 from ssa_jax.reporting import plots
 from ssa_jax.runs.config import Config
@@ -16,7 +18,7 @@ Row = dict[str, Any]
 PAGE = "studies.md"
 _HEAD = """# Studies in pictures
 
-Drawn from the stored results in `results/` while this site is built; a click enlarges a picture. What they say, with commands, hardware and commits, is told in [results](results.md) and [research](research.md).
+Drawn from stored results while this site is built; values stand under the pointer. What they say, with commands, hardware and commits, is told in [results](results.md) and [research](research.md).
 """  # noqa: E501
 
 
@@ -31,18 +33,22 @@ def pages(root: Path) -> dict[str, str | bytes]:
         text, picture = told(folder)
         files[f"pictures/studies/{folder.name}.svg"] = picture
         parts.append(text)
-    return {PAGE: "\n".join(parts), **files}
+    text, files[f"pictures/studies/{overhead_page.NAME}.svg"] = _overhead(root)
+    return {PAGE: "\n".join([*parts, text]), **files}
 
 
 def _is_compared(folder: Path) -> bool:
-    """Whether a study is one of variants; `overhead` has a page and a picture of its own."""
+    """Whether a study is one of variants; `overhead` is drawn from the record of steps."""
     name = json.loads((folder / "study.json").read_text())["study"]
     return hasattr(importlib.import_module(f"experiments.studies.{name}"), "STUDY")
 
 
-def _section(title: str, about: str, name: str, note: str = "") -> str:
-    image = f"![{title}](pictures/studies/{name}.svg)"
-    return f"## {title}\n\n{about} Stored in `results/{name}`.\n\n{image}\n\n{note}\n"
+def _section(title: str, about: str, name: str, note: str = "", stored: str = "") -> str:
+    file = f"pictures/studies/{name}.svg"
+    # A picture in an img element would show no values.
+    image = f'<object type="image/svg+xml" data="{file}" aria-label="{title}"></object>'
+    told = f"{about} Stored in `{stored or f'results/{name}'}`; [the picture alone]({file})."
+    return f"## {title}\n\n{told}\n\n{image}\n\n{note}\n"
 
 
 def _study(folder: Path) -> tuple[str, bytes]:
@@ -77,9 +83,20 @@ def _runs(folder: Path) -> tuple[str, bytes]:
     return _section(folder.name.replace("_", " "), "", folder.name), picture
 
 
+def _overhead(root: Path) -> tuple[str, bytes]:
+    """What steps take beside what they promise, of the record that has all that the study draws."""
+    stored = "benchmarks/records/step.json"
+    record = json.loads((root / stored).read_text())
+    shown = {entry.method for entry in overhead.entries(overhead.RANKS)}
+    rows = [r for r in overhead_page.beside_reference(record["rows"]) if r["method"] in shown]
+    picture = _drawn(lambda file: charts.draw(file, overhead_page.panels(rows)))
+    about = f"One training step at batch {rows[0]['batch']}, commit `{record['commit']}`."
+    return _section(overhead_page.NAME, about, overhead_page.NAME, stored=stored), picture
+
+
 def _drawn(draw: Callable[[Path], Any]) -> bytes:
-    """What a function draws to a file, as SVG."""
+    """What a function draws to a file, as SVG of whatever size there is room for."""
     with TemporaryDirectory() as made:
         file = Path(made) / "picture.svg"
         draw(file)
-        return file.read_bytes()
+        return re.sub(rb' width="[\d.]+pt" height="[\d.]+pt"', b"", file.read_bytes(), count=1)

@@ -144,16 +144,23 @@ def draw(file: Path, panels: Sequence[Panel | BarPanel]) -> Path | None:
     def fill(figure: Any) -> None:
         # Heights compare across panels of one quantity.
         share = not bars and len({panel.y for panel in panels if isinstance(panel, Panel)}) == 1
+        # Bars of the same things have their names once.
+        alike = len({(panel.x, *panel.names) for panel in bars}) == 1 < len(bars)
         places = figure.subplots(1, len(panels), squeeze=False, sharey=share)[0]
         for axes, panel in zip(places, panels, strict=True):
-            axes.set(xlabel=panel.x, title=panel.title or _only(panel))
+            axes.set(xlabel="" if alike else panel.x, title=panel.title or _only(panel))
             _bars(axes, panel) if isinstance(panel, BarPanel) else _curves(axes, panel)
             if share:
                 axes.label_outer()
+            elif alike and axes is not places[0]:
+                axes.tick_params(labelleft=False)
+        if alike:
+            figure.supxlabel(bars[0].x, fontsize="medium")
         handles, labels = places[0].get_legend_handles_labels()
         if len(handles) > 1:
             columns = 4 if bars else 3
-            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+            place = "outside upper center" if alike else "outside lower center"
+            figure.legend(handles, labels, loc=place, ncols=columns)
 
     rows = max((len(panel.names) * (len(panel.bars) + 1) for panel in bars), default=0)
     return plots.figure(file, fill, height=max(4.0, 1.5 + 0.2 * rows))

@@ -55,20 +55,23 @@ def results(folder: Path) -> list[Row]:
     """The rows of all networks that are measured, each beside its reference; writes them too."""
     rows = []
     for model in MODELS:
-        measured = read_json(file_of(folder, model)).get("rows")
-        if not measured:
-            continue
-        (base,) = (r for r in measured if r["method"] == contestants.REFERENCE)
-        rows += [
-            {
-                **row,
-                "macs_ratio": row["macs"] / base["macs"],
-                "temp_ratio": row["temp_bytes"] and row["temp_bytes"] / base["temp_bytes"],
-            }
-            for row in measured
-        ]
+        rows += beside_reference(read_json(file_of(folder, model)).get("rows", []))
     write_text(folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     return rows
+
+
+def beside_reference(measured: Sequence[Row]) -> list[Row]:
+    """The rows of networks with MACs and temporary arrays over those of their reference."""
+    bases = {r["model"]: r for r in measured if r["method"] == contestants.REFERENCE}
+    return [
+        {
+            **row,
+            "macs_ratio": row["macs"] / base["macs"],
+            "temp_ratio": row["temp_bytes"] and row["temp_bytes"] / base["temp_bytes"],
+        }
+        for row in measured
+        for base in [bases[row["model"]]]
+    ]
 
 
 def label(row: Row) -> str:

@@ -9,7 +9,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ssa_jax.reporting import colors
+from ssa_jax.reporting import colors, hover
 
 Row = dict[str, Any]
 File = TypeVar("File", Path, IO[bytes])
@@ -164,7 +164,7 @@ def plain(label: str) -> str:
 def figure(file: File, fill: Callable[[Any], None], height: float = 4.0) -> File:
     """Saves what `fill` draws on a figure; colours that differ with any colour vision.
 
-    It is 9 inches wide and `height` inches high.
+    It is 9 inches wide and `height` inches high. An SVG file tells values under the pointer.
     """
     # The object interface, since pyplot keeps global state and may want a display.
     from matplotlib.figure import Figure
@@ -172,7 +172,12 @@ def figure(file: File, fill: Callable[[Any], None], height: float = 4.0) -> File
     with style():
         made = Figure(figsize=(9, height), layout="constrained")
         fill(made)
+        svg = file if isinstance(file, Path) and file.suffix == ".svg" else None
+        if svg:
+            hover.add_targets(made)
         made.savefig(file, dpi=120)
+    if svg:
+        hover.write_titles(svg)
     return file
 
 
