@@ -1,13 +1,15 @@
 """Which lowering of a convolution is fast on this device?
 
-    python -m benchmarks.convolution [--quick] [--json FILE] [--notes TEXT]
+    python -m benchmarks.convolution [--depthwise] [--quick] [--json FILE] [--notes TEXT]
 
 For the 3x3 convolutions of the models at batch 128, and the factor pairs at three ranks: XLA's
 own, what `ssa_jax.layers.lowering.conv` chooses, and the matrix products that it chooses from.
 Passes: forward; kernel gradient; both, which is the output and both gradients. All lowerings of
-a pass are timed side by side in one process, compilation excluded.
+a pass are timed side by side in one process, compilation excluded. With `--depthwise`: those of
+MobileNetV2 on images of 32 pixels, and 5x5 ones of the same maps.
 """
 
+import argparse
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -36,22 +38,34 @@ DENSE = {
     ),
     "smallconv": ((32, 3, 32, 1), (16, 32, 64, 1), (8, 64, 128, 1)),
 }  # fmt: skip
+# Side of the input maps, channels, stride.
+DEPTHWISE = (
+    (32, 32, 1), (32, 96, 1), (32, 144, 2), (16, 192, 1), (16, 192, 2), (8, 384, 1), (8, 576, 2),
+    (4, 960, 1),
+)  # fmt: skip
 
 
 class Shape(NamedTuple):
-    """Maps (height, width), kernel (kh, kw, C, N) and strides of one convolution."""
+    """Maps (height, width), kernel (kh, kw, C, N), strides and groups of one convolution."""
 
     maps: tuple[int, int]
     kernel: tuple[int, int, int, int]
     strides: tuple[int, int]
+    groups: int = 1
 
     def __str__(self) -> str:
         kh, kw, c, n = self.kernel
+        c *= self.groups
         stride = "" if self.strides == (1, 1) else f", stride {self.strides[0]}x{self.strides[1]}"
-        return f"{kh}x{kw}, {c} to {n} on {self.maps[0]}x{self.maps[1]}{stride}"
+        kind = "depthwise, " if self.groups > 1 else ""
+        return f"{kind}{kh}x{kw}, {c} to {n} on {self.maps[0]}x{self.maps[1]}{stride}"
 
 
-QUICK = (Shape((2, 2), (3, 3, 8, 8), (1, 1)), Shape((8, 8), (3, 1, 8, 4), (1, 1)))
+QUICK = (
+    Shape((2, 2), (3, 3, 8, 8), (1, 1)),
+    Shape((8, 8), (3, 1, 8, 4), (1, 1)),
+    Shape((8, 8), (3, 3, 1, 8), (2, 2), groups=8),
+)
 
 
 def shapes() -> list[Shape]:
@@ -66,14 +80,28 @@ def shapes() -> list[Shape]:
     return list(found)
 
 
+def depthwise_shapes() -> list[Shape]:
+    """Depthwise convolutions of both sizes."""
+    return [
+        Shape((side, side), (size, size, 1, c), (s, s), groups=c)
+        for size in (3, 5)
+        for side, c, s in DEPTHWISE
+    ]
+
+
 def lowerings(shape: Shape) -> dict[str, dict[str, Lowering]]:
     """Functions of (x, kernel, cotangent) by pass and name, XLA's own first."""
     kh, kw, *_ = shape.kernel
     pads = ((kh // 2, kh // 2), (kw // 2, kw // 2))
-    whole = functools.partial(lowering.by_xla, shape.strides, pads)
+    options: dict[str, Any] = {
+        "dimension_numbers": lowering.DIMENSIONS, "feature_group_count": shape.groups,
+    }  # fmt: skip
+
+    def whole(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, shape.strides, pads, **options)
 
     def chosen(x: Array, kernel: Array) -> Array:
-        return lowering.conv(x, kernel, shape.strides, pads)
+        return lowering.conv_general_dilated(x, kernel, shape.strides, pads, **options)
 
     def both(f: Callable[[Array, Array], Array]) -> Lowering:
         def run(x: Array, kernel: Array, g: Array) -> Any:
@@ -88,26 +116,29 @@ def lowerings(shape: Shape) -> dict[str, dict[str, Lowering]]:
     def product(f: Callable[..., Array]) -> Lowering:
         return lambda x, kernel, g: f(shape.strides, pads, shape.kernel, x, g)
 
-    return {
+    passes: dict[str, dict[str, Lowering]] = {
         "forward": {
             "lax": lambda x, kernel, g: whole(x, kernel),
             "chosen": lambda x, kernel, g: chosen(x, kernel),
-            "product": lambda x, kernel, g: lowering.product(shape.strides, pads, x, kernel),
         },
-        "kernel gradient": {
-            "lax": gradient(whole),
-            "chosen": gradient(chosen),
-            "windows of x": product(lowering.gradient_from_x),
-            "windows of g": product(lowering.gradient_from_g),
-        },
+        "kernel gradient": {"lax": gradient(whole), "chosen": gradient(chosen)},
         "both": {"lax": both(whole), "chosen": both(chosen)},
     }
+    if shape.groups == 1:
+        passes["forward"]["product"] = lambda x, kernel, g: lowering.product(
+            shape.strides, pads, x, kernel
+        )
+        passes["kernel gradient"] |= {
+            "windows of x": product(lowering.gradient_from_x),
+            "windows of g": product(lowering.gradient_from_g),
+        }
+    return passes
 
 
 def measure(shape: Shape, batch: int, rounds: int) -> list[Row]:
     """The rows of one convolution."""
     keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (batch, *shape.maps, shape.kernel[2]))
+    x = jax.random.normal(keys[0], (batch, *shape.maps, shape.kernel[2] * shape.groups))
     kernel = jax.random.normal(keys[1], shape.kernel)
     passes = lowerings(shape)
     out = jax.eval_shape(passes["forward"]["lax"], x, kernel, x)
@@ -119,11 +150,17 @@ def measure(shape: Shape, batch: int, rounds: int) -> list[Row]:
     ]
 
 
-def rows(quick: bool) -> Iterator[list[Row]]:
+def rows(args: argparse.Namespace) -> Iterator[list[Row]]:
     """Of one convolution after the other."""
-    for shape in QUICK if quick else shapes():
-        yield measure(shape, 8 if quick else BATCH, rounds=3 if quick else 9)
+    of_models = depthwise_shapes() if args.depthwise else shapes()
+    for shape in QUICK if args.quick else of_models:
+        yield measure(shape, 8 if args.quick else BATCH, rounds=3 if args.quick else 9)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that other benchmarks do not have."""
+    parser.add_argument("--depthwise", action="store_true", help="as many groups as channels")
 
 
 if __name__ == "__main__":
-    main(__doc__, rows)
+    main(__doc__, rows, add_flags)

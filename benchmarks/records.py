@@ -177,17 +177,20 @@ def _convolution_rows(rows: Sequence[Row]) -> str:
     return markdown(header, table)
 
 
-def convolution(record: dict[str, Any]) -> str:
-    """The section of `benchmarks.convolution`."""
+def convolution(record: dict[str, Any], kind: str = "") -> str:
+    """The section of `benchmarks.convolution`, of depthwise ones too."""
+    name = kind or "convolution"
+    flag = f" --{kind}" if kind else ""
     return "\n\n".join(
         [
-            "## Convolutions, XLA's own lowering against the chosen one",
+            f"## {f'{kind} convolutions'.strip().capitalize()}, XLA's own lowering against the "
+            "chosen one",
             f"Milliseconds at batch {record['rows'][0]['batch']}, median of rounds in which all "
             "lowerings took turns, compilation excluded; MiB of temporary arrays. Both: the output "
             "and both gradients.",
             setting(
                 record,
-                "python -m benchmarks.convolution --json benchmarks/records/convolution.json",
+                f"python -m benchmarks.convolution{flag} --json benchmarks/records/{name}.json",
             ),
             _convolution_rows(record["rows"]),
         ]
@@ -349,6 +352,7 @@ SECTIONS = {
     "stiefel": stiefel,
     "inference": inference,
     "convolution": convolution,
+    "depthwise": functools.partial(convolution, kind="depthwise"),
     "pair": pair,
     "stacked": stacked,
     "loader": loader,

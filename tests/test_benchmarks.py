@@ -168,7 +168,9 @@ def test_convolution_quick_writes_every_lowering_of_every_pass(tmp_path):
     for row in record["rows"]:
         assert row["ms"] > 0
         assert (row["ratio_to_lax"] == 1) or row["lowering"] != "lax"
-    assert "| 3x3, 8 to 8 on 2x2, forward |" in unpadded(records.convolution(record))
+    page = unpadded(records.convolution(record))
+    assert "| 3x3, 8 to 8 on 2x2, forward |" in page
+    assert "| depthwise, 3x3, 8 to 8 on 8x8, stride 2x2, both |" in page
 
 
 def test_all_forms_of_a_factorised_convolution_are_one_function():
