@@ -1,5 +1,7 @@
 """Sequential feedback through a few singular directions."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +25,15 @@ import ssa_jax
 from ssa_jax import factors
 from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers import products
+from ssa_jax.methods import METHODS, FeedbackOptions, Network, chain
+from ssa_jax.methods.feedback import through_twins
+from ssa_jax.methods.walk import BASES
 from ssa_jax.models.feedforward import mlp
-from ssa_jax.networks.forward import forward
+from ssa_jax.networks.forward import forward, output_shapes, visited
 from ssa_jax.networks.units import group_units, in_precision
 from ssa_jax.training import costs
 from ssa_jax.training.losses import LossWeights
-from ssa_jax.training.train import init_state, make_step
+from ssa_jax.training.train import init_state, make_refresh, make_step
 
 
 def signals(units, params, mstate, name="ssa", **options):
@@ -45,7 +50,8 @@ def spread_spectra(params):
 
     def one(f):
         s = 0.2 + jnp.abs(jnp.sin(1 + 3.0 * jnp.arange(f.rank)))
-        return f._replace(s=jnp.where(jnp.arange(f.rank) % 2, -1, 1) * s)
+        s = jnp.where(jnp.arange(f.rank) % 2, -1, 1) * s
+        return f._replace(s=s.astype(jnp.float32))
 
     return factors.map_factors(one, params)
 
@@ -60,10 +66,11 @@ def masked(params, share):
     return factors.map_factors(one, params)
 
 
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("network", EVERY)
-def test_all_directions_are_backpropagation_to_the_last_bit(network):
+def test_all_directions_are_backpropagation_to_the_last_bit(network, basis):
     units, params, mstate = split(network, 0.5)
-    ours, *_ = signals(units, params, mstate, path="sequential", rank=0.999)
+    ours, *_ = signals(units, params, mstate, path="sequential", rank=0.999, basis=basis)
     exact, *_ = signals(units, params, mstate, name="svd_bp")
     for a, b in zip(ours, exact, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -81,14 +88,16 @@ def test_a_share_is_the_walk_through_weights_without_their_small_singular_values
     assert max_difference(ours[0], exact[0]) > 1e-4
 
 
-def test_a_signal_takes_one_thin_product_a_layer():
+@pytest.mark.parametrize("basis", BASES)
+def test_a_signal_takes_one_thin_product_a_layer(basis):
     """That with V_q: what goes through U is part of what the gradient of V takes as well."""
     model = mlp(IMAGE, CLASSES, rank=1.0, rngs=nnx.Rngs(0), hidden=(12, 9))
     units, params, mstate = apart(model)
     batch, optimizer = make_batch(), optax.sgd(0.1)
 
     def work(share):
-        method = make_method("ssa", units, params, mstate, path="sequential", rank=share)
+        options = {"path": "sequential", "rank": share, "basis": basis}
+        method = make_method("ssa", units, params, mstate, **options)
         state = init_state(method, optimizer, params, mstate, jax.random.key(0))
         return costs.macs(make_step(units, method, optimizer, LossWeights()), state, batch)
 
@@ -158,6 +167,103 @@ def test_a_layer_gives_its_own_gradient_and_that_of_few_triplets_to_its_input():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def between(f, g, groups):
+    """The cotangent of what V makes of the input, from that of a convolution by U."""
+
+    def across(m):
+        kernel = f.u.reshape(1, 3, 4, f.rank).swapaxes(2, 3)
+        return jax.lax.conv_general_dilated(
+            m, kernel, (1, 1), "SAME", feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    return jax.vjp(across, jnp.zeros((*g.shape[:3], f.rank * groups)))[1](g)[0]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_weighs_its_triplets_and_passes_the_exact_signal(groups):
+    rng = np.random.default_rng(2)
+    shapes = ((3 * 4, 5), (5,), (3 * 6 // groups, 5))
+    f = Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+    x = jnp.asarray(rng.normal(size=(2, 7, 7, 6)), jnp.float32)
+
+    def layer(weights, x):
+        return products.convolution(weights, x, (3, 3), (2, 1), "SAME", (1, 1), groups)
+
+    y, pull = jax.vjp(layer, WithFeedback(f, jnp.zeros(5)), x)
+    # As small as a signal may be whose squares are no numbers any more.
+    g = 1e-25 * jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    own, back = pull(g)
+    exact, through = jax.vjp(layer, f, x)[1](g)
+    assert max_difference((own.weights, back), (exact, through)) < 1e-30
+    inner = 1e25 * between(f, g, groups).reshape(-1, 5)
+    wanted = jnp.sum(jnp.square(inner * f.s[None, :]), 0)
+    np.testing.assert_allclose(own.places / own.places[0], wanted / wanted[0], rtol=1e-4)
+
+
+def perceptron():
+    units, params, mstate = apart(mlp(IMAGE, CLASSES, rank=1.0, rngs=nnx.Rngs(0), hidden=(12, 6)))
+    return units, spread_spectra(params), mstate
+
+
+def test_of_all_choices_that_by_the_error_is_nearest_to_the_true_signal():
+    units, params, mstate = perceptron()
+    batch = make_batch(4, 9)  # whose error is measured, see `make_method`
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = output_error(logits, batch.labels)
+    (name, f), *_ = ((n, f) for n, f in params[1].items() if factors.is_factors(f))
+    exact = chain(tape, error)
+
+    def miss(places):
+        twins = list(params)
+        twins[1] = params[1] | {name: jnp.asarray(places)}
+        unit = visited(tape, params)[1]
+        return float(jnp.sum((through_twins(units, twins)(unit, exact[1]) - exact[0]) ** 2))
+
+    method = make_method("ssa", units, params, mstate, path="sequential", rank=1 / 3, basis="error")
+    chosen = method.init(jax.random.key(0), params, mstate).places[1][name]
+    misses = {c: miss(c) for c in itertools.combinations(range(f.rank), 2)}
+    assert misses[tuple(sorted(np.asarray(chosen).tolist()))] == min(misses.values())
+    assert miss(factors_of_largest(f, 2)) > 1.01 * min(misses.values())
+
+
+def factors_of_largest(f, n):
+    return np.argsort(-np.abs(f.s))[:n]
+
+
+@pytest.mark.parametrize("network", EVERY)
+def test_what_is_chosen_by_the_error_is_walked_as_the_weights_without_the_rest(network):
+    units, params, mstate = split(network, 0.5)
+    options = {"path": "sequential", "rank": 0.25, "basis": "error"}
+    ours, tape, error = signals(units, params, mstate, **options)
+    method = make_method("ssa", units, params, mstate, **options)
+    places = method.init(jax.random.key(0), params, mstate).places
+    kept = tuple(
+        unit
+        | {n: unit[n]._replace(s=jnp.zeros_like(unit[n].s).at[at].set(unit[n].s[at]))
+           for n, at in chosen.items()}
+        for unit, chosen in zip(params, places, strict=True)
+    )  # fmt: skip
+    assert max_difference(ours, walk(units, params, kept, tape, error)) < 1e-6
+
+
+def test_the_choice_follows_the_error_of_the_last_batch_without_a_compilation():
+    units, params, mstate = perceptron()
+    options = {"path": "sequential", "rank": 0.5, "basis": "error", "every": 1}
+    method, optimizer = make_method("ssa", units, params, mstate, **options), optax.sgd(0.01)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    compiled = []
+    step = make_step(units, method, optimizer, LossWeights(), lambda: compiled.append(1))
+    seen = []
+    for seed in range(6):
+        batch = make_batch(4, seed)
+        state, _ = step(make_refresh(method)(state), batch)
+        np.testing.assert_array_equal(state.feedback.examples[0], batch.images)
+        seen.append(str(jax.tree.map(np.asarray, state.feedback.places)))
+    assert len(set(seen)) > 1
+    assert compiled == [1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -165,6 +271,7 @@ def test_a_layer_gives_its_own_gradient_and_that_of_few_triplets_to_its_input():
         ({"path": "sequential", "update": "fixed", "rank": 0.5}, "feedback_update=tracked"),
         ({"path": "sequential", "rank": 0.0}, r"feedback_rank must lie in \(0, 1\], got 0"),
         ({"path": "sequential", "rank": 1.5}, r"feedback_rank must lie in \(0, 1\]"),
+        ({"path": "sequential", "rank": 0.5, "basis": "svd"}, "feedback_basis must be one of"),
     ],
 )
 def test_a_share_that_cannot_be_walked_is_refused(options, message):
@@ -180,12 +287,22 @@ def test_a_model_without_factors_is_refused():
         method.init(jax.random.key(0), params, mstate)
 
 
-def test_a_run_with_falling_ranks_walks_through_a_share_of_what_is_left(tmp_path):
+def test_the_error_of_a_network_without_targets_is_not_known():
+    units, params, mstate = split("conv", 0.5)
+    network = Network(units, output_shapes(units, params, mstate, IMAGE), make_batch(4).images)
+    options = FeedbackOptions(path="sequential", rank=0.5, basis="error")
+    with pytest.raises(ValueError, match="feedback_basis=error needs targets"):
+        METHODS["ssa"](network, options)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_a_run_with_falling_ranks_walks_through_a_share_of_what_is_left(tmp_path, basis):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 256)
     images = rng.normal(size=(256, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
     run = ssa_jax.fit(
         "mlp", (images, labels), feedback="sequential", feedback_rank=0.25, epochs=4,
-        batch_size=32, rank_schedule="hybrid", rank_init=1.0, workdir=str(tmp_path / "run"),
+        feedback_basis=basis, batch_size=32, rank_schedule="hybrid", rank_init=1.0,
+        workdir=str(tmp_path / "run"),
     )  # fmt: skip
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]

@@ -21,9 +21,11 @@ def _direct(name: str, label: str, **changes: Any) -> Variant:
     return Variant(name, label, {"method": "ssa", "feedback_lookahead": 0, **changes})
 
 
-def _walk(name: str, share: str, rank: float) -> Variant:
-    label = f"walking through {share} of each layer's directions"
-    return Variant(name, label, {"method": "ssa", "feedback": "sequential", "feedback_rank": rank})
+def _walk(name: str, share: str, rank: float, note: str = "", **changes: Any) -> Variant:
+    walked = {"method": "ssa", "feedback": "sequential", "feedback_rank": rank}
+    return Variant(
+        name, f"walking through {share} of each layer's directions{note}", walked | changes
+    )
 
 
 VARIANTS = (
@@ -31,6 +33,8 @@ VARIANTS = (
     _walk("walk_half", "half", 1 / 2),
     _walk("walk_quarter", "a quarter", 1 / 4),
     _walk("walk_eighth", "an eighth", 1 / 8),
+    _walk("walk_quarter_error", "a quarter", 1 / 4, ", by the error", feedback_basis="error"),
+    _walk("walk_eighth_error", "an eighth", 1 / 8, ", by the error", feedback_basis="error"),
     Variant("auglocal", "auxiliary networks", {"method": "auglocal", "factorize": "on"}),
     _direct("direct", "ssa direct"),
     _direct("every_1", "path follows in every step", feedback_every=1),

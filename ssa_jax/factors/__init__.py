@@ -36,11 +36,23 @@ class WithFeedback(NamedTuple):
 
     Attributes:
       weights: the layer's factors; their own gradient is exact.
-      places: (q,) of the triplets that the cotangent passes through.
+      places: (q,) integers, of the triplets that the cotangent passes through; or (r,) floats:
+        then it passes through all of them, and the cotangent of the floats says how much of it
+        goes through each (see `products.forward_and_back`).
     """
 
     weights: Factors
     places: Array
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what goes through each triplet is measured."""
+        return bool(jnp.issubdtype(self.places.dtype, jnp.floating))
+
+    @property
+    def passed(self) -> Array:
+        """The places (q,) of the triplets that the cotangent passes through."""
+        return jnp.arange(len(self.places)) if self.weighs else self.places
 
 
 def is_factors(node: Any) -> bool:
@@ -79,11 +91,6 @@ def map_factors(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree.map(
         lambda x, *r: fn(x, *r) if is_factors(x) else x, tree, *rest, is_leaf=is_factors
     )
-
-
-def leading(f: Factors, rank: int) -> Array:
-    """Places (rank,) of the singular values of largest modulus, largest first."""
-    return jax.lax.top_k(jnp.abs(f.s), rank)[1]
 
 
 def taken(f: Factors, places: Array) -> Factors:

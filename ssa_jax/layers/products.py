@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.factors import Factors, WithFeedback
+from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers.lowering import DIMENSIONS, conv_general_dilated
 
 Array = jax.Array
@@ -18,7 +18,7 @@ def forward_and_back(
     product: Callable[[Factors, Array], Array],
     weights: Factors | WithFeedback,
     x: Array,
-    back: Callable[[Factors, Array, Array, Array], Array],
+    back: Callable[[WithFeedback, Array, Array], tuple[Any, Array]],
 ) -> Array:
     """A layer's product with its factors, whose cotangent of x has those of its feedback, if any.
 
@@ -26,8 +26,8 @@ def forward_and_back(
       product: of factors with x.
       weights: the layer's.
       x: its input.
-      back: (factors, places, x, cotangent of the product) -> that of x through the triplets at
-        some places alone.
+      back: (weights, x, cotangent of the product) -> those of the places and of x, this one
+        through the triplets at the places alone.
     """
     if not isinstance(weights, WithFeedback):
         return product(weights, x)
@@ -40,13 +40,33 @@ def forward_and_back(
         return product(given.weights, x), (given, x)
 
     def backward(saved: Any, cotangent: Array) -> tuple[Any, Array]:
-        (f, places), x = saved
-        (own,) = jax.vjp(lambda f: product(f, x), f)[1](cotangent)
-        nothing = np.zeros(places.shape, jax.dtypes.float0)
-        return WithFeedback(own, nothing), back(f, places, x, cotangent)  # type: ignore[arg-type]
+        given, x = saved
+        (own,) = jax.vjp(lambda f: product(f, x), given.weights)[1](cotangent)
+        of_places, of_x = back(given, x, cotangent)
+        return WithFeedback(own, of_places), of_x
 
     apply.defvjp(forward, backward)
     return apply(weights, x)
+
+
+def of_places(given: WithFeedback, inner: Array | None = None) -> Any:
+    """The cotangent of the places: nothing of integers, of floats (r,) the energies.
+
+    The energy of triplet k is s_k² ‖δ u_k‖², the sum over examples and positions of the squared
+    coefficient along v_k of what passes down, over its largest coefficient squared: energies are
+    compared within a layer alone, and squares of small signals would vanish.
+
+    Args:
+      given: weights and places.
+      inner: δ U (..., r), or of every group of a convolution, (..., groups·r).
+    """
+    if not given.weighs:
+        return np.zeros(given.places.shape, jax.dtypes.float0)
+    assert inner is not None
+    s = given.weights.s
+    coefficients = inner.reshape(-1, s.size).astype(jnp.float32) * s.astype(jnp.float32)[None, :]
+    scaled, _ = linalg.unit_peak(coefficients)
+    return jnp.sum(jnp.square(scaled), 0).astype(given.places.dtype)
 
 
 def dense(weights: Factors | WithFeedback, x: Array) -> Array:
@@ -69,12 +89,12 @@ def _dense(weights: Factors, x: Array) -> Array:
     return (x @ (v * s[None, :])) @ u.T
 
 
-def _dense_back(weights: Factors, places: Array, x: Array, cotangent: Array) -> Array:
-    u, s, v = weights
+def _dense_back(given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
+    (u, s, v), places = given.weights, given.passed
     down = v * s[None, :]
     # The cotangent of x V is that which the gradient of V takes: it is computed but once.
     (inner,) = jax.vjp(lambda m: m @ u.T, x @ down)[1](cotangent)
-    return inner[..., places] @ down[:, places].T
+    return of_places(given, inner), inner[..., places] @ down[:, places].T
 
 
 def convolution(
@@ -119,7 +139,8 @@ def convolution(
         x, u, s, v = (a.astype(dtype) for a in (x, *f))
         return across(u, down(v * s[None, :], x))
 
-    def back(f: Factors, places: Array, x: Array, cotangent: Array) -> Array:
+    def back(given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
+        f, places = given.weights, given.passed
         dtype = jnp.result_type(x, *f)
         a, u, s, v = (a.astype(dtype) for a in (x, *f))
         scaled = v * s[None, :]
@@ -127,7 +148,7 @@ def convolution(
         (inner,) = jax.vjp(lambda y: across(u, y), down(scaled, a))[1](cotangent)
         at = (s.size * jnp.arange(groups)[:, None] + places[None, :]).ravel()
         thin = jax.vjp(lambda a: down(scaled[:, places], a), a)[1]
-        return thin(inner[..., at])[0].astype(x.dtype)
+        return of_places(given, inner), thin(inner[..., at])[0].astype(x.dtype)
 
     return forward_and_back(product, weights, x, back)
 
