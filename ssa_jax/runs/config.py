@@ -185,10 +185,11 @@ class Config:
     aux_depth: int = setting(3, "Most layers of an auxiliary network of auglocal.", low=0)
     warmup_method: str = setting(
         "none",
-        "Method of the first --warmup_epochs, on the same weights.",
+        "Method of the first --warmup_epochs or --warmup_until, on the same weights.",
         choices=collections.ChainMap({"none": None}, METHODS),
     )
     warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
+    warmup_until: int = setting(0, "Its steps, in place of --warmup_epochs; 0: those.", low=0)
     local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
     projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
     retraction: str = setting("series", "Retraction.", choices=tuple(RETRACTIONS))
