@@ -443,9 +443,9 @@ def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
 
 def test_a_walk_among_the_contestants_goes_through_few_directions():
     built = contestants.build(Case("mlp", 4, depth=2), Entry(contestants.WALK, 0.5))
-    for unit, places in zip(built.state.params, built.state.feedback.places, strict=True):
-        for name, at in places.items():
-            assert len(at) == math.ceil(unit[name].rank / 4)
+    for unit, passed in zip(built.state.params, built.state.feedback.passed, strict=True):
+        for name, places in passed.items():
+            assert len(places) == math.ceil(unit[name].rank / 4)
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """Sequential feedback through a few singular directions."""
 
+import functools
 import itertools
 
 import jax
@@ -103,8 +104,13 @@ def test_a_signal_takes_one_thin_product_a_layer(basis):
 
     def thin(share):
         layers = [f for unit in params[1:] for f in unit.values() if factors.is_factors(f)]
-        each = (int(np.ceil(share * f.rank)) * f.v.shape[0] for f in layers)
-        return len(batch.images) * sum(each)
+        few = [int(np.ceil(share * f.rank)) for f in layers]
+        total = len(batch.images) * sum(n * len(f.v) for n, f in zip(few, layers, strict=True))
+        if basis == "error" and share < 0.9:
+            # P with the coefficients, and with V.
+            both = (len(batch.images) + len(f.v) for f in layers)
+            total += sum(n * f.rank * m for n, f, m in zip(few, layers, both, strict=True))
+        return total
 
     assert work(0.5) - work(0.25) == thin(0.5) - thin(0.25) > 0
     assert work(0.999) - work(0.5) == thin(0.999) - thin(0.5)
@@ -181,7 +187,7 @@ def between(f, g, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_convolution_weighs_its_triplets_and_passes_the_exact_signal(groups):
+def test_a_convolution_passes_the_part_in_a_span_and_tells_of_the_whole(groups):
     rng = np.random.default_rng(2)
     shapes = ((3 * 4, 5), (5,), (3 * 6 // groups, 5))
     f = Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
@@ -190,15 +196,20 @@ def test_a_convolution_weighs_its_triplets_and_passes_the_exact_signal(groups):
     def layer(weights, x):
         return products.convolution(weights, x, (3, 3), (2, 1), "SAME", (1, 1), groups)
 
-    y, pull = jax.vjp(layer, WithFeedback(f, jnp.zeros(5)), x)
+    y = layer(f, x)
     # As small as a signal may be whose squares are no numbers any more.
     g = 1e-25 * jnp.asarray(rng.normal(size=y.shape), jnp.float32)
-    own, back = pull(g)
     exact, through = jax.vjp(layer, f, x)[1](g)
-    assert max_difference((own.weights, back), (exact, through)) < 1e-30
-    inner = 1e25 * between(f, g, groups).reshape(-1, 5)
-    wanted = jnp.sum(jnp.square(inner * f.s[None, :]), 0)
-    np.testing.assert_allclose(own.places / own.places[0], wanted / wanted[0], rtol=1e-4)
+    c = 1e25 * between(f, g, groups).reshape(-1, 5) * f.s[None, :]
+    p = jnp.linalg.qr(jnp.asarray(rng.normal(size=(5, 2)), jnp.float32))[0]
+    for span in (jnp.eye(5), p):
+        own, back = jax.vjp(layer, WithFeedback(f, span), x)[1](g)
+        inside = Factors(f.u * f.s[None, :] @ span @ span.T, jnp.ones(5), f.v)
+        assert max_difference(back, jax.vjp(functools.partial(layer, inside), x)[1](g)[0]) < 1e-29
+        assert max_difference(own.weights, exact) < 1e-29
+        told, wanted = own.passed / own.passed[0, 0], c.T @ c @ span
+        np.testing.assert_allclose(told, wanted / wanted[0, 0], rtol=1e-3, atol=1e-4)
+    assert max_difference(through, jax.vjp(layer, WithFeedback(f, jnp.eye(5)), x)[1](g)[1]) < 1e-29
 
 
 def perceptron():
@@ -206,51 +217,61 @@ def perceptron():
     return units, spread_spectra(params), mstate
 
 
-def test_of_all_choices_that_by_the_error_is_nearest_to_the_true_signal():
+BY_ERROR = {"path": "sequential", "basis": "error"}
+
+
+def test_no_other_channel_of_its_rank_brings_a_nearer_signal_than_that_of_the_error():
     units, params, mstate = perceptron()
     batch = make_batch(4, 9)  # whose error is measured, see `make_method`
+    true, tape, _ = exact(units, params, mstate, batch)
+    (name, f), *_ = ((n, f) for n, f in params[1].items() if factors.is_factors(f))
+    miss = functools.partial(missed, units, params, tape, true, name)
+    method = make_method("ssa", units, params, mstate, rank=1 / 3, **BY_ERROR)
+    span = method.init(jax.random.key(0), params, mstate).passed[1][name]
+    assert max_difference(span.T @ span, jnp.eye(2)) < 1e-5
+    least = miss(span)
+    # All that the second and further directions of the error would bring.
+    wanted = np.linalg.svd(true[0].reshape(4, -1), compute_uv=False)[2:]
+    assert least == pytest.approx(np.sum(wanted**2), rel=1e-3, abs=1e-9)
+    for seed in range(5):
+        other = jnp.linalg.qr(span + 0.1 * jax.random.normal(jax.random.key(seed), span.shape))[0]
+        assert miss(other) > least
+    assert miss(factors.leading(f, 2)) > 1.01 * least
+
+
+def exact(units, params, mstate, batch):
     logits, _, tape = forward(units, params, mstate, batch.images)
     _, error = output_error(logits, batch.labels)
-    (name, f), *_ = ((n, f) for n, f in params[1].items() if factors.is_factors(f))
-    exact = chain(tape, error)
-
-    def miss(places):
-        twins = list(params)
-        twins[1] = params[1] | {name: jnp.asarray(places)}
-        unit = visited(tape, params)[1]
-        return float(jnp.sum((through_twins(units, twins)(unit, exact[1]) - exact[0]) ** 2))
-
-    method = make_method("ssa", units, params, mstate, path="sequential", rank=1 / 3, basis="error")
-    chosen = method.init(jax.random.key(0), params, mstate).places[1][name]
-    misses = {c: miss(c) for c in itertools.combinations(range(f.rank), 2)}
-    assert misses[tuple(sorted(np.asarray(chosen).tolist()))] == min(misses.values())
-    assert miss(factors_of_largest(f, 2)) > 1.01 * min(misses.values())
+    return chain(tape, error), tape, error
 
 
-def factors_of_largest(f, n):
-    return np.argsort(-np.abs(f.s))[:n]
+def missed(units, params, tape, true, name, passed):
+    """Of the true signal below unit 1, by what passes one of its layers."""
+    twins = [params[0], params[1] | {name: passed}, *params[2:]]
+    through = through_twins(units, twins)(visited(tape, params)[1], true[1])
+    return float(jnp.sum(jnp.square(through - true[0])))
 
 
 @pytest.mark.parametrize("network", EVERY)
-def test_what_is_chosen_by_the_error_is_walked_as_the_weights_without_the_rest(network):
+def test_the_directions_of_the_error_are_a_walk_through_weights_in_their_span(network):
     units, params, mstate = split(network, 0.5)
-    options = {"path": "sequential", "rank": 0.25, "basis": "error"}
-    ours, tape, error = signals(units, params, mstate, **options)
-    method = make_method("ssa", units, params, mstate, **options)
-    places = method.init(jax.random.key(0), params, mstate).places
-    kept = tuple(
-        unit
-        | {n: unit[n]._replace(s=jnp.zeros_like(unit[n].s).at[at].set(unit[n].s[at]))
-           for n, at in chosen.items()}
-        for unit, chosen in zip(params, places, strict=True)
+    ours, tape, error = signals(units, params, mstate, rank=0.25, **BY_ERROR)
+    method = make_method("ssa", units, params, mstate, rank=0.25, **BY_ERROR)
+    passed = method.init(jax.random.key(0), params, mstate).passed
+    within = tuple(
+        unit | {n: f._replace(u=f.u @ (f.s[:, None] * p[n] @ (p[n].T / f.s[None, :])))
+                for n, f in unit.items() if n in p}
+        for unit, p in zip(params, passed, strict=True)
     )  # fmt: skip
-    assert max_difference(ours, walk(units, params, kept, tape, error)) < 1e-6
+    cut = walk(units, params, within, tape, error)
+    for a, b in zip(ours, cut, strict=True):
+        assert max_difference(a, b) < 1e-5 * float(jnp.abs(b).max())
 
 
-def test_the_choice_follows_the_error_of_the_last_batch_without_a_compilation():
+def test_the_directions_follow_the_error_of_the_last_batch_without_a_compilation():
     units, params, mstate = perceptron()
-    options = {"path": "sequential", "rank": 0.5, "basis": "error", "every": 1}
-    method, optimizer = make_method("ssa", units, params, mstate, **options), optax.sgd(0.01)
+    method = make_method("ssa", units, params, mstate, rank=0.5, every=1, **BY_ERROR)
+    optimizer = optax.sgd(0.01)
     state = init_state(method, optimizer, params, mstate, jax.random.key(0))
     compiled = []
     step = make_step(units, method, optimizer, LossWeights(), lambda: compiled.append(1))
@@ -259,8 +280,8 @@ def test_the_choice_follows_the_error_of_the_last_batch_without_a_compilation():
         batch = make_batch(4, seed)
         state, _ = step(make_refresh(method)(state), batch)
         np.testing.assert_array_equal(state.feedback.examples[0], batch.images)
-        seen.append(str(jax.tree.map(np.asarray, state.feedback.places)))
-    assert len(set(seen)) > 1
+        seen.append(state.feedback.passed)
+    assert all(max_difference(a, b) > 1e-3 for a, b in itertools.pairwise(seen))
     assert compiled == [1]
 
 

@@ -123,12 +123,8 @@ class SVDConv(nnx.Module):
     def _takes_kernel(self, weights: Factors | WithFeedback, x: Array) -> bool:
         if not self.is_plain or self.deterministic:
             return False
-        if isinstance(weights, WithFeedback):
-            if weights.weighs:
-                # The kernel has no coefficients along the triplets.
-                return False
-            weights = weights.weights
-        return kernel_pays(weights, x.shape, self.kernel_size, self.strides)
+        f = weights.weights if isinstance(weights, WithFeedback) else weights
+        return kernel_pays(f, x.shape, self.kernel_size, self.strides)
 
     def _by_kernel(self, weights: Factors, x: Array) -> Array:
         pad_h, pad_w = split_padding(self.padding)
@@ -138,9 +134,10 @@ class SVDConv(nnx.Module):
 
     def _thin_back(self, given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
         # Where the layer is one kernel, nothing of its way back is there to be shared.
-        thin = factors.taken(given.weights, given.places)
+        thin = factors.narrowed(given)
         of_x = jax.vjp(lambda a: self._pair(thin, a), x)[1](cotangent)[0]
-        return products.of_places(given), of_x
+        (own,) = jax.vjp(lambda given: self._pair(given, x), given)[1](cotangent)
+        return own.passed, of_x
 
     def _pair(self, weights: Factors | WithFeedback, x: Array) -> Array:
         return products.convolution(

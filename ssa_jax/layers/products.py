@@ -26,8 +26,7 @@ def forward_and_back(
       product: of factors with x.
       weights: the layer's.
       x: its input.
-      back: (weights, x, cotangent of the product) -> those of the places and of x, this one
-        through the triplets at the places alone.
+      back: (weights, x, cotangent of the product) -> those of what passes and of x.
     """
     if not isinstance(weights, WithFeedback):
         return product(weights, x)
@@ -42,31 +41,34 @@ def forward_and_back(
     def backward(saved: Any, cotangent: Array) -> tuple[Any, Array]:
         given, x = saved
         (own,) = jax.vjp(lambda f: product(f, x), given.weights)[1](cotangent)
-        of_places, of_x = back(given, x, cotangent)
-        return WithFeedback(own, of_places), of_x
+        of_passed, of_x = back(given, x, cotangent)
+        return WithFeedback(own, of_passed), of_x
 
     apply.defvjp(forward, backward)
     return apply(weights, x)
 
 
-def of_places(given: WithFeedback, inner: Array | None = None) -> Any:
-    """The cotangent of the places: nothing of integers, of floats (r,) the energies.
-
-    The energy of triplet k is s_k² ‖δ u_k‖², the sum over examples and positions of the squared
-    coefficient along v_k of what passes down, over its largest coefficient squared: energies are
-    compared within a layer alone, and squares of small signals would vanish.
+def passing(given: WithFeedback, inner: Array) -> tuple[Any, Array, Array]:
+    """What of a cotangent passes a layer's feedback.
 
     Args:
-      given: weights and places.
-      inner: δ U (..., r), or of every group of a convolution, (..., groups·r).
+      given: weights and what passes.
+      inner: δ U (..., r).
+
+    Returns:
+      The cotangent of `given.passed`; the coefficients that pass, (..., q); and the columns
+      (d_in, q) that they go back through.
     """
-    if not given.weighs:
-        return np.zeros(given.places.shape, jax.dtypes.float0)
-    assert inner is not None
-    s = given.weights.s
-    coefficients = inner.reshape(-1, s.size).astype(jnp.float32) * s.astype(jnp.float32)[None, :]
-    scaled, _ = linalg.unit_peak(coefficients)
-    return jnp.sum(jnp.square(scaled), 0).astype(given.places.dtype)
+    (_, s, v), passed = given
+    if passed.ndim == 1:
+        columns = v[:, passed] * s[None, passed]
+        return np.zeros(passed.shape, jax.dtypes.float0), inner[..., passed], columns
+    few = inner @ (s[:, None] * passed)
+    # Squares of small signals would vanish, and a factor of the layer's own says nothing.
+    all_of_it, peak = linalg.unit_peak(inner.reshape(-1, s.size).astype(jnp.float32) * s[None, :])
+    part = few.reshape(-1, passed.shape[1]) / jnp.where(peak > 0, peak, 1).astype(few.dtype)
+    moments = all_of_it.T @ part.astype(jnp.float32)
+    return moments.astype(passed.dtype), few, v @ passed
 
 
 def dense(weights: Factors | WithFeedback, x: Array) -> Array:
@@ -90,11 +92,12 @@ def _dense(weights: Factors, x: Array) -> Array:
 
 
 def _dense_back(given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
-    (u, s, v), places = given.weights, given.passed
+    u, s, v = given.weights
     down = v * s[None, :]
     # The cotangent of x V is that which the gradient of V takes: it is computed but once.
     (inner,) = jax.vjp(lambda m: m @ u.T, x @ down)[1](cotangent)
-    return of_places(given, inner), inner[..., places] @ down[:, places].T
+    of_passed, few, columns = passing(given, inner)
+    return of_passed, few @ columns.T
 
 
 def convolution(
@@ -140,15 +143,16 @@ def convolution(
         return across(u, down(v * s[None, :], x))
 
     def back(given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
-        f, places = given.weights, given.passed
-        dtype = jnp.result_type(x, *f)
-        a, u, s, v = (a.astype(dtype) for a in (x, *f))
-        scaled = v * s[None, :]
+        dtype = jnp.result_type(x, *given.weights)
+        f = Factors(*(a.astype(dtype) for a in given.weights))
         # As in `_dense_back`.
-        (inner,) = jax.vjp(lambda y: across(u, y), down(scaled, a))[1](cotangent)
-        at = (s.size * jnp.arange(groups)[:, None] + places[None, :]).ravel()
-        thin = jax.vjp(lambda a: down(scaled[:, places], a), a)[1]
-        return of_places(given, inner), thin(inner[..., at])[0].astype(x.dtype)
+        inner_of = jax.vjp(lambda y: across(f.u, y), down(f.v * f.s[None, :], x.astype(dtype)))[1]
+        (inner,) = inner_of(cotangent)
+        by_group = inner.reshape(*inner.shape[:-1], groups, f.rank)
+        of_passed, few, columns = passing(WithFeedback(f, given.passed), by_group)
+        thin = jax.vjp(lambda a: down(columns, a), x.astype(dtype))[1]
+        of_x = thin(few.reshape(*inner.shape[:-1], -1))[0]
+        return of_passed, of_x.astype(x.dtype)
 
     return forward_and_back(product, weights, x, back)
 

@@ -169,7 +169,7 @@ class FeedbackOptions(NamedTuple):
       limit: bytes that full paths may take under the form ``"auto"``.
       lookahead: units that a direct signal of ssa is pulled back through exactly.
       rank: share of each layer's singular directions that a sequential walk goes through.
-      basis: by what they are chosen, ``"spectrum"`` or ``"error"`` (see `methods.walk`).
+      basis: which, ``"spectrum"`` or ``"error"`` (see `methods.walk`).
       readout: ``"pred"``, ``"sim"`` or ``"predsim"`` (see `methods.local`).
       readout_update: ``"learned"`` or ``"fixed"``.
       readout_rate: Adam's rate of learned readouts.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ssa_jax import factors
 from ssa_jax.factors import Factors, is_factors
+from ssa_jax.factors.one_by_one import eigh
 from ssa_jax.methods import feedback as fb
 from ssa_jax.methods.base import (
     FeedbackOptions,
@@ -26,18 +27,18 @@ Tree = Any
 
 BASES = ("spectrum", "error")
 # Whose error is measured, at most.
-_EXAMPLES = 16
+_EXAMPLES = 32
 
 
 class WalkFeedback(NamedTuple):
     """What a walk through few directions keeps.
 
     Attributes:
-      places: of every unit, by layer, the triplets (q,) that the error walks through.
-      examples: inputs and targets of the last batch on whose error they are chosen; else none.
+      passed: of every unit, by layer, what of the error passes it (see `factors.WithFeedback`).
+      examples: inputs and targets of the last batch on whose error it is measured; else none.
     """
 
-    places: Tree
+    passed: Tree
     examples: Tree = ()
 
 
@@ -47,24 +48,24 @@ def directions(rank: int, share: float) -> int:
 
 
 def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
-    """δ_{i-1} = (∂h_i/∂x_i with W_q for W)ᵀ δ_i, W_q some q singular triplets of W.
+    """δ_{i-1} = (∂h_i/∂x_i with W_q for W)ᵀ δ_i, W_q of rank q in the span of W.
 
-    W = U diag(s) Vᵀ passes to its input V_q diag(s_q) U_qᵀ δ. U_qᵀ δ is part of Uᵀ δ, which the
-    gradient of V takes in any case, so what the signal costs is the product with V_q (d_in, q)
-    alone. (A convolution that is run as one kernel has no Uᵀ δ, and takes both thin products.) q is
-    `options.rank` of the layer's stored rank, rounded up. Which triplets, by `options.basis`, is
-    chosen every `options.every` steps and after a compaction:
+    W = U diag(s) Vᵀ passes to its input V c, c = diag(s) Uᵀ δ being r coefficients. Uᵀ δ the
+    gradient of V takes in any case, so what the signal costs is the product of q coefficients with
+    as many columns (d_in, q) alone. (A convolution that is run as one kernel has no Uᵀ δ, and takes
+    both thin products.) q is `options.rank` of the layer's stored rank, rounded up. Which q, by
+    `options.basis`, is found every `options.every` steps and after a compaction:
 
     ``spectrum``: those of largest |s|. W_qᵀ is then the best approximation of Wᵀ of that rank.
-    ``error``: those through which most of the error passes, of largest Σ (s_k u_kᵀ δ)² in an exact
-    backward pass of a few examples of the last batch (see `energies`). As V is orthonormal,
-    V_q diag(s_q) U_qᵀ δ is then nearest to Wᵀ δ in the mean square, of all choices of q triplets.
+    ``error``: P Pᵀ c, with P (r, q) the q leading eigenvectors of C = Σ c cᵀ in an exact backward
+    pass of a few examples of the last batch (see `moments`): one product with P more. As V is
+    orthonormal, no other channel of rank q brings a signal nearer to Wᵀ δ in the mean square.
 
-    Their values are always those of the present weights. Everything else on the way, dense layers
-    among it, passes the error exactly. All triplets are backpropagation.
+    The values are always those of the present weights. Everything else on the way, dense layers
+    among it, passes the error exactly. All directions are backpropagation.
 
     Raises:
-      ValueError: an unknown basis, a share outside (0, 1], a choice by the error of a network
+      ValueError: an unknown basis, a share outside (0, 1], the error's directions in a network
         without targets; at init, a model without factors.
     """
     share, by_error = options.rank, options.basis == "error"
@@ -74,14 +75,12 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
     if by_error and network.targets is None:
         raise ValueError("feedback_basis=error needs targets, and this network was given none")
 
-    def places(params: Tree, mstate: Tree, examples: Tree) -> Tree:
-        weights = of_factors(lambda f: jnp.abs(f.s), params)
-        if by_error:
-            inputs, targets = examples
-            weights = energies(
-                network.units, params, mstate, inputs, lambda y: network.error(y, targets)
-            )
-        return jax.tree.map(lambda w: jax.lax.top_k(w, directions(len(w), share))[1], weights)
+    def passed(params: Tree, mstate: Tree, examples: Tree) -> Tree:
+        if not by_error:
+            return of_factors(lambda f: factors.leading(f, directions(f.rank, share)), params)
+        inputs, targets = examples
+        found = moments(network.units, params, mstate, inputs, lambda y: network.error(y, targets))
+        return jax.tree.map(lambda c: _leading(c, directions(len(c), share)), found)
 
     def init(key: Array, params: Tree, mstate: Tree) -> WalkFeedback:
         del key
@@ -89,13 +88,13 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
             raise ValueError("feedback_rank is a share of factors' rank, and this model has none")
         seen = (network.inputs, network.targets) if by_error else ()
         examples = jax.tree.map(lambda x: jnp.asarray(x[:_EXAMPLES]), seen)
-        return WalkFeedback(places(params, mstate, examples), examples)
+        return WalkFeedback(passed(params, mstate, examples), examples)
 
     def down(feedback: WalkFeedback, params: Tree) -> Through:
         # All of them in their own order are the weights, to the last bit.
         twins = tuple(
-            unit | {n: at for n, at in chosen.items() if len(at) < unit[n].rank}
-            for unit, chosen in zip(params, feedback.places, strict=True)
+            unit | {n: p for n, p in of_unit.items() if p.shape[-1] < unit[n].rank}
+            for unit, of_unit in zip(params, feedback.passed, strict=True)
         )
         return fb.through_twins(network.units, twins)
 
@@ -106,7 +105,7 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
         return feedback._replace(examples=newest(feedback.examples, batch))
 
     def refresh(feedback: WalkFeedback, params: Tree, mstate: Tree) -> WalkFeedback:
-        return feedback._replace(places=places(params, mstate, feedback.examples))
+        return feedback._replace(passed=passed(params, mstate, feedback.examples))
 
     return walking(init, down)._replace(
         update=update,
@@ -116,15 +115,20 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
     )
 
 
+def _leading(moments: Array, n: int) -> Array:
+    """The n leading eigenvectors (r, n) of a symmetric matrix (r, r)."""
+    return eigh(moments)[1][:, -n:]
+
+
 def of_factors(fn: Callable[[Factors], Any], params: Tree) -> Tree:
     """What a function makes of the factors of every unit, by layer."""
     return tuple({n: fn(f) for n, f in unit.items() if is_factors(f)} for unit in params)
 
 
-def energies(
+def moments(
     units: Sequence[Unit], params: Tree, mstate: Tree, x: Tree, error: Callable[[Array], Array]
 ) -> Tree:
-    """How much of the true signals passes each singular direction of every layer.
+    """How the true signals lie among the singular directions of every layer.
 
     Args:
       units: n units.
@@ -134,23 +138,24 @@ def energies(
       error: outputs (batch, ...) -> e of the same shape.
 
     Returns:
-      Of every unit, by layer, (r,): Σ (s_k u_kᵀ δ)² over examples and positions, up to a factor of
-      the layer, with δ what a backward pass in training mode brings to the layer's output.
+      Of every unit, by layer, (r, r): Σ c cᵀ over examples and positions, up to a factor of the
+      layer, with c = diag(s) Uᵀ δ and δ what a backward pass in training mode brings to its output.
     """
-    weighing = of_factors(lambda f: jnp.zeros(f.rank, f.s.dtype), params)
-    twins = tuple(unit | zeros for unit, zeros in zip(params, weighing, strict=True))
+    # What passes is all of c, and its own cotangent is what is looked for.
+    whole = of_factors(lambda f: jnp.eye(f.rank, dtype=f.s.dtype), params)
+    twins = tuple(unit | of_unit for unit, of_unit in zip(params, whole, strict=True))
     expect(units, params, twins)
     pullbacks = []
     for i, unit in enumerate(units):
 
-        def apply(zeros: Tree, x: Tree, i: int = i, unit: Unit = unit) -> Array:
-            return unit.walk(params[i], params[i] | zeros, mstate[i], x)
+        def apply(whole: Tree, x: Tree, i: int = i, unit: Unit = unit) -> Array:
+            return unit.walk(params[i], params[i] | whole, mstate[i], x)
 
-        x, pullback = jax.vjp(apply, weighing[i], x)
+        x, pullback = jax.vjp(apply, whole[i], x)
         pullbacks.append(pullback)
     found: list[Tree] = []
     signal = error(x)
     for pullback in reversed(pullbacks):
-        energy, signal = pullback(signal)
-        found.insert(0, energy)
+        of_unit, signal = pullback(signal)
+        found.insert(0, of_unit)
     return tuple(found)
