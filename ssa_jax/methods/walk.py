@@ -28,6 +28,9 @@ Tree = Any
 BASES = ("spectrum", "error")
 # Whose error is measured, at most.
 _EXAMPLES = 32
+# Weight of what is believed of it without any.
+_PRIOR = 1e-2
+_TINY = 1e-30
 
 
 class WalkFeedback(NamedTuple):
@@ -58,8 +61,9 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
 
     ``spectrum``: those of largest |s|. W_qᵀ is then the best approximation of Wᵀ of that rank.
     ``error``: P Pᵀ c, with P (r, q) the q leading eigenvectors of C = Σ c cᵀ in an exact backward
-    pass of a few examples of the last batch (see `moments`): one product with P more. As V is
-    orthonormal, no other channel of rank q brings a signal nearer to Wᵀ δ in the mean square.
+    pass of a few examples of the last batch (see `moments`, `principal`): one product with P more.
+    As V is orthonormal, no other channel of rank q brings them a signal nearer to Wᵀ δ in the mean
+    square.
 
     The values are always those of the present weights. Everything else on the way, dense layers
     among it, passes the error exactly. All directions are backpropagation.
@@ -80,7 +84,8 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
             return of_factors(lambda f: factors.leading(f, directions(f.rank, share)), params)
         inputs, targets = examples
         found = moments(network.units, params, mstate, inputs, lambda y: network.error(y, targets))
-        return jax.tree.map(lambda c: _leading(c, directions(len(c), share)), found)
+        spectra = of_factors(lambda f: f.s, params)
+        return jax.tree.map(lambda c, s: principal(c, s, directions(len(s), share)), found, spectra)
 
     def init(key: Array, params: Tree, mstate: Tree) -> WalkFeedback:
         del key
@@ -115,9 +120,16 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
     )
 
 
-def _leading(moments: Array, n: int) -> Array:
-    """The n leading eigenvectors (r, n) of a symmetric matrix (r, r)."""
-    return eigh(moments)[1][:, -n:]
+def principal(moments: Array, s: Array, n: int) -> Array:
+    """The n leading eigenvectors (r, n) of moments (r, r) and a little of diag(s²).
+
+    That is what c = diag(s) Uᵀ δ has of a δ that may be anything: where the examples say nothing,
+    as of a layer that is met by fewer of them than its rank, the directions are those of largest
+    |s|, and not what rounding makes them.
+    """
+    both = moments, jnp.diag(jnp.square(s))
+    seen, of_any = (m / jnp.maximum(jnp.trace(m), _TINY) for m in both)
+    return eigh(seen + _PRIOR * of_any)[1][:, -n:]
 
 
 def of_factors(fn: Callable[[Factors], Any], params: Tree) -> Tree:
