@@ -116,7 +116,8 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
         update=update,
         refresh=refresh,
         refresh_every=options.every,
-        note=f"walking through {share:g} of each layer's singular directions",
+        note=f"walking through {share:g} of each layer's singular directions"
+        + ", those of the error" * by_error,
     )
 
 
