@@ -28,8 +28,15 @@ REFERENCE = "flax bp"
 TORCH = "torch bp"
 
 
+# Ways that are no method's defaults, by name.
+WALK = "walk through 1/4"
+_SET = {WALK: ("ssa", FeedbackOptions(path="sequential", rank=1 / 4))}
+# Those whose signals walk down, unit by unit.
+WALKING = ("bp", "svd_bp", WALK)
+
+
 class Entry(NamedTuple):
-    """A way to train: method, rank as a fraction (None: dense), taped or streamed."""
+    """A way to train: method or one of `_SET`, rank as a fraction (None: dense), memory mode."""
 
     method: str
     rank: float | None = None
@@ -93,9 +100,8 @@ def build(case: Case, entry: Entry, settings: OptimizerConfig | None = None) -> 
     units, params, mstate, _ = split(network(case, entry.rank), image)
     shapes = output_shapes(units, params, mstate, case.input_shape)
     few = jax.tree.map(lambda x: x[:EXAMPLES], random_batch(case))
-    method = METHODS[entry.method](
-        Network(units, shapes, few.images, targets=few.labels), FeedbackOptions()
-    )
+    name, options = _SET.get(entry.method, (entry.method, FeedbackOptions()))
+    method = METHODS[name](Network(units, shapes, few.images, targets=few.labels), options)
     optimizer = optim.make_optimizer(settings or chain_settings())
     state = train.init_state(method, optimizer, params, mstate, jax.random.key(0))
     return Built(units, method, optimizer, LossWeights(), state)

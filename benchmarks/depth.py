@@ -3,12 +3,14 @@
     python -m benchmarks.depth [--quick] [--json FILE] [--models mlp] [--depths 8 16] [--no_peak]
 
 Chains of equal hidden units: dense ones of 256 features ("mlp"), and 3x3 convolutions with norm
-of 32 channels on 16x16 maps ("conv_chain"); batch 128, ssa at rank 0.25. The fields are those of
-`training.measure`, and ``depth``, the number of hidden units.
+of 32 channels on 16x16 maps ("conv_chain"); batch 128, factors at rank 0.25. Where signals walk
+down, in backpropagation on factors and through a quarter of each layer's directions, a streamed
+step of n units holds about sqrt(n) of them. The fields are those of `training.measure`, and
+``depth``, the number of hidden units.
 """
 
 from benchmarks import training
-from benchmarks.contestants import REFERENCE, Entry
+from benchmarks.contestants import REFERENCE, WALK, Entry
 from benchmarks.networks import Case
 
 NAMES = ("mlp", "conv_chain")
@@ -17,6 +19,7 @@ BATCH = 128
 ENTRIES = (
     Entry(REFERENCE), Entry("bp"), Entry("dfa"), Entry("dfa", None, "streamed"),
     Entry("ssa", 0.25), Entry("ssa", 0.25, "streamed"),
+    Entry("svd_bp", 0.25, "streamed"), Entry(WALK, 0.25, "streamed"),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -388,7 +389,7 @@ def test_growth_with_depth_is_that_of_streamed_steps_between_the_ends():
         row(method, 1.0, temp, memory=memory, depth=depth)
         for method, memory, sizes in (
             ("bp", "taped", (10, 40, 90)), ("dfa", "streamed", (10, 90, 12)),
-            ("ssa", "streamed", (10, 11, 13)),
+            ("ssa", "streamed", (10, 11, 13)), ("svd_bp", "streamed", (10, 14, 28)),
         )
         for depth, temp in zip((8, 16, 64), sizes, strict=True)
     ]  # fmt: skip
@@ -396,6 +397,8 @@ def test_growth_with_depth_is_that_of_streamed_steps_between_the_ends():
     assert "resident" not in page
     assert "| memory at depth 64 over 8, vgg13, dfa, streamed | 1.20 | 1.200 | yes |" in page
     assert "| memory at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no |" in page
+    # A walk holds about as many units as the root of their number.
+    assert "| memory at depth 64 over 8, vgg13, svd_bp, streamed | 3.39 | 2.800 | yes |" in page
     assert ", bp" not in page
     page = unpadded(training_page.growth([{**r, "steps_bytes": 3 * r["temp_bytes"]} for r in rows]))
     line = "resident memory of steps at depth 64 over 8, vgg13, ssa, streamed | 1.20 | 1.300 | no"
@@ -438,6 +441,13 @@ def test_step_quick_writes_every_contestant_and_the_parts_of_a_step(tmp_path):
     page = unpadded(records.step(record))
     assert "| mlp, ssa at 0.25, streamed |" in page
     assert "A test." in page
+
+
+def test_a_walk_among_the_contestants_goes_through_few_directions():
+    built = contestants.build(Case("mlp", 4, depth=2), Entry(contestants.WALK, 0.5))
+    for unit, passed in zip(built.state.params, built.state.feedback.passed, strict=True):
+        for name, places in passed.items():
+            assert len(places) == math.ceil(unit[name].rank / 4)
 
 
 @pytest.mark.long

@@ -504,6 +504,23 @@ def test_the_table_of_16_pixels_is_its_record():
         ) in page
 
 
+def test_the_tables_of_walks_by_the_error_are_their_record():
+    record = json.loads((ROOT / "results/walk_by_error/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    assert record["command"] in page
+    for r in record["rows"]:
+        assert r["commit"][:7] in page
+        angles = f"{r['gradient_angle']:.1f}° | {r['signal_angle']:.1f}°"
+        assert (
+            f"| {r['label']} | {r['train_loss']:.3f} | {r['test_accuracy']:.2f} % | {angles} "
+            f"| {r['first_signal_ratio']:g} |"
+        ) in page
+    for k in record["kept"]:
+        shares = " | ".join(f"{x:.2f}" for x in k["layers"])
+        name = k["directions"].replace("|", "\\|")
+        assert (f"| {k['steps']} | {name} | {shares} |" in page) == (k["share"] == "1/8")
+
+
 def test_the_falls_of_digits_are_those_of_their_record():
     record = json.loads((ROOT / "results/digits_steps/record.json").read_text())
     page = (ROOT / "docs/research.md").read_text()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import max_difference
 
 from ssa_jax import data as data_lib
 from ssa_jax.errors import NotFiniteError
@@ -88,6 +89,48 @@ def test_what_is_due_finds_its_step():
     assert all(told == done for told, done in seen)
     assert {0, 5, 10, 15, 20} <= {step for step, _ in seen}
     assert len(seen) < 2 * STEPS
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_method_takes_over_within_an_epoch_from_a_warm_up_of_steps(steps):
+    warm = {"warmup_method": "svd_bp", "warmup_until": 6}
+    options = {"feedback": "random", "feedback_update": "fixed", "feedback_lookahead": 0}
+    trainer = make_trainer(steps_per_dispatch=steps, **warm, **options)
+    refreshed, refresh = [], trainer.programs.refresh
+
+    def noting(state):
+        refreshed.append(int(jax.device_get(state.step)))
+        return refresh(state)
+
+    trainer.programs = trainer.programs._replace(refresh=noting)
+    seen = {"warm": [], "after": []}
+    for n, take in trainer.programs.warmup.programs.items():
+        trainer.programs.warmup.programs[n] = telling(seen["warm"], n, take)
+    for n, take in trainer.programs.steps.programs.items():
+        trainer.programs.steps.programs[n] = telling(seen["after"], n, take)
+    train(trainer)
+    assert sum(seen["warm"]) == 6
+    assert sum(seen["warm"] + seen["after"]) == STEPS
+    assert refreshed == [6]
+
+
+def telling(seen, steps, dispatch):
+    def take(state, feed):
+        seen.append(steps)
+        return dispatch(state, feed)
+
+    return take
+
+
+def test_steps_of_a_warm_up_are_those_of_its_method():
+    """Until the other takes over; from then on they part."""
+    warm = {"warmup_method": "svd_bp", "warmup_until": 5}
+    runs = [make_trainer(method="svd_bp"), make_trainer(**warm)]
+    part = [make_trainer(method="svd_bp", max_steps=5), make_trainer(max_steps=5, **warm)]
+    rows = [train(trainer)[0]["train_loss"] for trainer in (*part, *runs)]
+    assert rows[0] == rows[1]
+    assert max_difference(part[0].state.params, part[1].state.params) == 0
+    assert rows[2] != rows[3]
 
 
 def test_both_programs_are_counted_once():

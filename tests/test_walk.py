@@ -1,5 +1,8 @@
 """Sequential feedback through a few singular directions."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +26,15 @@ import ssa_jax
 from ssa_jax import factors
 from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers import products
+from ssa_jax.methods import METHODS, FeedbackOptions, Network, chain
+from ssa_jax.methods.feedback import through_twins
+from ssa_jax.methods.walk import BASES, principal
 from ssa_jax.models.feedforward import mlp
-from ssa_jax.networks.forward import forward
+from ssa_jax.networks.forward import forward, output_shapes, visited
 from ssa_jax.networks.units import group_units, in_precision
 from ssa_jax.training import costs
 from ssa_jax.training.losses import LossWeights
-from ssa_jax.training.train import init_state, make_step
+from ssa_jax.training.train import init_state, make_refresh, make_step
 
 
 def signals(units, params, mstate, name="ssa", **options):
@@ -45,7 +51,8 @@ def spread_spectra(params):
 
     def one(f):
         s = 0.2 + jnp.abs(jnp.sin(1 + 3.0 * jnp.arange(f.rank)))
-        return f._replace(s=jnp.where(jnp.arange(f.rank) % 2, -1, 1) * s)
+        s = jnp.where(jnp.arange(f.rank) % 2, -1, 1) * s
+        return f._replace(s=s.astype(jnp.float32))
 
     return factors.map_factors(one, params)
 
@@ -60,10 +67,11 @@ def masked(params, share):
     return factors.map_factors(one, params)
 
 
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("network", EVERY)
-def test_all_directions_are_backpropagation_to_the_last_bit(network):
+def test_all_directions_are_backpropagation_to_the_last_bit(network, basis):
     units, params, mstate = split(network, 0.5)
-    ours, *_ = signals(units, params, mstate, path="sequential", rank=0.999)
+    ours, *_ = signals(units, params, mstate, path="sequential", rank=0.999, basis=basis)
     exact, *_ = signals(units, params, mstate, name="svd_bp")
     for a, b in zip(ours, exact, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -81,21 +89,28 @@ def test_a_share_is_the_walk_through_weights_without_their_small_singular_values
     assert max_difference(ours[0], exact[0]) > 1e-4
 
 
-def test_a_signal_takes_one_thin_product_a_layer():
+@pytest.mark.parametrize("basis", BASES)
+def test_a_signal_takes_one_thin_product_a_layer(basis):
     """That with V_q: what goes through U is part of what the gradient of V takes as well."""
     model = mlp(IMAGE, CLASSES, rank=1.0, rngs=nnx.Rngs(0), hidden=(12, 9))
     units, params, mstate = apart(model)
     batch, optimizer = make_batch(), optax.sgd(0.1)
 
     def work(share):
-        method = make_method("ssa", units, params, mstate, path="sequential", rank=share)
+        options = {"path": "sequential", "rank": share, "basis": basis}
+        method = make_method("ssa", units, params, mstate, **options)
         state = init_state(method, optimizer, params, mstate, jax.random.key(0))
         return costs.macs(make_step(units, method, optimizer, LossWeights()), state, batch)
 
     def thin(share):
         layers = [f for unit in params[1:] for f in unit.values() if factors.is_factors(f)]
-        each = (int(np.ceil(share * f.rank)) * f.v.shape[0] for f in layers)
-        return len(batch.images) * sum(each)
+        few = [int(np.ceil(share * f.rank)) for f in layers]
+        total = len(batch.images) * sum(n * len(f.v) for n, f in zip(few, layers, strict=True))
+        if basis == "error" and share < 0.9:
+            # P with the coefficients, and with V.
+            both = (len(batch.images) + len(f.v) for f in layers)
+            total += sum(n * f.rank * m for n, f, m in zip(few, layers, both, strict=True))
+        return total
 
     assert work(0.5) - work(0.25) == thin(0.5) - thin(0.25) > 0
     assert work(0.999) - work(0.5) == thin(0.999) - thin(0.5)
@@ -158,6 +173,129 @@ def test_a_layer_gives_its_own_gradient_and_that_of_few_triplets_to_its_input():
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def between(f, g, groups):
+    """The cotangent of what V makes of the input, from that of a convolution by U."""
+
+    def across(m):
+        kernel = f.u.reshape(1, 3, 4, f.rank).swapaxes(2, 3)
+        return jax.lax.conv_general_dilated(
+            m, kernel, (1, 1), "SAME", feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    return jax.vjp(across, jnp.zeros((*g.shape[:3], f.rank * groups)))[1](g)[0]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_passes_the_part_in_a_span_and_tells_of_the_whole(groups):
+    rng = np.random.default_rng(2)
+    shapes = ((3 * 4, 5), (5,), (3 * 6 // groups, 5))
+    f = Factors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+    x = jnp.asarray(rng.normal(size=(2, 7, 7, 6)), jnp.float32)
+
+    def layer(weights, x):
+        return products.convolution(weights, x, (3, 3), (2, 1), "SAME", (1, 1), groups)
+
+    y = layer(f, x)
+    # As small as a signal may be whose squares are no numbers any more.
+    g = 1e-25 * jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    exact, through = jax.vjp(layer, f, x)[1](g)
+    c = 1e25 * between(f, g, groups).reshape(-1, 5) * f.s[None, :]
+    p = jnp.linalg.qr(jnp.asarray(rng.normal(size=(5, 2)), jnp.float32))[0]
+    for span in (jnp.eye(5), p):
+        own, back = jax.vjp(layer, WithFeedback(f, span), x)[1](g)
+        inside = Factors(f.u * f.s[None, :] @ span @ span.T, jnp.ones(5), f.v)
+        assert max_difference(back, jax.vjp(functools.partial(layer, inside), x)[1](g)[0]) < 1e-29
+        assert max_difference(own.weights, exact) < 1e-29
+        told, wanted = own.passed / own.passed[0, 0], c.T @ c @ span
+        np.testing.assert_allclose(told, wanted / wanted[0, 0], rtol=1e-3, atol=1e-4)
+    assert max_difference(through, jax.vjp(layer, WithFeedback(f, jnp.eye(5)), x)[1](g)[1]) < 1e-29
+
+
+def perceptron():
+    units, params, mstate = apart(mlp(IMAGE, CLASSES, rank=1.0, rngs=nnx.Rngs(0), hidden=(12, 6)))
+    return units, spread_spectra(params), mstate
+
+
+BY_ERROR = {"path": "sequential", "basis": "error"}
+
+
+def test_no_other_channel_of_its_rank_brings_a_nearer_signal_than_that_of_the_error():
+    units, params, mstate = perceptron()
+    batch = make_batch(4, 9)  # whose error is measured, see `make_method`
+    true, tape, _ = exact(units, params, mstate, batch)
+    (name, f), *_ = ((n, f) for n, f in params[1].items() if factors.is_factors(f))
+    miss = functools.partial(missed, units, params, tape, true, name)
+    method = make_method("ssa", units, params, mstate, rank=1 / 3, **BY_ERROR)
+    span = method.init(jax.random.key(0), params, mstate).passed[1][name]
+    assert max_difference(span.T @ span, jnp.eye(2)) < 1e-5
+    least = miss(span)
+    # All that the second and further directions of the error would bring.
+    wanted = np.linalg.svd(true[0].reshape(4, -1), compute_uv=False)[2:]
+    assert least == pytest.approx(np.sum(wanted**2), rel=2e-2)
+    for seed in range(5):
+        other = jnp.linalg.qr(span + 0.1 * jax.random.normal(jax.random.key(seed), span.shape))[0]
+        assert miss(other) > least
+    assert miss(factors.leading(f, 2)) > 1.01 * least
+
+
+def test_where_no_error_was_seen_the_directions_are_those_of_the_spectrum():
+    s = jnp.float32([0.1, -3.0, 1.0, 2.0])
+    nothing = principal(jnp.zeros((4, 4)), s, 2)
+    np.testing.assert_allclose(nothing @ nothing.T, jnp.diag(jnp.float32([0, 1, 0, 1])), atol=1e-6)
+    # One direction is seen, however faintly, the next is the largest of the others.
+    faint = 1e-20 * jnp.outer(jnp.float32([1, 0, 1, 0]), jnp.float32([1, 0, 1, 0]))
+    one = principal(faint, s, 2)
+    wanted = jnp.float32([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(one @ one.T, wanted, atol=1e-2)
+
+
+def exact(units, params, mstate, batch):
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = output_error(logits, batch.labels)
+    return chain(tape, error), tape, error
+
+
+def missed(units, params, tape, true, name, passed):
+    """Of the true signal below unit 1, by what passes one of its layers."""
+    twins = [params[0], params[1] | {name: passed}, *params[2:]]
+    through = through_twins(units, twins)(visited(tape, params)[1], true[1])
+    return float(jnp.sum(jnp.square(through - true[0])))
+
+
+@pytest.mark.parametrize("network", EVERY)
+def test_the_directions_of_the_error_are_a_walk_through_weights_in_their_span(network):
+    units, params, mstate = split(network, 0.5)
+    ours, tape, error = signals(units, params, mstate, rank=0.25, **BY_ERROR)
+    method = make_method("ssa", units, params, mstate, rank=0.25, **BY_ERROR)
+    passed = method.init(jax.random.key(0), params, mstate).passed
+    within = tuple(
+        unit | {n: f._replace(u=f.u @ (f.s[:, None] * p[n] @ (p[n].T / f.s[None, :])))
+                for n, f in unit.items() if n in p}
+        for unit, p in zip(params, passed, strict=True)
+    )  # fmt: skip
+    cut = walk(units, params, within, tape, error)
+    for a, b in zip(ours, cut, strict=True):
+        assert max_difference(a, b) < 1e-5 * float(jnp.abs(b).max())
+
+
+def test_the_directions_follow_the_error_of_the_last_batch_without_a_compilation():
+    units, params, mstate = perceptron()
+    method = make_method("ssa", units, params, mstate, rank=0.5, every=1, **BY_ERROR)
+    optimizer = optax.sgd(0.01)
+    state = init_state(method, optimizer, params, mstate, jax.random.key(0))
+    compiled = []
+    step = make_step(units, method, optimizer, LossWeights(), lambda: compiled.append(1))
+    seen = []
+    for seed in range(6):
+        batch = make_batch(4, seed)
+        state, _ = step(make_refresh(method)(state), batch)
+        np.testing.assert_array_equal(state.feedback.examples[0], batch.images)
+        seen.append(state.feedback.passed)
+    assert all(max_difference(a, b) > 1e-3 for a, b in itertools.pairwise(seen))
+    assert compiled == [1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -165,6 +303,7 @@ def test_a_layer_gives_its_own_gradient_and_that_of_few_triplets_to_its_input():
         ({"path": "sequential", "update": "fixed", "rank": 0.5}, "feedback_update=tracked"),
         ({"path": "sequential", "rank": 0.0}, r"feedback_rank must lie in \(0, 1\], got 0"),
         ({"path": "sequential", "rank": 1.5}, r"feedback_rank must lie in \(0, 1\]"),
+        ({"path": "sequential", "rank": 0.5, "basis": "svd"}, "feedback_basis must be one of"),
     ],
 )
 def test_a_share_that_cannot_be_walked_is_refused(options, message):
@@ -180,12 +319,22 @@ def test_a_model_without_factors_is_refused():
         method.init(jax.random.key(0), params, mstate)
 
 
-def test_a_run_with_falling_ranks_walks_through_a_share_of_what_is_left(tmp_path):
+def test_the_error_of_a_network_without_targets_is_not_known():
+    units, params, mstate = split("conv", 0.5)
+    network = Network(units, output_shapes(units, params, mstate, IMAGE), make_batch(4).images)
+    options = FeedbackOptions(path="sequential", rank=0.5, basis="error")
+    with pytest.raises(ValueError, match="feedback_basis=error needs targets"):
+        METHODS["ssa"](network, options)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_a_run_with_falling_ranks_walks_through_a_share_of_what_is_left(tmp_path, basis):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 256)
     images = rng.normal(size=(256, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
     run = ssa_jax.fit(
         "mlp", (images, labels), feedback="sequential", feedback_rank=0.25, epochs=4,
-        batch_size=32, rank_schedule="hybrid", rank_init=1.0, workdir=str(tmp_path / "run"),
+        feedback_basis=basis, batch_size=32, rank_schedule="hybrid", rank_init=1.0,
+        workdir=str(tmp_path / "run"),
     )  # fmt: skip
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]

@@ -21,16 +21,29 @@ def _direct(name: str, label: str, **changes: Any) -> Variant:
     return Variant(name, label, {"method": "ssa", "feedback_lookahead": 0, **changes})
 
 
-def _walk(name: str, share: str, rank: float) -> Variant:
-    label = f"walking through {share} of each layer's directions"
-    return Variant(name, label, {"method": "ssa", "feedback": "sequential", "feedback_rank": rank})
+def _walk(name: str, share: str, rank: float, note: str = "", **changes: Any) -> Variant:
+    walked = {"method": "ssa", "feedback": "sequential", "feedback_rank": rank}
+    return Variant(
+        name, f"walking through {share} of each layer's directions{note}", walked | changes
+    )
 
 
+EXACT = {"warmup_method": "svd_bp", "warmup_until": 20}
 VARIANTS = (
     Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
     _walk("walk_half", "half", 1 / 2),
     _walk("walk_quarter", "a quarter", 1 / 4),
     _walk("walk_eighth", "an eighth", 1 / 8),
+    _walk("walk_quarter_error", "a quarter", 1 / 4, ", by the error", feedback_basis="error"),
+    _walk("walk_eighth_error", "an eighth", 1 / 8, ", by the error", feedback_basis="error"),
+    _walk(
+        "walk_eighth_warm",
+        "an eighth",
+        1 / 8,
+        ", by the error, after 20 exact steps",
+        feedback_basis="error",
+        **EXACT,
+    ),
     Variant("auglocal", "auxiliary networks", {"method": "auglocal", "factorize": "on"}),
     _direct("direct", "ssa direct"),
     _direct("every_1", "path follows in every step", feedback_every=1),
@@ -44,6 +57,14 @@ VARIANTS = (
         "paths by regression, one unit ahead",
         feedback="regression",
         feedback_lookahead=1,
+    ),
+    _direct("warm_steps", "after 20 steps of svd_bp", **EXACT),
+    _direct(
+        "regression_warm",
+        "paths by regression, one unit ahead, after 20 steps of svd_bp",
+        feedback="regression",
+        feedback_lookahead=1,
+        **EXACT,
     ),
     _direct("joined", "two neighbours a unit", unit_size=2),
     _direct("readout", "and a local readout (0.1)", local_weight=0.1),

@@ -32,15 +32,19 @@ class Factors(NamedTuple):
 
 
 class WithFeedback(NamedTuple):
-    """Factors of a layer whose input's cotangent passes through some of its triplets alone.
+    """Factors of a layer whose input's cotangent passes through few directions alone.
+
+    With δ the cotangent of the layer's output, Uᵀδ scaled by s are r coefficients c along the
+    columns of V. Of these pass some, or their part P Pᵀ c in the span of an orthonormal P.
 
     Attributes:
       weights: the layer's factors; their own gradient is exact.
-      places: (q,) of the triplets that the cotangent passes through.
+      passed: places (q,), integers; or P (r, q), whose own cotangent is C P up to a factor, with
+        C = Σ c cᵀ over examples and positions. So of P = I all of c passes, and C is told.
     """
 
     weights: Factors
-    places: Array
+    passed: Array
 
 
 def is_factors(node: Any) -> bool:
@@ -89,6 +93,15 @@ def leading(f: Factors, rank: int) -> Array:
 def taken(f: Factors, places: Array) -> Factors:
     """The singular triplets at some places (q,), as factors of rank q."""
     return Factors(f.u[:, places], f.s[places], f.v[:, places])
+
+
+def narrowed(given: WithFeedback) -> Factors:
+    """What the input's cotangent passes through, as factors of rank q."""
+    f, passed = given
+    if passed.ndim == 1:
+        return taken(f, passed)
+    ones = jnp.ones(passed.shape[1], f.s.dtype)
+    return Factors(f.u @ (f.s[:, None] * passed), ones, f.v @ passed)
 
 
 def leaves(tree: Any) -> list[Factors]:

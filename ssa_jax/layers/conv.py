@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +113,7 @@ class SVDConv(nnx.Module):
     def _convolve(self, x: Array) -> Array:
         """Maps x (batch, H, W, C) to (batch, H', W', N)."""
         weights = self.kernel.get_value()
-        f = weights.weights if isinstance(weights, WithFeedback) else weights
-        if self._takes_kernel(f, x):
+        if self._takes_kernel(weights, x):
             y = products.forward_and_back(self._by_kernel, weights, x, self._thin_back)
         else:
             y = self._pair(weights, x)
@@ -121,10 +121,11 @@ class SVDConv(nnx.Module):
             y = y + self.bias.get_value().reshape(1, 1, 1, -1)
         return y
 
-    def _takes_kernel(self, weights: Factors, x: Array) -> bool:
+    def _takes_kernel(self, weights: Factors | WithFeedback, x: Array) -> bool:
         if not self.is_plain or self.deterministic:
             return False
-        return kernel_pays(weights, x.shape, self.kernel_size, self.strides)
+        f = weights.weights if isinstance(weights, WithFeedback) else weights
+        return kernel_pays(f, x.shape, self.kernel_size, self.strides)
 
     def _by_kernel(self, weights: Factors, x: Array) -> Array:
         pad_h, pad_w = split_padding(self.padding)
@@ -132,10 +133,12 @@ class SVDConv(nnx.Module):
         both = pad_h if isinstance(pad_h, str) else (pad_h[0], pad_w[1])
         return conv(x, kernel, self.strides, both)
 
-    def _thin_back(self, weights: Factors, places: Array, x: Array, cotangent: Array) -> Array:
+    def _thin_back(self, given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
         # Where the layer is one kernel, nothing of its way back is there to be shared.
-        thin = factors.taken(weights, places)
-        return jax.vjp(lambda a: self._pair(thin, a), x)[1](cotangent)[0]
+        thin = factors.narrowed(given)
+        of_x = jax.vjp(lambda a: self._pair(thin, a), x)[1](cotangent)[0]
+        (own,) = jax.vjp(lambda given: self._pair(given, x), given)[1](cotangent)
+        return own.passed, of_x
 
     def _pair(self, weights: Factors | WithFeedback, x: Array) -> Array:
         return products.convolution(

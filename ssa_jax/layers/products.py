@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.factors import Factors, WithFeedback
+from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers.lowering import DIMENSIONS, conv_general_dilated
 
 Array = jax.Array
@@ -18,7 +18,7 @@ def forward_and_back(
     product: Callable[[Factors, Array], Array],
     weights: Factors | WithFeedback,
     x: Array,
-    back: Callable[[Factors, Array, Array, Array], Array],
+    back: Callable[[WithFeedback, Array, Array], tuple[Any, Array]],
 ) -> Array:
     """A layer's product with its factors, whose cotangent of x has those of its feedback, if any.
 
@@ -26,8 +26,7 @@ def forward_and_back(
       product: of factors with x.
       weights: the layer's.
       x: its input.
-      back: (factors, places, x, cotangent of the product) -> that of x through the triplets at
-        some places alone.
+      back: (weights, x, cotangent of the product) -> those of what passes and of x.
     """
     if not isinstance(weights, WithFeedback):
         return product(weights, x)
@@ -40,13 +39,36 @@ def forward_and_back(
         return product(given.weights, x), (given, x)
 
     def backward(saved: Any, cotangent: Array) -> tuple[Any, Array]:
-        (f, places), x = saved
-        (own,) = jax.vjp(lambda f: product(f, x), f)[1](cotangent)
-        nothing = np.zeros(places.shape, jax.dtypes.float0)
-        return WithFeedback(own, nothing), back(f, places, x, cotangent)  # type: ignore[arg-type]
+        given, x = saved
+        (own,) = jax.vjp(lambda f: product(f, x), given.weights)[1](cotangent)
+        of_passed, of_x = back(given, x, cotangent)
+        return WithFeedback(own, of_passed), of_x
 
     apply.defvjp(forward, backward)
     return apply(weights, x)
+
+
+def passing(given: WithFeedback, inner: Array) -> tuple[Any, Array, Array]:
+    """What of a cotangent passes a layer's feedback.
+
+    Args:
+      given: weights and what passes.
+      inner: δ U (..., r).
+
+    Returns:
+      The cotangent of `given.passed`; the coefficients that pass, (..., q); and the columns
+      (d_in, q) that they go back through.
+    """
+    (_, s, v), passed = given
+    if passed.ndim == 1:
+        columns = v[:, passed] * s[None, passed]
+        return np.zeros(passed.shape, jax.dtypes.float0), inner[..., passed], columns
+    few = inner @ (s[:, None] * passed)
+    # Squares of small signals would vanish, and a factor of the layer's own says nothing.
+    all_of_it, peak = linalg.unit_peak(inner.reshape(-1, s.size).astype(jnp.float32) * s[None, :])
+    part = few.reshape(-1, passed.shape[1]) / jnp.where(peak > 0, peak, 1).astype(few.dtype)
+    moments = all_of_it.T @ part.astype(jnp.float32)
+    return moments.astype(passed.dtype), few, v @ passed
 
 
 def dense(weights: Factors | WithFeedback, x: Array) -> Array:
@@ -69,12 +91,13 @@ def _dense(weights: Factors, x: Array) -> Array:
     return (x @ (v * s[None, :])) @ u.T
 
 
-def _dense_back(weights: Factors, places: Array, x: Array, cotangent: Array) -> Array:
-    u, s, v = weights
+def _dense_back(given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
+    u, s, v = given.weights
     down = v * s[None, :]
     # The cotangent of x V is that which the gradient of V takes: it is computed but once.
     (inner,) = jax.vjp(lambda m: m @ u.T, x @ down)[1](cotangent)
-    return inner[..., places] @ down[:, places].T
+    of_passed, few, columns = passing(given, inner)
+    return of_passed, few @ columns.T
 
 
 def convolution(
@@ -119,15 +142,17 @@ def convolution(
         x, u, s, v = (a.astype(dtype) for a in (x, *f))
         return across(u, down(v * s[None, :], x))
 
-    def back(f: Factors, places: Array, x: Array, cotangent: Array) -> Array:
-        dtype = jnp.result_type(x, *f)
-        a, u, s, v = (a.astype(dtype) for a in (x, *f))
-        scaled = v * s[None, :]
+    def back(given: WithFeedback, x: Array, cotangent: Array) -> tuple[Any, Array]:
+        dtype = jnp.result_type(x, *given.weights)
+        f = Factors(*(a.astype(dtype) for a in given.weights))
         # As in `_dense_back`.
-        (inner,) = jax.vjp(lambda y: across(u, y), down(scaled, a))[1](cotangent)
-        at = (s.size * jnp.arange(groups)[:, None] + places[None, :]).ravel()
-        thin = jax.vjp(lambda a: down(scaled[:, places], a), a)[1]
-        return thin(inner[..., at])[0].astype(x.dtype)
+        inner_of = jax.vjp(lambda y: across(f.u, y), down(f.v * f.s[None, :], x.astype(dtype)))[1]
+        (inner,) = inner_of(cotangent)
+        by_group = inner.reshape(*inner.shape[:-1], groups, f.rank)
+        of_passed, few, columns = passing(WithFeedback(f, given.passed), by_group)
+        thin = jax.vjp(lambda a: down(columns, a), x.astype(dtype))[1]
+        of_x = thin(few.reshape(*inner.shape[:-1], -1))[0]
+        return of_passed, of_x.astype(x.dtype)
 
     return forward_and_back(product, weights, x, back)
 

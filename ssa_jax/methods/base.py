@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ssa_jax.networks.forward import Tape, Visited, visited
 from ssa_jax.networks.units import Unit
@@ -124,6 +125,18 @@ def softmax_error(outputs: Array, labels: Array) -> Array:
     return (jax.nn.softmax(outputs) - one_hot(labels, outputs)) / len(outputs)
 
 
+def newest(examples: Tree, batch: Any) -> Tree:
+    """The first of a batch's images, or of images and labels, in place of as many of before."""
+    seen = (batch.images, batch.labels)[: len(examples)]
+
+    # By their numbers: rows of a slice that lie on other devices would be sent one by one, what is
+    # gathered is part of the sum over the devices that a step makes anyway.
+    def first(x: Array, old: Array) -> Array:
+        return jnp.take(x, jnp.arange(len(old)), axis=0)
+
+    return jax.tree.map(first, seen, examples)
+
+
 class Network(NamedTuple):
     """What a method may know of its network when it is made.
 
@@ -156,6 +169,7 @@ class FeedbackOptions(NamedTuple):
       limit: bytes that full paths may take under the form ``"auto"``.
       lookahead: units that a direct signal of ssa is pulled back through exactly.
       rank: share of each layer's singular directions that a sequential walk goes through.
+      basis: which, ``"spectrum"`` or ``"error"`` (see `methods.walk`).
       readout: ``"pred"``, ``"sim"`` or ``"predsim"`` (see `methods.local`).
       readout_update: ``"learned"`` or ``"fixed"``.
       readout_rate: Adam's rate of learned readouts.
@@ -170,6 +184,7 @@ class FeedbackOptions(NamedTuple):
     limit: int = 256 * 2**20
     lookahead: int = 0
     rank: float = 1.0
+    basis: str = "spectrum"
     readout: str = "predsim"
     readout_update: str = "learned"
     readout_rate: float = 2e-3

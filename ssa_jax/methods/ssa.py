@@ -16,6 +16,7 @@ from ssa_jax.methods.base import (
     Network,
     Through,
     all_direct,
+    newest,
     require_choice,
     walking,
 )
@@ -48,12 +49,6 @@ class SSAFeedback(NamedTuple):
 
 # Of composed paths, evenly many, so that their signs balance (see `feedback.composed_paths`).
 _COMPOSED_EXAMPLES = 16
-
-
-def _first(x: Array, rows: int) -> Array:
-    # By their numbers: rows of a slice that lie on other devices would be sent one by one, what is
-    # gathered is part of the sum over the devices that a step makes anyway.
-    return jnp.take(x, jnp.arange(rows), axis=0)
 
 
 def ssa(network: Network, options: FeedbackOptions) -> Method:
@@ -147,8 +142,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         twins = feedback.twins
         if options.update == "mutual":
             twins = tw.meet(twins, after, options.rate)
-        seen = (batch.images, batch.labels)[: len(feedback.examples)]
-        examples = jax.tree.map(lambda x, old: _first(x, len(old)), seen, feedback.examples)
+        examples = newest(feedback.examples, batch)
         return feedback._replace(twins=tw.follow_ranks(twins, after), examples=examples)
 
     def refresh(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:

@@ -1,17 +1,48 @@
 """Sequential feedback of low rank: the error walks down through a few singular directions."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax.factors import is_factors
+from ssa_jax.factors import Factors, is_factors
+from ssa_jax.factors.one_by_one import eigh
 from ssa_jax.methods import feedback as fb
-from ssa_jax.methods.base import FeedbackOptions, Method, Network, Through, walking
+from ssa_jax.methods.base import (
+    FeedbackOptions,
+    Method,
+    Network,
+    Through,
+    newest,
+    require_choice,
+    walking,
+)
+from ssa_jax.networks.units import Unit, expect
 
 Array = jax.Array
 Tree = Any
+
+BASES = ("spectrum", "error")
+# Whose error is measured, at most.
+_EXAMPLES = 32
+# Weight of what is believed of it without any.
+_PRIOR = 1e-2
+_TINY = 1e-30
+
+
+class WalkFeedback(NamedTuple):
+    """What a walk through few directions keeps.
+
+    Attributes:
+      passed: of every unit, by layer, what of the error passes it (see `factors.WithFeedback`).
+      examples: inputs and targets of the last batch on whose error it is measured; else none.
+    """
+
+    passed: Tree
+    examples: Tree = ()
 
 
 def directions(rank: int, share: float) -> int:
@@ -20,53 +51,124 @@ def directions(rank: int, share: float) -> int:
 
 
 def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
-    """δ_{i-1} = (∂h_i/∂x_i with W_q for W)ᵀ δ_i, W_q the q largest singular triplets of W.
+    """δ_{i-1} = (∂h_i/∂x_i with W_q for W)ᵀ δ_i, W_q of rank q in the span of W.
 
-    W = U diag(s) Vᵀ passes to its input V_q diag(s_q) U_qᵀ δ, the best approximation of Wᵀ δ of
-    that rank. U_qᵀ δ is part of Uᵀ δ, which the gradient of V takes in any case, so what the signal
-    costs is the product with V_q (d_in, q) alone. (A convolution that is run as one kernel has no
-    Uᵀ δ, and takes both thin products.) q is `options.rank` of the layer's stored rank, rounded up;
-    which triplets are the largest is read every `options.every` steps and after a compaction, their
-    values are always those of the present weights. Everything else on the way, dense layers among
-    it, passes the error exactly. All triplets are backpropagation.
+    W = U diag(s) Vᵀ passes to its input V c, c = diag(s) Uᵀ δ being r coefficients. Uᵀ δ the
+    gradient of V takes in any case, so what the signal costs is the product of q coefficients with
+    as many columns (d_in, q) alone. (A convolution that is run as one kernel has no Uᵀ δ, and takes
+    both thin products.) q is `options.rank` of the layer's stored rank, rounded up. Which q, by
+    `options.basis`, is found every `options.every` steps and after a compaction:
+
+    ``spectrum``: those of largest |s|. W_qᵀ is then the best approximation of Wᵀ of that rank.
+    ``error``: P Pᵀ c, with P (r, q) the q leading eigenvectors of C = Σ c cᵀ in an exact backward
+    pass of a few examples of the last batch (see `moments`, `principal`): one product with P more.
+    As V is orthonormal, no other channel of rank q brings them a signal nearer to Wᵀ δ in the mean
+    square.
+
+    The values are always those of the present weights. Everything else on the way, dense layers
+    among it, passes the error exactly. All directions are backpropagation.
 
     Raises:
-      ValueError: a share outside (0, 1]; at init, a model without factors.
+      ValueError: an unknown basis, a share outside (0, 1], the error's directions in a network
+        without targets; at init, a model without factors.
     """
-    share = options.rank
+    share, by_error = options.rank, options.basis == "error"
+    require_choice("feedback_basis", options.basis, BASES)
     if not 0 < share <= 1:
         raise ValueError(f"feedback_rank must lie in (0, 1], got {share}")
+    if by_error and network.targets is None:
+        raise ValueError("feedback_basis=error needs targets, and this network was given none")
 
-    def places(params: Tree) -> Tree:
-        return tuple(
-            {
-                name: factors.leading(f, directions(f.rank, share))
-                for name, f in unit.items()
-                if is_factors(f)
-            }
-            for unit in params
-        )
+    def passed(params: Tree, mstate: Tree, examples: Tree) -> Tree:
+        if not by_error:
+            return of_factors(lambda f: factors.leading(f, directions(f.rank, share)), params)
+        inputs, targets = examples
+        found = moments(network.units, params, mstate, inputs, lambda y: network.error(y, targets))
+        spectra = of_factors(lambda f: f.s, params)
+        return jax.tree.map(lambda c, s: principal(c, s, directions(len(s), share)), found, spectra)
 
-    def init(key: Array, params: Tree, mstate: Tree) -> Tree:
-        del key, mstate
+    def init(key: Array, params: Tree, mstate: Tree) -> WalkFeedback:
+        del key
         if not factors.leaves(params):
             raise ValueError("feedback_rank is a share of factors' rank, and this model has none")
-        return places(params)
+        seen = (network.inputs, network.targets) if by_error else ()
+        examples = jax.tree.map(lambda x: jnp.asarray(x[:_EXAMPLES]), seen)
+        return WalkFeedback(passed(params, mstate, examples), examples)
 
-    def down(state: Tree, params: Tree) -> Through:
+    def down(feedback: WalkFeedback, params: Tree) -> Through:
         # All of them in their own order are the weights, to the last bit.
         twins = tuple(
-            unit | {n: at for n, at in chosen.items() if len(at) < unit[n].rank}
-            for unit, chosen in zip(params, state, strict=True)
+            unit | {n: p for n, p in of_unit.items() if p.shape[-1] < unit[n].rank}
+            for unit, of_unit in zip(params, feedback.passed, strict=True)
         )
         return fb.through_twins(network.units, twins)
 
-    def refresh(state: Tree, params: Tree, mstate: Tree) -> Tree:
-        del state, mstate
-        return places(params)
+    def update(
+        feedback: WalkFeedback, before: Tree, after: Tree, tape: Any, batch: Any
+    ) -> WalkFeedback:
+        del before, after, tape
+        return feedback._replace(examples=newest(feedback.examples, batch))
+
+    def refresh(feedback: WalkFeedback, params: Tree, mstate: Tree) -> WalkFeedback:
+        return feedback._replace(passed=passed(params, mstate, feedback.examples))
 
     return walking(init, down)._replace(
+        update=update,
         refresh=refresh,
         refresh_every=options.every,
-        note=f"walking through {share:g} of each layer's singular directions",
+        note=f"walking through {share:g} of each layer's singular directions"
+        + ", those of the error" * by_error,
     )
+
+
+def principal(moments: Array, s: Array, n: int) -> Array:
+    """The n leading eigenvectors (r, n) of moments (r, r) and a little of diag(s²).
+
+    That is what c = diag(s) Uᵀ δ has of a δ that may be anything: where the examples say nothing,
+    as of a layer that is met by fewer of them than its rank, the directions are those of largest
+    |s|, and not what rounding makes them.
+    """
+    both = moments, jnp.diag(jnp.square(s))
+    seen, of_any = (m / jnp.maximum(jnp.trace(m), _TINY) for m in both)
+    return eigh(seen + _PRIOR * of_any)[1][:, -n:]
+
+
+def of_factors(fn: Callable[[Factors], Any], params: Tree) -> Tree:
+    """What a function makes of the factors of every unit, by layer."""
+    return tuple({n: fn(f) for n, f in unit.items() if is_factors(f)} for unit in params)
+
+
+def moments(
+    units: Sequence[Unit], params: Tree, mstate: Tree, x: Tree, error: Callable[[Array], Array]
+) -> Tree:
+    """How the true signals lie among the singular directions of every layer.
+
+    Args:
+      units: n units.
+      params: their parameters.
+      mstate: model state.
+      x: inputs of the model.
+      error: outputs (batch, ...) -> e of the same shape.
+
+    Returns:
+      Of every unit, by layer, (r, r): Σ c cᵀ over examples and positions, up to a factor of the
+      layer, with c = diag(s) Uᵀ δ and δ what a backward pass in training mode brings to its output.
+    """
+    # What passes is all of c, and its own cotangent is what is looked for.
+    whole = of_factors(lambda f: jnp.eye(f.rank, dtype=f.s.dtype), params)
+    twins = tuple(unit | of_unit for unit, of_unit in zip(params, whole, strict=True))
+    expect(units, params, twins)
+    pullbacks = []
+    for i, unit in enumerate(units):
+
+        def apply(whole: Tree, x: Tree, i: int = i, unit: Unit = unit) -> Array:
+            return unit.walk(params[i], params[i] | whole, mstate[i], x)
+
+        x, pullback = jax.vjp(apply, whole[i], x)
+        pullbacks.append(pullback)
+    found: list[Tree] = []
+    signal = error(x)
+    for pullback in reversed(pullbacks):
+        of_unit, signal = pullback(signal)
+        found.insert(0, of_unit)
+    return tuple(found)

@@ -173,7 +173,7 @@ class _Typed:
 
 
 def _with_feedback(params: Entries, twins: Entries) -> Entries:
-    """The parameters; factors whose twin is an array of places in one value with it.
+    """The parameters; factors whose twin says what passes them in one value with it.
 
     Their layer has to pass the error back as a whole. A twin of the weights' own shapes may stand
     in for each of its arrays, wherever the model uses them.

@@ -26,7 +26,7 @@ class Unit:
       apply: (params, mstate, x, *, train) -> (y, mstate), the unit and its new statistics.
       walk: (params, twins, mstate, x) -> y, equal to `apply` in training mode, but its derivative
         with respect to x passes through the twins' maps instead of those of the parameters. The
-        twin of `Factors` may be an array of places: those of its own triplets that it passes.
+        twin of `Factors` may be what passes it, see `factors.WithFeedback`.
       expect: (params, twins=None) -> None, tells shapes that are about to come. Units of one
         network that know them all before the first `apply`, or `walk`, are traced together, and
         not one by one.

@@ -39,7 +39,7 @@ EXAMPLES = 64
 class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
-    `warmup` is at work in the first `warmup_epochs` epochs, on the state that `method` shares;
+    `warmup` is at work before step `takes_over`, on the state that `method` shares;
     `memory` is the mode of the steps of both; `bounds` are those of the stages of a step that goes
     over some (see `parallel.pipeline`), else none.
     """
@@ -47,7 +47,7 @@ class Built(NamedTuple):
     units: tuple[Unit, ...]
     method: Method
     warmup: Method
-    warmup_epochs: int
+    takes_over: int
     memory: str
     bounds: tuple[int, ...]
     optimizer: Any
@@ -133,11 +133,12 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
             bounds = bounds_of(units, method, optimizer, weights, state, part, config.stages, mode)
     except ValueError as e:
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
+    warm = config.warmup_until or config.warmup_epochs * steps_per_epoch
     return Built(
         units=units,
         method=method,
         warmup=warmup,
-        warmup_epochs=0 if config.warmup_method == "none" else config.warmup_epochs,
+        takes_over=0 if config.warmup_method == "none" else warm,
         memory=mode,
         bounds=bounds,
         optimizer=optimizer,

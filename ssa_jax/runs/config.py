@@ -14,6 +14,7 @@ from ssa_jax.methods import METHODS, ON_FACTORS
 from ssa_jax.methods.feedback import FORMS
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS
 from ssa_jax.methods.ssa import PATHS, UPDATES
+from ssa_jax.methods.walk import BASES
 from ssa_jax.models import MODELS
 from ssa_jax.settings import check, setting
 from ssa_jax.training import record
@@ -100,11 +101,9 @@ class Config:
         None, "Results' folder; default: a new one under runs/.", path=True
     )
     compile_cache: str | None = setting(
-        None,
-        "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
-        "ssa_jax/jax in the user's cache folder.",
-        path=True,
-    )
+        None, "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
+        "ssa_jax/jax in the user's cache folder.", path=True,
+    )  # fmt: skip
     steps_per_dispatch: int = setting(
         0, "Steps in one program, where nothing is due between them; 0: 1 on a CPU, else 10.", low=0
     )
@@ -178,6 +177,7 @@ class Config:
     feedback_rank: float = setting(
         1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
     )
+    feedback_basis: str = setting("spectrum", "Those of largest |s| or error.", choices=BASES)
     unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
@@ -185,10 +185,11 @@ class Config:
     aux_depth: int = setting(3, "Most layers of an auxiliary network of auglocal.", low=0)
     warmup_method: str = setting(
         "none",
-        "Method of the first --warmup_epochs, on the same weights.",
+        "Method of the first --warmup_epochs or --warmup_until, on the same weights.",
         choices=collections.ChainMap({"none": None}, METHODS),
     )
     warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
+    warmup_until: int = setting(0, "Its steps, in place of --warmup_epochs; 0: those.", low=0)
     local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)
     projection: str = setting("stiefel", "Tangent projection.", choices=tuple(PROJECTIONS))
     retraction: str = setting("series", "Retraction.", choices=tuple(RETRACTIONS))

@@ -79,6 +79,7 @@ def make_methods(config: Config, network: Network, given: Given = NOTHING) -> tu
         limit=config.feedback_limit_mib * 2**20,
         lookahead=config.feedback_lookahead,
         rank=config.feedback_rank,
+        basis=config.feedback_basis,
         readout=config.readout,
         readout_update=config.readout_update,
         readout_rate=config.readout_rate,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -113,7 +113,6 @@ class Trainer:
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
         feeds = self.loader.feeds(self._state.key, epoch, size, means.steps)
-        steps = self.programs.warmup if self._warming_up(epoch) else self.programs.steps
         first = epoch * per_epoch
         last = first + per_epoch
         if self.config.max_steps:
@@ -122,10 +121,7 @@ class Trainer:
             contextlib.closing(feeds),
             bar(epoch + 1, self.config.epochs, (last - first) * size, means.steps * size) as shown,
         ):
-            runs = dispatches(
-                first + means.steps, last, steps.length, steps.periods, self.built.cuts_at
-            )
-            for step, count in runs:
+            for steps, step, count in self._runs(first + means.steps, last):
                 between(step)
                 # Whatever comes from the host or goes there in here is asked for explicitly; an
                 # operation outside of a program takes its constants from there.
@@ -145,8 +141,13 @@ class Trainer:
         schedule = self.built.learning_rate
         return None if schedule is None else float(schedule(step))
 
-    def _warming_up(self, epoch: int) -> bool:
-        return epoch < self.built.warmup_epochs
+    def _runs(self, first: int, last: int) -> Iterator[tuple[Steps, int, int]]:
+        """The steps first, ..., last - 1 by their programs, first step and number."""
+        border = min(max(first, self.built.takes_over), last)
+        warmup, steps = self.programs.warmup, self.programs.steps
+        for of, start, end in ((warmup, first, border), (steps, border, last)):
+            for step, count in dispatches(start, end, of.length, of.periods, self.built.cuts_at):
+                yield of, step, count
 
     def _dispatch(
         self, steps: Steps, feed: Feed, step: int, count: int, means: RunningMeans
@@ -154,8 +155,7 @@ class Trainer:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
         # Paths of the method that takes over may be old.
-        takes_over = self.built.warmup_epochs * self.built.steps_per_epoch
-        due = (every and step % every == 0) or 0 < takes_over == step
+        due = (every and step % every == 0) or 0 < self.built.takes_over == step
         state = self.programs.divided(self._state)
         state = self.programs.refresh(state) if due else state
         self._state, measured = steps.programs[count](state, feed.source)
