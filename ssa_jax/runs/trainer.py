@@ -232,7 +232,8 @@ class Trainer:
         if not chosen:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
-        self._refreshed(ranks.compact(self.state, chosen))
+        compact = self.layout.returning(self.layout.keep, ranks.make_compaction(chosen))
+        self._refreshed(compact(self.state))
         return {**_before("compaction", evaluated), **self.evaluate()}
 
 
