@@ -15,6 +15,9 @@ _EVENTS = (
     "/jax/core/compile/backend_compile_duration",
 )
 OFF = "off"
+# Programs that compile for so long are kept: a network is made by many that take less than the
+# second from which on JAX keeps them.
+KEPT_FROM_S = 0.1
 # For each shape of a product on a GPU, Triton's tuner compiles dozens of kernels, and a network on
 # factors has many shapes: 147 s for a step of VGG-13 on an H200, 25 s with cuBLAS alone.
 _GPU_PRODUCTS = "--xla_gpu_enable_triton_gemm"
@@ -72,7 +75,7 @@ def use_cache(folder: str | None) -> None:
     chosen = settings["jax_compilation_cache_dir"]
     if folder is None and (chosen or not settings["jax_enable_compilation_cache"]):
         return
-    path = Path(folder) if folder else _default_folder()
+    path = Path(folder) if folder else user_cache() / "jax"
     try:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
@@ -83,8 +86,11 @@ def use_cache(folder: str | None) -> None:
     if writable:
         jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", str(path))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_S)
 
 
-def _default_folder() -> Path:
+def user_cache() -> Path:
+    """The folder of this package in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ssa_jax" / "jax"
+    return Path(base) / "ssa_jax"
