@@ -41,7 +41,6 @@ CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
 # What large images ask first is memory: of the default and of what keeps least.
 LARGE_ENTRIES = (
     ("bp", 0, "taped"),
-    ("bp", 0, "streamed"),
     ("ssa", 1, "taped"),
     ("ssa", 1, "streamed"),
 )

@@ -1,7 +1,11 @@
 """How programs are compiled, their cache on disk, and what compiling cost."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -46,6 +50,61 @@ class Compiling:
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event in _EVENTS:
             self.seconds += duration_secs
+
+
+class Ahead:
+    """Compiles programs in the background, before they are first called.
+
+    Their calls then find them in JAX's own caches, and are what they are without it. One that
+    fails to compile does so again where it is called, where its error is to be heard.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    def pays() -> bool:
+        """Whether the host has nothing else to do: steps on a CPU would only become slower."""
+        return jax.default_backend() != "cpu"
+
+    def begin(
+        self, calls: Sequence[tuple[Any, tuple[Any, ...]]],
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:  # fmt: skip
+        """Compiles jitted programs for arguments such as these, one after the other.
+
+        Args:
+          calls: programs with their arguments, of which nothing is kept but their shapes.
+          context: in which they are called; a thread does not take over those of another.
+        """
+        shapes = [(program, jax.tree.map(_shape, arguments)) for program, arguments in calls]
+
+        def compile_all() -> None:
+            with context():
+                for program, arguments in shapes:
+                    # Of a process that ends.
+                    if not threading.main_thread().is_alive():
+                        return
+                    with contextlib.suppress(Exception):
+                        program.lower(*arguments).compile()
+
+        self.wait()
+        # No daemon: an interpreter that ends while XLA compiles aborts.
+        self._thread = threading.Thread(target=compile_all)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all are compiled; nothing where none was begun."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    # JAX looks compiled programs up by where their arguments lie, too, if these may not move.
+    sharding = x.sharding if x.committed else None
+    weak = x.aval.weak_type
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
 
 
 def leave_products_to_cublas() -> None:
