@@ -100,11 +100,9 @@ class Config:
         None, "Results' folder; default: a new one under runs/.", path=True
     )
     compile_cache: str | None = setting(
-        None,
-        "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
-        "ssa_jax/jax in the user's cache folder.",
-        path=True,
-    )
+        None, "Folder of compiled programs, or 'off'; default: JAX_COMPILATION_CACHE_DIR, else "
+        "ssa_jax/jax in the user's cache folder.", path=True,
+    )  # fmt: skip
     steps_per_dispatch: int = setting(
         0, "Steps in one program, where nothing is due between them; 0: 1 on a CPU, else 10.", low=0
     )
@@ -116,6 +114,10 @@ class Config:
     )
     num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
     process_id: int = setting(-1, "This one's, from 0, with --coordinator_address.", low=-1)
+    batch_statistics: str = setting(
+        "global", "Rows that a batch norm normalises by: all, or each device's by themselves.",
+        choices=("global", "device"),
+    )  # fmt: skip
     shard_params: bool = setting(False, "Each device keeps a part of U and V of every layer.")
     stages: int = setting(1, "Devices in a row, each with some of the units.", low=1)
     micro_batches: int = setting(1, "Parts in which a batch goes through the stages.", low=1)
@@ -135,9 +137,7 @@ class Config:
         "Called with the row of each epoch: csv, wandb, or package.module:name of a function that "
         "makes one for the run's folder; several by commas.",
     )
-    tensorboard: bool = setting(
-        False, "Write events for TensorBoard to tensorboard/ in the workdir, every epoch."
-    )
+    tensorboard: bool = setting(False, "Write events for TensorBoard to the workdir, every epoch.")
     alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
     beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
     gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
