@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_page
+from benchmarks.aot_page import aot
 from benchmarks.forms_page import pair, stacked
 from benchmarks.page import Row, find, format_ms, markdown, setting
 from benchmarks.peers_page import peers
@@ -290,56 +291,12 @@ def compiling(record: dict[str, Any]) -> str:
     )
 
 
-def aot(record: dict[str, Any], name: str = "aot", devices: str = "accelerators") -> str:
-    """The section of `benchmarks.aot`, of one of its records by name."""
-    names = {"taped": "", "streamed": ", streamed"}
-    rows = [
-        [
-            f"{r['model']}, {r['method']}"
-            + ("" if r["rank"] is None else f" at {r['rank']}")
-            + (f", {r['lookahead']} ahead" if r["lookahead"] else "")
-            + names[r["memory"]],
-            r["target"],
-            str(r["batch"]),
-            r["program"],
-            str(r["kernels"]),
-            f"{r['kernels_to_bp']:.2f}",
-            str(r["products"]),
-            str(r["loops"]),
-            str(r["conditionals"]),
-            f"{r['collectives']} of {r['collective_bytes'] / 2**20:.1f} MiB",
-            f"{r['bytes'] / 2**20:.0f}",
-            f"{r['trace_s'] + r['compile_s']:.1f}",
-            f"{r['best_ms']:.3f}",
-        ]
-        for r in record["rows"]
-    ]
-    header = ["model, method", "target", "batch", "program", "kernels", "/ bp", "products",
-              "loops", "conditionals", "collectives", "MiB a device", "compile s",
-              "at best ms"]  # fmt: skip
-    targets = " ".join(dict.fromkeys(r["target"] for r in record["rows"]))
-    models = " ".join(dict.fromkeys(r["model"] for r in record["rows"]))
-    command = (
-        f"python -m benchmarks.aot --target {targets} --models {models} "
-        f"--json benchmarks/records/{name}.json"
-    )
-    return "\n\n".join(
-        [
-            f"## Programs for {devices}, compiled without one",
-            "Compiled on a CPU from a description of the device, products not tuned. Kernels: "
-            "fusions, library calls and copies. Products: matrix products and convolutions of "
-            "different shapes, each of which a GPU that tunes them compiles several times. At "
-            "best: what the device's rates allow for its share of the products, or for reading "
-            "and writing what it holds once, whichever is longer. No step has run on a device.",
-            setting(record, command),
-            markdown(header, rows),
-        ]
-    )
-
-
 SECTIONS = {
     "aot": aot,
-    "aot_tpu": functools.partial(aot, name="aot_tpu", devices="TPUs"),
+    "aot_tpu": functools.partial(aot, name="aot_tpu", of="Programs for TPUs"),
+    "aot_imagenet": functools.partial(
+        aot, name="aot_imagenet", of="Programs of ImageNet's size for TPUs"
+    ),
     "gpu": gpu_page.gpu,
     "compiling": compiling,
     "step": step,

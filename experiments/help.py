@@ -41,8 +41,8 @@ GROUPS = {
         "rank_cuts", "energy",
     ),
     "Hardware": (
-        "precision", "memory", "steps_per_dispatch", "shard_params", "stages", "micro_batches",
-        "distributed", "coordinator_address", "num_processes", "process_id",
+        "precision", "memory", "steps_per_dispatch", "batch_statistics", "shard_params", "stages",
+        "micro_batches", "distributed", "coordinator_address", "num_processes", "process_id",
     ),
 }  # fmt: skip
 ASKED = ("-h", "--help", "-help", "--helpfull", "--helpshort")

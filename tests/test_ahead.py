@@ -1,5 +1,6 @@
 """Programs compiled for devices that are not here, and the plan of a run on them."""
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import aot, aot_page
 from ssa_jax.errors import ConfigError
 from ssa_jax.parallel import ahead
 from ssa_jax.parallel.collectives import collectives
@@ -92,7 +94,10 @@ def test_the_step_of_ssa_has_no_loop_and_no_conditional_that_backpropagation_has
 
     bp, ssa = programs("bp", "none"), programs("ssa", "hybrid")
     assert bp.keys() == {"initialisation", "step", "evaluation"}
-    assert ssa.keys() == bp.keys() | {"refresh"}
+    # Ranks that fall are sliced by a program of the state alone.
+    assert ssa.keys() == bp.keys() | {"refresh", "compaction"}
+    assert ssa["compaction"].macs == 0
+    assert ssa["compaction"].compiled.bytes < ssa["step"].compiled.bytes
     # A platform may run a gather of its own in a loop, in both alike.
     assert ssa["step"].compiled.loops == bp["step"].compiled.loops
     assert ssa["step"].compiled.conditionals == bp["step"].compiled.conditionals == 0
@@ -125,6 +130,73 @@ def test_the_plan_says_what_does_not_fit_and_what_does_not_divide(monkeypatch):
     built = build(config, DIGITS)
     with pytest.raises(ConfigError, match="must be a multiple of the 3 devices of here, got 32"):
         next(plan.planned(built, DIGITS.example, 32, small._replace(layout=Two(None))))
+
+
+REFUSALS = {
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (53.67G) exceeds available HBM (15.75G).": 53.67 * 2**30,
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.5M of 15.48G hbm.":
+        512.5 * 2**20,
+    "RESOURCE_EXHAUSTED: no more is said": None,
+}  # fmt: skip
+
+
+def donates(text):
+    """Whether the text of a program, such as that of a step, gives away an argument."""
+    return "jax.buffer_donor" in text or "tf.aliasing_output" in text
+
+
+def refuse(monkeypatch, message, which=lambda text: True):
+    """Makes the compiler refuse programs of whose text that holds."""
+    compiles = jax.stages.Lowered.compile
+
+    def compile(self, **options):
+        if which(self.as_text()):
+            raise jax.errors.JaxRuntimeError(message)
+        return compiles(self, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_a_program_that_is_refused_for_want_of_memory_says_what_it_asks_for(monkeypatch, message):
+    refuse(monkeypatch, message)
+    x = ahead.shaped((jnp.ones((8, 8)),), here())
+    found = ahead.compiled(jax.jit(lambda x: x @ x), x, here())
+    assert isinstance(found, ahead.TooLarge)
+    assert found.bytes == (None if REFUSALS[message] is None else round(REFUSALS[message]))
+
+
+def test_a_compiler_that_fails_for_another_reason_is_heard(monkeypatch):
+    refuse(monkeypatch, "INTERNAL: a fault")
+    x = ahead.shaped((jnp.ones((8, 8)),), here())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a fault"):
+        ahead.compiled(jax.jit(lambda x: x @ x), x, here())
+
+
+def test_the_plan_of_a_step_that_is_refused_goes_on_with_the_other_programs(monkeypatch):
+    monkeypatch.setattr(ahead, "target", lambda name, stages: here())
+    config = Config(model="mlp", dataset="digits", method="bp", batch_size=32)
+    refuse(monkeypatch, next(iter(REFUSALS)), donates)
+    text = dict(line.split(": ", 1) for line in plan.lines(config, DIGITS, "here"))
+    assert text["step"] == "DOES NOT FIT: the compiler asks for 53.67 GiB, of 1 a device"
+    assert text["evaluation"].startswith("fits in")
+
+
+def test_a_refused_program_is_a_row_and_a_line_of_the_page(monkeypatch):
+    monkeypatch.setattr(ahead, "target", lambda name: here())
+    refuse(monkeypatch, next(iter(REFUSALS)), donates)
+    args = argparse.Namespace(
+        quick=True, imagenet=False, models=[], target=["here"], batch=[32]
+    )  # fmt: skip
+    rows = [row for part in aot.measure(args) for row in part]
+    refused = [row for row in rows if row["refused"]]
+    assert [row["program"] for row in refused] == ["step"] * 3
+    assert all(row["bytes"] == round(53.67 * 2**30) for row in refused)
+    assert rows[-1]["program"] == "compaction"
+    page = aot_page.aot({"rows": rows, "hardware": "", "versions": {}, "commit": ""})
+    assert page.count(f"asks for {53.67 * 1024:.0f}: does not fit") == 3
+    assert "the compiler refuses" in page
 
 
 def test_a_plan_trains_nothing_and_says_in_a_line_what_is_missing():

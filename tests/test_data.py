@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ssa_jax import data
-from ssa_jax.data import Dataset, tfds
+from ssa_jax.data import Dataset, decoded, tfds
 from ssa_jax.errors import DataError
 
 PREPARED = os.environ.get("TFDS_DATA_DIR")
@@ -159,6 +159,43 @@ def undecodable(_):
 def test_a_corrupt_record_is_named_by_its_index(spoilt):
     with pytest.raises(DataError, match="mnist train in there: record 3 is corrupt: "):
         tfds._read_split(Records(spoilt), "mnist", "train")
+
+
+def test_a_split_is_decoded_once_until_its_files_change(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    (prepared / "records").write_bytes(b"one")
+    read = []
+
+    def split():
+        read.append(1)
+        images = np.full((decoded.LEAST, 2, 2, 1), len(read), np.uint8)
+        return images, np.arange(decoded.LEAST, dtype=np.int32)
+
+    first, again = (decoded.kept(prepared, "train", split) for _ in range(2))
+    assert len(read) == 1
+    assert all(
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(first, again, strict=True)
+    )
+    assert decoded.kept(prepared, "test", split)[0].max() == 2
+    (prepared / "records").write_bytes(b"other")
+    assert decoded.kept(prepared, "train", split)[0].max() == 3
+    # One that is damaged is read anew, and so is all where nothing can be kept.
+    for file in (tmp_path / "cache").rglob("*.npz"):
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+    assert decoded.kept(prepared, "train", split)[0].max() == 4
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert decoded.kept(prepared, "train", split)[0].max() == 5
+
+
+def test_few_records_are_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    few = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int32)
+    decoded.kept(tmp_path, "train", lambda: few)
+    assert not (tmp_path / "cache").exists()
 
 
 needs_prepared = pytest.mark.skipif(not PREPARED, reason="TFDS_DATA_DIR is not set")

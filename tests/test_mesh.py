@@ -183,3 +183,19 @@ def test_eight_devices_train_other_architectures_as_one_does(model, bound):
 )
 def test_eight_devices_train_what_one_trains_to_the_rounding_of_float32(model, method):
     trains_what_one_device_trains(model, method, "float32", rank=1.0, bound=1e-4)
+
+
+@pytest.mark.long
+def test_batch_norms_of_each_devices_rows_wait_for_no_other_device():
+    found = devices_process("statistics_on_devices.py")
+    assert found["apart"] < 1e-12
+    assert found["otherwise"] > 1e-4
+    assert found["kinds"] == ["all-reduce"]
+    # One sum of gradients, and one of running statistics and metrics.
+    assert found["sums"][0] <= 2 < found["sums"][1]
+
+
+def test_statistics_of_devices_need_batch_norms():
+    config = Config(dataset="digits", model="mlp", batch_statistics="device")
+    with pytest.raises(ConfigError, match="--model=mlp has none"):
+        build.build(config, data_lib.load("digits"))

@@ -10,7 +10,7 @@ from helpers import apart, make_batch, max_difference
 
 from ssa_jax.methods import feedback
 from ssa_jax.models import MODELS
-from ssa_jax.models.blocks import Plain, Residual, dense
+from ssa_jax.models.blocks import BatchNorm, Plain, Residual, dense
 from ssa_jax.networks.forward import output_shapes
 from ssa_jax.training import costs
 
@@ -199,3 +199,23 @@ def test_path_of_an_averaging_classifier_is_its_kernel_over_the_positions():
     path = composed(units, params, mstate)[-1]
     expected = params[-1]["units/4/map/kernel"].T.reshape(5, 1, 1, 64) / 4
     assert jnp.allclose(path, jnp.broadcast_to(expected, path.shape), atol=1e-7)
+
+
+def test_groups_of_a_batch_norm_are_normalised_as_batches_of_their_own():
+    x = jax.random.normal(jax.random.key(0), (6, 4, 4, 5))
+    norm, stock = (kind(5, momentum=0.9, rngs=nnx.Rngs(0)) for kind in (BatchNorm, nnx.BatchNorm))
+    norm.groups = 3
+    parts = [nnx.clone(stock) for _ in range(3)]
+    expected = jnp.concatenate([part(x[2 * i : 2 * i + 2]) for i, part in enumerate(parts)])
+    assert max_difference(norm(x), expected) < 1e-6
+    for name in ("mean", "var"):
+        means = sum(getattr(part, name).get_value() for part in parts) / 3
+        assert max_difference(getattr(norm, name).get_value(), means) < 1e-6
+    # No group sees another: the derivative of one by the rows of another is zero.
+    one = jax.grad(lambda x: jnp.sum(nnx.clone(norm)(x)[:2] ** 3))(x)
+    assert jnp.any(one[:2] != 0)
+    assert not jnp.any(one[2:])
+    # By stored statistics rows are alone anyway, and a batch that is not divided is one group.
+    stock.mean.set_value(norm.mean.get_value()), stock.var.set_value(norm.var.get_value())
+    assert max_difference(norm(x, True), stock(x, True)) == 0
+    assert max_difference(norm(x[:5]), stock(x[:5])) == 0

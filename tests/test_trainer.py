@@ -10,7 +10,7 @@ from helpers import max_difference
 
 from ssa_jax import data as data_lib
 from ssa_jax.errors import NotFiniteError
-from ssa_jax.parallel.compiling import Compiling
+from ssa_jax.parallel.compiling import Ahead, Compiling
 from ssa_jax.runs import build
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.trainer import Trainer
@@ -181,3 +181,50 @@ def test_a_loss_that_is_not_finite_is_found(steps):
     )
     with pytest.raises(NotFiniteError):
         train(trainer)
+
+
+def compiled_in(call):
+    """Names of the programs that a call compiles, or reads from the cache on disk."""
+    names = []
+
+    def listen(event, duration_secs, **of):
+        if event.endswith("backend_compile_duration"):
+            names.append(of.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return names
+
+
+def test_what_the_end_of_an_epoch_needs_is_compiled_beside_its_steps(monkeypatch):
+    plain = make_trainer()
+    train(plain)
+    needed = {"jit(evaluate)", "jit(probe)"}
+    assert needed <= set(compiled_in(plain.measure))
+    monkeypatch.setattr(Ahead, "pays", staticmethod(lambda: True))
+    ahead = make_trainer()
+    train(ahead)
+    ahead.ahead.wait()
+    assert not needed & set(compiled_in(ahead.measure))
+    # Nothing else changes.
+    train(plain), train(ahead)
+    assert_equal_states(plain, ahead)
+
+
+def test_what_fails_to_compile_ahead_fails_where_it_is_called():
+    def wrong(x):
+        raise ValueError("a fault of the program")
+
+    def right(x):
+        return x + 1
+
+    ahead, (first, second), x = Ahead(), map(jax.jit, (wrong, right)), jnp.ones(3)
+    ahead.begin([(first, (x,)), (second, (x,))])
+    ahead.wait()
+    with pytest.raises(ValueError, match="a fault of the program"):
+        first(x)
+    # The ones behind it are compiled.
+    assert "jit(right)" not in compiled_in(lambda: second(x))

@@ -1,5 +1,8 @@
 """Data sets in memory: their parts, and how their inputs are normalised."""
 
+import functools
+import itertools
+import operator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -171,8 +174,10 @@ def shrunk(data: Dataset, size: int) -> Dataset:
         return data
 
     def means(images: np.ndarray) -> np.ndarray:
-        squares = images.reshape(len(images), size, by, size, by, -1)
-        pixels = squares.mean((2, 4), dtype=np.float32)
+        # NumPy takes ten times as long for a mean over two short axes.
+        places = itertools.product(range(by), repeat=2)
+        parts = (images[:, i::by, j::by].astype(np.float32) for i, j in places)
+        pixels = functools.reduce(operator.iadd, parts) / np.float32(by**2)
         return (np.rint(pixels) if images.dtype == np.uint8 else pixels).astype(images.dtype)
 
     return data._replace(

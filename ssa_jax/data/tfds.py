@@ -1,19 +1,25 @@
 """Image data sets that TFDS has prepared, read whole or opened."""
 
+import functools
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssa_jax.data.datasets import Dataset
+from ssa_jax.data.decoded import kept
 from ssa_jax.errors import DataError
 
 
 def load_tfds(name: str, crop: int, flip: bool, data_dir: str | None) -> Dataset:
     """A data set with an image and a label an example, read whole; errors as `open_tfds`."""
     builder = open_tfds(name, data_dir)
-    train, test = (_read_split(builder, name, split) for split in ("train", "test"))
+    train, test = (
+        kept(Path(builder.data_dir), split, functools.partial(_read_split, builder, name, split))
+        for split in ("train", "test")
+    )
     classes = builder.info.features["label"].num_classes
     return Dataset(*train, *test, classes=classes, crop=crop, flip=flip)
 

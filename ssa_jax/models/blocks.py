@@ -56,9 +56,42 @@ def conv(
     )  # fmt: skip
 
 
-def batch_norm(features: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.BatchNorm:
+class BatchNorm(nnx.BatchNorm):
+    """Batch norm that can take the moments of groups of a batch instead of the whole one.
+
+    Of a batch whose rows are spread over as many devices each has a group, and none waits for
+    another. Running statistics follow the mean over the groups.
+
+    Source: Hoffer, Hubara and Soudry 2017, ghost batch normalisation.
+
+    Attributes:
+      groups: of neighbouring rows; a batch that they do not divide is one group.
+    """
+
+    groups = 1
+
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Normalises x (batch, ..., features)."""
+        stored = self.use_running_average if use_running_average is None else use_running_average
+        if stored or self.groups == 1 or len(x) % self.groups:
+            return super().__call__(x, use_running_average, mask=mask)
+
+        def alone(rows: Array) -> tuple[Array, Array, Array]:
+            norm = nnx.clone(self)
+            y = nnx.BatchNorm.__call__(norm, rows, use_running_average=False)
+            return y, norm.mean.get_value(), norm.var.get_value()
+
+        y, mean, var = jax.vmap(alone)(x.reshape(self.groups, -1, *x.shape[1:]))
+        self.mean.set_value(jnp.mean(mean, axis=0))
+        self.var.set_value(jnp.mean(var, axis=0))
+        return y.reshape(x.shape)
+
+
+def batch_norm(features: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> BatchNorm:
     """Batch norm whose running statistics follow within some tens of steps."""
-    return nnx.BatchNorm(features, momentum=MOMENTUM, epsilon=epsilon, rngs=rngs)
+    return BatchNorm(features, momentum=MOMENTUM, epsilon=epsilon, rngs=rngs)
 
 
 def at_rank(model: nnx.Module, rank: float | None, dense: Mapping[str, str]) -> Any:

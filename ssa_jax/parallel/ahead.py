@@ -160,6 +160,33 @@ class Compiled(NamedTuple):
     bytes: int
 
 
+class TooLarge(NamedTuple):
+    """A program that the compiler refuses, since it needs more memory than the device has.
+
+    Attributes:
+      trace_s: seconds to trace and lower it here.
+      compile_s: seconds until it was refused.
+      bytes: that it asks for on a device, where the compiler says so: of what lies between alone.
+    """
+
+    trace_s: float
+    compile_s: float
+    bytes: int | None
+
+
+# XLA for TPUs: "the total memory required for HLO temporaries (53.67G) exceeds available HBM", or
+# "Ran out of memory in memory space hbm. Used 24.36G of 15.48G hbm".
+_REFUSED = "RESOURCE_EXHAUSTED"
+_ASKED = re.compile(r"(?:required for [^(]*\(|Used )(?P<number>[\d.]+)(?P<unit>[KMGT]?)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _asked(message: str) -> int | None:
+    """Bytes that a refused program asks for, by the compiler's message."""
+    found = _ASKED.search(message)
+    return round(float(found["number"]) * _UNITS[found["unit"]]) if found else None
+
+
 _KERNEL = re.compile(r" (fusion|custom-call|copy|dot|convolution)(-start)?\(")
 _DEFINED = re.compile(r"^ *(?:ROOT )?(?P<name>%[\w.-]+) = (?P<rest>.*)$", re.MULTILINE)
 _PRODUCT = re.compile(r" (?:dot|convolution)\(|custom_call_target=\"__(?:cublas|cudnn)")
@@ -177,20 +204,29 @@ def _products(text: str) -> set[str]:
     return {re.sub(r"%[\w.-]+", shape, rest) for rest in made.values() if _PRODUCT.search(rest)}
 
 
-def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled:
+def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled | TooLarge:
     """Compiles a jitted function for a target and reads off what came out.
 
     Args:
       program: jitted.
       args: its arguments, of arrays or shapes with shardings; see `shaped`.
       where: the target.
+
+    Raises:
+      JaxRuntimeError: the compiler fails, but for want of the device's memory.
     """
     several = where.layout.devices * where.layout.stages > 1
     begun = time.perf_counter()
     with where.layout.active() if several else Layout().active(), traced_for(where.platform):
         lowered = program.lower(*args)  # type: ignore[attr-defined]
         traced = time.perf_counter()
-        done = lowered.compile(compiler_options=where.options)
+        try:
+            done = lowered.compile(compiler_options=where.options)
+        except jax.errors.JaxRuntimeError as e:
+            if _REFUSED not in str(e):
+                raise
+            spent = time.perf_counter() - traced
+            return TooLarge(round(traced - begun, 2), round(spent, 2), _asked(str(e)))
     seconds = time.perf_counter() - traced
     text = done.as_text()
     entry = text[text.index("ENTRY") :]

@@ -40,8 +40,8 @@ class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
     `warmup` is at work before step `takes_over`, on the state that `method` shares;
-    `memory` is the mode of the steps of both; `bounds` are those of the stages of a step that goes
-    over some (see `parallel.pipeline`), else none.
+    `memory` is the mode of the steps of both, `held` the bytes that a tape takes; `bounds` are
+    those of the stages of a step that goes over some (see `parallel.pipeline`), else none.
     """
 
     units: tuple[Unit, ...]
@@ -49,6 +49,7 @@ class Built(NamedTuple):
     warmup: Method
     takes_over: int
     memory: str
+    held: int
     bounds: tuple[int, ...]
     optimizer: Any
     weights: LossWeights
@@ -126,7 +127,8 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup, method = make_methods(config, network, given)
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
         weights = LossWeights(config.alpha, config.beta, config.gamma, config.kappa, trained)
-        mode = _memory(config, units, method, params, mstate, data)
+        held = memory.held_bytes(units, method, params, mstate, batch_shape(config, data))
+        mode = _memory(config, method, held)
         bounds: tuple[int, ...] = ()
         if config.staged:
             part = example_batch(config, data)
@@ -140,6 +142,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup=warmup,
         takes_over=0 if config.warmup_method == "none" else warm,
         memory=mode,
+        held=held,
         bounds=bounds,
         optimizer=optimizer,
         weights=weights,
@@ -158,10 +161,7 @@ def even(number: int) -> int:
     return max(1, number - number % 2)
 
 
-def _memory(
-    config: Config, units: tuple[Unit, ...], method: Method, params: Tree, mstate: Tree,
-    data: Images,
-) -> str:  # fmt: skip
+def _memory(config: Config, method: Method, held: int) -> str:
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
         return config.memory
@@ -169,8 +169,7 @@ def _memory(
         # What a stage keeps for later goes through buffers, which takes longer than a forward pass
         # where it was measured (RECORDS.md).
         return "streamed"
-    images = batch_shape(config, data)
-    return memory.choose(units, method, params, mstate, images, memory.device_bytes())
+    return memory.choose(method, held, memory.device_bytes())
 
 
 def example_batch(config: Config, data: Images) -> Batch:

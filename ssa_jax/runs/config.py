@@ -115,6 +115,9 @@ class Config:
     )
     num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
     process_id: int = setting(-1, "This one's, from 0, with --coordinator_address.", low=-1)
+    batch_statistics: str = setting(
+        "global", "Rows that batch norms take.", choices=("global", "device")
+    )
     shard_params: bool = setting(False, "Each device keeps a part of U and V of every layer.")
     stages: int = setting(1, "Devices in a row, each with some of the units.", low=1)
     micro_batches: int = setting(1, "Parts in which a batch goes through the stages.", low=1)
@@ -134,9 +137,7 @@ class Config:
         "Called with the row of each epoch: csv, wandb, or package.module:name of a function that "
         "makes one for the run's folder; several by commas.",
     )
-    tensorboard: bool = setting(
-        False, "Write events for TensorBoard to tensorboard/ in the workdir, every epoch."
-    )
+    tensorboard: bool = setting(False, "Write events for TensorBoard to the workdir, every epoch.")
     alpha: float = setting(1.0, "Coefficient of the task term.", low=0.0)
     beta: float = setting(0.0, "Coefficient of the alignment term.", low=0.0)
     gamma: float = setting(0.0, "Coefficient of the orthogonality term.", low=0.0)
@@ -184,10 +185,9 @@ class Config:
     readout_rate: float = setting(2e-3, "Adam's rate of learned readouts.", above=0.0)
     aux_depth: int = setting(3, "Most layers of an auxiliary network of auglocal.", low=0)
     warmup_method: str = setting(
-        "none",
-        "Method of the first --warmup_epochs or --warmup_until, on the same weights.",
+        "none", "Method of the first --warmup_epochs or --warmup_until, on the same weights.",
         choices=collections.ChainMap({"none": None}, METHODS),
-    )
+    )  # fmt: skip
     warmup_epochs: int = setting(1, "Epochs of --warmup_method.", low=1)
     warmup_until: int = setting(0, "Its steps, in place of --warmup_epochs; 0: those.", low=0)
     local_weight: float = setting(0.0, "Share of local readouts in the signals of ssa.", low=0.0)

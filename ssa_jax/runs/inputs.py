@@ -57,7 +57,9 @@ def of_run(config: Config, data: Data | None = None) -> Data:
         return data
     if isinstance(data, Stream):
         return streams.limited(streams.hold_out(data, share), size)
-    return data_lib.limited(data_lib.hold_out(data, share), size)
+    data = data_lib.limited(data_lib.hold_out(data, share), size)
+    # They take a pass over all of them, and are asked for more than once.
+    return data._replace(moments=moments(data))
 
 
 def moments(data: Data) -> tuple[np.ndarray, np.ndarray] | None:

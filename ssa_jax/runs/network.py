@@ -12,6 +12,7 @@ from ssa_jax import factors
 from ssa_jax.data import Images
 from ssa_jax.errors import ConfigError
 from ssa_jax.models import MODELS
+from ssa_jax.models.blocks import BatchNorm
 from ssa_jax.networks import worth
 from ssa_jax.networks.factorize import factorize, has_factors, tell_left
 from ssa_jax.networks.forward import predict
@@ -110,10 +111,28 @@ def least_share(config: Config) -> float:
 def split_model(config: Config, data: Images, given: Given = NOTHING, *, factorized: bool) -> Split:
     """The units of the model of a run, grouped and in its precision."""
     model = make_model(config, data, given, factorized=factorized)
+    if config.batch_statistics == "device":
+        _by_device(config, model)
     apart = split(model, data.example)
     units, params, mstate = group_units(apart.units, apart.params, apart.mstate, config.unit_size)
     units = in_precision(units, jnp.dtype(config.precision))
     return apart._replace(units=units, params=params, mstate=mstate)
+
+
+def _by_device(config: Config, model: Any) -> None:
+    """Makes the batch norms of a model take each device's rows by themselves.
+
+    Over stages they do so anyway.
+    """
+    modules = nnx.iter_modules(model) if isinstance(model, nnx.Module) else ()
+    norms = [module for _, module in modules if isinstance(module, BatchNorm)]
+    if not norms:
+        raise ConfigError(
+            f"--batch_statistics=device is for batch norms of ssa_jax.models, and "
+            f"--model={config.model} has none"
+        )
+    for norm in norms:
+        norm.groups = 1 if config.staged else jax.device_count()
 
 
 def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Images) -> Costs:

@@ -62,7 +62,9 @@ def within_budget(
     def size_of(tree: Tree) -> int:
         return getattr(network_costs(units, tree, mstate, data), kind)
 
-    if not (config.rank_budget or chain.rank_exclude):
+    # By itself a layer is named that there is.
+    named = config.rank_exclude != "auto" and chain.rank_exclude
+    if not (config.rank_budget or named):
         return chain
     try:
         size = budgets.size_by_rank(size_of, params, chain.rank_exclude)

@@ -18,7 +18,7 @@ from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.loop import Loop
 from ssa_jax.runs.trainer import Trainer
 from ssa_jax.runs.workdir import Workdir
-from ssa_jax.training import memory, unitwise
+from ssa_jax.training import unitwise
 from ssa_jax.training.checkpoint import Checkpoints
 
 Row = dict[str, Any]
@@ -90,14 +90,12 @@ def introduce(config: Config, loop: Loop) -> None:
     """Prints what the run is, and what cannot be had of what was asked for."""
     trainer, built, state = loop.trainer, loop.trainer.built, loop.trainer.state
     size = network.network_costs(built.units, state.params, state.mstate, trainer.data)
-    shape = build.batch_shape(config, trainer.data)
-    held = memory.held_bytes(built.units, built.method, state.params, state.mstate, shape)
     stored = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))
     print(
         f"{config.method}: {config.model} on {config.dataset}, "
         f"{len(built.units)} units, {size.params:,} parameters ({loop.dense.params:,} dense), "
         f"on {jax.device_count()} {jax.default_backend()} device(s), about "
-        f"{(held + stored) / 2**20:.0f} MiB a step; results in {loop.folder.path}\n"
+        f"{(built.held + stored) / 2**20:.0f} MiB a step; results in {loop.folder.path}\n"
         f"compiling the first step",
         flush=True,
     )

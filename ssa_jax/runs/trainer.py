@@ -12,7 +12,7 @@ from ssa_jax import factors
 from ssa_jax.data import Feed
 from ssa_jax.errors import DataError, NotFiniteError
 from ssa_jax.methods import Method
-from ssa_jax.parallel.compiling import Compiling
+from ssa_jax.parallel.compiling import Ahead, Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, Layout
 from ssa_jax.reporting.progress import bar
 from ssa_jax.runs import build, inputs
@@ -22,7 +22,7 @@ from ssa_jax.runs.inputs import Data
 from ssa_jax.stages.programs import make_programs, over_stages
 from ssa_jax.stages.state import StagedState
 from ssa_jax.training import metrics, ranks, train
-from ssa_jax.training.dispatch import Steps, dispatches, make_steps
+from ssa_jax.training.dispatch import Steps, dispatches, make_steps, steps_of_backend
 from ssa_jax.training.running_means import RunningMeans
 from ssa_jax.types import Batch, TrainState
 
@@ -31,11 +31,6 @@ Row = dict[str, Any]
 
 # Examples of the fixed batch on which angles and loss terms are measured.
 PROBE_SIZE = 512
-
-# Steps in a program by backend. A CPU runs the backward pass of a convolution slower in a loop
-# than as single programs, and starts a program in no time.
-_STEPS_PER_DISPATCH = {"cpu": 1}
-_STEPS_PER_DISPATCH_ELSE = 10
 
 
 class Trainer:
@@ -59,7 +54,7 @@ class Trainer:
         layout: Layout = ONE_DEVICE,
         given: Given = NOTHING,
     ):
-        self.given = given
+        self.given, self.ahead = given, Ahead()
         self.config, self.data, self.compiling, self.layout = config, data, compiling, layout
         self.loader = inputs.make_loader(config, data, layout)
         self._state: TrainState | StagedState = layout.place(built.state)
@@ -87,9 +82,7 @@ class Trainer:
 
     def _steps(self, step: train.Step, method: Method) -> Steps:
         config = self.config
-        asked = config.steps_per_dispatch or _STEPS_PER_DISPATCH.get(
-            jax.default_backend(), _STEPS_PER_DISPATCH_ELSE
-        )
+        asked = config.steps_per_dispatch or steps_of_backend()
         most = min(asked, self.loader.steps_at_once or asked)
         periods = (method.refresh_every, config.save_every)
         return make_steps(step, self.loader.batch_at, most, periods, self.compiling)
@@ -113,7 +106,7 @@ class Trainer:
         """
         size, per_epoch = self.config.batch_size, self.built.steps_per_epoch
         feeds = self.loader.feeds(self._state.key, epoch, size, means.steps)
-        first = epoch * per_epoch
+        first, begun = epoch * per_epoch, means.steps
         last = first + per_epoch
         if self.config.max_steps:
             last = min(last, self.config.max_steps)
@@ -128,6 +121,8 @@ class Trainer:
                 guard = "allow" if jax.config.values["jax_disable_jit"] else "disallow"
                 with jax.transfer_guard(guard):
                     self._dispatch(steps, next(feeds), step, count, means)
+                if step == first + begun:
+                    self._compile_ahead()
                 _check_finite(means.finite)
                 shown.update(count * size)
                 if means.loss is not None:
@@ -164,12 +159,28 @@ class Trainer:
             losses = self.programs.truncation(self.state, self._probe_batch())
             means.add({name: loss[..., None] for name, loss in losses.items()}, 0)
 
+    def _compile_ahead(self) -> None:
+        """What the end of the epoch needs is compiled while the device is at its steps.
+
+        Not where a state is put together for it first, nor of streams, whose test images would
+        have to be read.
+        """
+        if not self.ahead.pays() or self.stages or self.loader.steps_at_once:
+            return
+        state, tested = self.state, next(iter(self.loader.test_batches()))
+        calls = [
+            (self.programs.evaluate, (state.params, state.mstate, tested)),
+            (self.programs.probe, (state, self._probe_batch())),
+        ]
+        self.ahead.begin(calls, self.layout.active)
+
     def measure(self) -> Row:
         """Evaluates and probes, and mends and shrinks the factors where that is due.
 
         Raises:
           NotFiniteError: the test loss or the state is not finite.
         """
+        self.ahead.wait()
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
         row |= metrics.probe_row(self.programs.probe(self.state, self._probe_batch()))
@@ -232,7 +243,8 @@ class Trainer:
         if not chosen:
             return {}
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
-        self._refreshed(ranks.compact(self.state, chosen))
+        compact = self.layout.returning(self.layout.keep, ranks.make_compaction(chosen))
+        self._refreshed(compact(self.state))
         return {**_before("compaction", evaluated), **self.evaluate()}
 
 

@@ -16,6 +16,16 @@ Metrics = dict[str, Array]
 # (state, epoch) -> (state, metrics), one or several steps.
 Dispatch = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
+# Steps in a program by backend. A CPU runs the backward pass of a convolution slower in a loop
+# than as single programs, and starts a program in no time.
+_LENGTHS = {"cpu": 1}
+_LENGTH_ELSE = 10
+
+
+def steps_of_backend() -> int:
+    """Steps in a program where nothing else is asked for."""
+    return _LENGTHS.get(jax.default_backend(), _LENGTH_ELSE)
+
 
 def make_dispatch(
     step: Step,

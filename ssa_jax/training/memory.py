@@ -16,30 +16,29 @@ from ssa_jax.networks.units import Unit
 Tree = Any
 
 
-def choose(
-    units: Sequence[Unit], method: Method, params: Tree, mstate: Tree, images: Any,
-    device_bytes: int,
-) -> str:  # fmt: skip
+def choose(method: Method, held: int, device_bytes: int) -> str:
     """The mode of ``--memory=auto``: streamed where a tape would fill more than half the device.
 
     Args:
-      units: the network.
       method: one that reads the tape keeps it.
-      params: at the initial ranks.
-      mstate: the model state.
-      images: of a batch, (batch, ...), or their shape and dtype.
+      held: what that is; see `held_bytes`.
       device_bytes: memory of the device; see `device_bytes`.
     """
-    if not streams(method):
-        return "taped"
-    held = held_bytes(units, method, params, mstate, images)
-    return "streamed" if held > device_bytes / 2 else "taped"
+    return "streamed" if streams(method) and held > device_bytes / 2 else "taped"
 
 
 def held_bytes(
     units: Sequence[Unit], method: Method, params: Tree, mstate: Tree, images: Any
 ) -> int:
-    """What a tape holds of a batch, in bytes; arguments as those of `choose`."""
+    """What a tape holds of a batch, in bytes.
+
+    Args:
+      units: the network.
+      method: see `activation_bytes`.
+      params: one parameter tree a unit.
+      mstate: one state tree a unit.
+      images: of a batch, (batch, ...), or their shape and dtype.
+    """
     inputs = jax.eval_shape(
         lambda p, m, x: forward(units, p, m, x)[2].inputs, params, mstate, images
     )

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssa_jax.factors import is_factors, named_leaves
-from ssa_jax.parallel.mesh import on_host
 
 Array = jax.Array
 Tree = Any
@@ -198,11 +197,10 @@ def _take(index: np.ndarray, name: str, ndim: int, x: Array) -> Array:
             f"rank, so it cannot be compacted; use an optimiser whose moments have the "
             f"parameters' shapes"
         )
-    # Sliced on the host: on the device every new shape would be compiled for.
-    return jnp.asarray(on_host(x)[..., index])
+    return x[..., index]
 
 
-def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
+def compact(tree: Tree, chosen: Mapping[str, np.ndarray]) -> Tree:
     """Slices every `Factors` of a tree whose path ends with a chosen layer's path.
 
     Works alike on parameters, twins, masks and optimiser moments, all of which hold
@@ -234,8 +232,14 @@ def compact(tree: Tree, chosen: dict[str, np.ndarray]) -> Tree:
     return jax.tree_util.tree_map_with_path(slice_node, tree, is_leaf=is_factors)
 
 
+def make_compaction(chosen: Mapping[str, np.ndarray]) -> Callable[[Tree], Tree]:
+    """The jitted `compact` of a whole tree to chosen ranks."""
+    return jax.jit(lambda tree: compact(tree, chosen))
+
+
 def at_ranks(tree: Tree, params: Tree, stored: Mapping[str, int]) -> Tree:
     """A tree with its factors sliced to stored ranks, by layers of `params`, where they can be."""
     layers = named_leaves(params)
     smaller = {k: np.arange(min(stored.get(k, f.rank), f.rank)) for k, f in layers.items()}
-    return compact(tree, {k: i for k, i in smaller.items() if len(i) < layers[k].rank})
+    chosen = {k: i for k, i in smaller.items() if len(i) < layers[k].rank}
+    return make_compaction(chosen)(tree) if chosen else tree
