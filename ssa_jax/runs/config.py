@@ -116,7 +116,7 @@ class Config:
     num_processes: int = setting(0, "Their number, with --coordinator_address.", low=0)
     process_id: int = setting(-1, "This one's, from 0, with --coordinator_address.", low=-1)
     batch_statistics: str = setting(
-        "global", "Rows that batch norms take.", choices=("global", "device")
+        "global", "Rows of a batch norm: all or a device's.", choices=("global", "device")
     )
     shard_params: bool = setting(False, "Each device keeps a part of U and V of every layer.")
     stages: int = setting(1, "Devices in a row, each with some of the units.", low=1)
