@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 from helpers import first
 
-from ssa_jax import factors, layers
+from ssa_jax import cut, factors, layers
 from ssa_jax.factors import Factors, linalg
 from ssa_jax.layers import Pool, SVDConv, SVDDense, lowering, matrix_to_kernel
+from ssa_jax.networks.forward import predict
+from ssa_jax.networks.models import split
 from ssa_jax.training import costs
 
 
@@ -133,6 +135,29 @@ def test_an_accelerator_takes_the_kernel_up_to_more_channels(channels, on_cpu, o
         with linalg.traced_for(platform):
             assert pays() == on_accelerator
     assert pays() == on_cpu
+
+
+def test_what_was_traced_for_another_platform_is_traced_anew():
+    """Also what a network keeps of its own tracing."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.conv = SVDConv(64, 64, 3, rank=0.25, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return cut(self.conv(x)) + 1
+
+    x = jnp.zeros((128, 16, 16, 64))
+    units, params, mstate = split(Model(), x[:1])[:3]
+    run = jax.jit(lambda x: predict(units, params, mstate, x, train=True))
+
+    def convolutions():
+        return run.lower(x).as_text().count("stablehlo.convolution")
+
+    assert convolutions() == 2
+    with linalg.traced_for("cuda"):
+        assert convolutions() == 1
+    assert convolutions() == 2
 
 
 def test_in_evaluation_on_a_mesh_and_in_less_than_float32_no_kernel_is_put_together():

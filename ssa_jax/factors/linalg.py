@@ -63,15 +63,23 @@ def devices_that_share() -> int:
 
 @contextlib.contextmanager
 def traced_for(platform: str) -> Iterator[None]:
-    """What is traced within is for a platform, ``"cpu"`` or another, that may not be this one."""
+    """What is traced within is for a platform, ``"cpu"`` or another, that may not be this one.
+
+    JAX keeps what it has traced, whatever it was for: where the platform changes, all of it goes.
+    """
+    changes = platform != platform_of_trace()
     token = _platform.set(platform)
     try:
+        if changes:
+            jax.clear_caches()
         yield
     finally:
         _platform.reset(token)
+        if changes:
+            jax.clear_caches()
 
 
-def platform() -> str:
+def platform_of_trace() -> str:
     """For which platform this is traced: jax's default one, or that of `traced_for`."""
     return _platform.get(None) or jax.default_backend()
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ssa_jax import factors
 from ssa_jax.factors import Factors, WithFeedback
-from ssa_jax.factors.linalg import devices_that_share, platform
+from ssa_jax.factors.linalg import devices_that_share, platform_of_trace
 from ssa_jax.layers import products
 from ssa_jax.layers.dense import check_input, he_normal, init_factors
 from ssa_jax.layers.lowering import conv
@@ -154,7 +154,7 @@ class SVDConv(nnx.Module):
 
 def macs_per_float() -> int:
     """Multiply-accumulates that count as much as an entry read or written, where this will run."""
-    return _CPU if platform() == "cpu" else _ACCELERATOR
+    return _CPU if platform_of_trace() == "cpu" else _ACCELERATOR
 
 
 def kernel_pays(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax.factors import WithFeedback, is_factors
+from ssa_jax.factors.linalg import platform_of_trace
 from ssa_jax.networks.cut import CutError, Flat
 from ssa_jax.networks.packing import Packing
 from ssa_jax.networks.program import Program, Segment
@@ -106,8 +107,10 @@ class Traced:
 
     def _program(self, params: Entries, mstate: Entries, x: Tree, train: bool) -> "_Typed":
         leaves, tree = jax.tree.flatten((params, mstate, x))
-        # Layers may be traced otherwise on a mesh, or with another precision of products.
-        around = jax.sharding.get_abstract_mesh(), jax.config.values["jax_default_matmul_precision"]
+        # Layers may be traced otherwise on a mesh, with another precision of products, or for
+        # another platform.
+        precision = jax.config.values["jax_default_matmul_precision"]
+        around = jax.sharding.get_abstract_mesh(), precision, platform_of_trace()
         key = (train, around, tree, tuple((a.shape, a.dtype) for a in leaves))
         if key not in self._programs:
             traced = self._trace(params, mstate, x, train)
