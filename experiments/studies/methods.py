@@ -10,7 +10,7 @@ the output error and composed paths that follow the weights, `ssa_sequential` wa
 through twins that take the weights' factors before every step, and `ssa_fixed` keeps the paths of
 its first, random twins. The other methods take the defaults of their feedback. A variant is
 named for its method, and where there are several networks or data sets for those too. costs.json is
-measured once every trial is done, with nothing else running here, and methods.png is drawn.
+measured once every trial of `--only` is done, with nothing else running here, and methods.png drawn.
 
 Step time and memory are of the training step alone, relative to backpropagation on the same
 network and batch; see `experiments.measure.step_costs`.
@@ -190,7 +190,7 @@ def main() -> None:
     methods = study_of(networks)
     settings = program.settings_from_flags(methods)
     rows = study.run_study(methods, settings)
-    if study.all_done(methods, settings, rows):
+    if study.all_done(settings, rows):
         measure_costs(methods, networks, settings)
     program.show(methods, settings, rows)
 

@@ -150,14 +150,10 @@ def make_trial(settings: Settings, variant: Variant, seed: int) -> Trial:
     return Trial(variant.name, dataclasses.replace(settings.config, **changes))
 
 
-def all_done(study: Study, settings: Settings, rows: Sequence[Row]) -> bool:
-    """Whether every variant has all its seeds, whichever process ran them.
-
-    Of a quick study those that it runs of itself.
-    """
+def all_done(settings: Settings, rows: Sequence[Row]) -> bool:
+    """Whether every variant of `only` has all its seeds, whichever process ran them."""
     done = {(row["variant"], row["seed"]) for row in rows}
-    wanted = study.default_variants(settings.quick)
-    return all((name, seed) in done for name in wanted for seed in settings.all_seeds())
+    return all((name, seed) in done for name in settings.only for seed in settings.all_seeds())
 
 
 def _open(study: Study, settings: Settings) -> None:
