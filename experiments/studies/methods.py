@@ -10,7 +10,7 @@ the output error and composed paths that follow the weights, `ssa_sequential` wa
 through twins that take the weights' factors before every step, and `ssa_fixed` keeps the paths of
 its first, random twins. The other methods take the defaults of their feedback. A variant is
 named for its method, and where there are several networks or data sets for those too. costs.json is
-measured once every trial of `--only` is done, with nothing else running here, and methods.png drawn.
+measured once every trial of `--only` is done, with nothing else running here; methods.png is drawn.
 
 Step time and memory are of the training step alone, relative to backpropagation on the same
 network and batch; see `experiments.measure.step_costs`.
