@@ -106,6 +106,19 @@ def test_the_step_of_ssa_has_no_loop_and_no_conditional_that_backpropagation_has
         assert found["step"].best_s > 0
 
 
+def test_what_is_counted_is_the_form_that_the_target_takes(monkeypatch):
+    """A pair of convolutions here, on an accelerator the one kernel, of more products."""
+    monkeypatch.setattr(ahead, "compiled", lambda *args: ahead.TooLarge(0.0, 0.0, None))
+    data = Described((16, 16, 3), 10, 1_400, "float32", None)
+    built = build(Config(rank_init=0.25, batch_size=32, memory="taped"), data)
+
+    def macs(platform):
+        made = plan.planned(built, data.example, 32, here()._replace(platform=platform))
+        return next(p.macs for p in made if p.program == "step")
+
+    assert macs("tpu") > macs("cpu") > 0
+
+
 def test_a_step_of_the_default_has_neither_before_it_is_compiled():
     built = build(Config(model="mlp", dataset="digits", rank_schedule="hybrid"), DIGITS)
     step = train.make_step(built.units, built.method, built.optimizer, built.weights)

@@ -77,6 +77,7 @@ def retract_series(x: Array, xi: Array) -> Array:
     # no look at the whole matrix, which the largest entry would.
     xi = project_stiefel(x, jnp.clip(xi, -_LARGEST, _LARGEST))
     g = gram(x + xi)
+    # The squared length of an orthonormal column is not zero: where it is, the column is padding.
     e = eye_like(g) * (g != 0) - g
     # YᵀY - I is ξᵀξ, so half of the length leaves a quarter of it.
     share = _SERIES_ENDS / jnp.maximum(_row_sum(e), _SERIES_ENDS)

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssa_jax.factors.linalg import varying_as
-from ssa_jax.layers.windows import Pads, Strides
+from ssa_jax.layers.windows import DIMENSIONS, Pads, Strides
 
 Array = jax.Array
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -68,7 +67,7 @@ def by_groups(strides: Strides, pads: Pads, x: Array, kernel: Array) -> Array:
     """The convolution as XLA lowers one of as many groups as channels."""
     return lax.conv_general_dilated(
         x, kernel, strides, pads,
-        dimension_numbers=_DIMENSIONS, feature_group_count=kernel.shape[-1],
+        dimension_numbers=DIMENSIONS, feature_group_count=kernel.shape[-1],
     )  # fmt: skip
 
 

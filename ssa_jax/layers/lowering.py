@@ -15,10 +15,9 @@ from jax import lax
 
 from ssa_jax.factors.linalg import devices_that_share, varying_as
 from ssa_jax.layers.depthwise import depthwise
-from ssa_jax.layers.windows import Pads, Strides, reverse_windows, windows_of
+from ssa_jax.layers.windows import DIMENSIONS, Pads, Strides, reverse_windows, windows_of
 
 Array = jax.Array
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Windows of the kernel gradient that are unfolded at a time stay in the cache.
 _CHUNK_BYTES = 4 * 2**20
 

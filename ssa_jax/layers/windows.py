@@ -10,6 +10,7 @@ from jax import lax
 Array = jax.Array
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Strides = tuple[int, int]
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 def windows_of(

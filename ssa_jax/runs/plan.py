@@ -9,6 +9,7 @@ import numpy as np
 
 from ssa_jax.errors import ConfigError
 from ssa_jax.factors import named_leaves
+from ssa_jax.factors.linalg import traced_for
 from ssa_jax.parallel import ahead
 from ssa_jax.parallel.ahead import Compiled, Target, TooLarge
 from ssa_jax.runs.build import Built, build
@@ -65,9 +66,11 @@ def planned(
 
     devices = where.layout.devices * where.layout.stages
     for name, program, args in _programs(built, example, batch_size, where, micro_batches):
-        made = ahead.compiled(program, args, where)
+        # What is counted is what is compiled, in the forms that layers take on the target.
+        with traced_for(where.platform):
+            made, macs = ahead.compiled(program, args, where), costs.macs(program, *args)
         # The program of a stage counts as the costliest one, in every tick.
-        macs = costs.macs(program, *args) * (devices if name == "step" and built.bounds else 1)
+        macs *= devices if name == "step" and built.bounds else 1
         best = None
         if isinstance(made, Compiled):
             share = macs / devices / where.rates.products

@@ -55,26 +55,24 @@ def _mean_squares(leaves: list[Array]) -> list[Array]:
     # Rows that lie on several devices would be sent to be together.
     if on_mesh():
         return [jnp.mean(jnp.square(x)) for x in wide]
-    sums = lax.platform_dependent(wide, cpu=_rows, default=_rows_of_stacks)
+    sums = lax.platform_dependent(wide, cpu=_rows_of_all, default=_rows_of_stacks)
     longest = max(len(s) for s in sums)
     table = jnp.stack([jnp.pad(s, (0, longest - len(s))) for s in sums])
     return list(jnp.sum(table, axis=1) / jnp.array([x.size for x in leaves]))
 
 
-def _rows(arrays: list[Array]) -> list[Array]:
-    """Of each array the sums of squares of its rows, flat."""
-    return [
-        jnp.sum(jnp.square(x), axis=-1).ravel() if x.ndim > 1 else jnp.square(x).ravel()
-        for x in arrays
-    ]
+def _rows(x: Array) -> Array:
+    """The sums of squares of the rows of an array, flat."""
+    squares = jnp.square(x)
+    return jnp.sum(squares, axis=-1).ravel() if x.ndim > 1 else squares.ravel()
+
+
+def _rows_of_all(arrays: list[Array]) -> list[Array]:
+    return list(map(_rows, arrays))
 
 
 def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
     """The same, matrices brought to few shapes, whose rows are summed at once."""
-    sums = _rows(arrays)
-    places = [i for i, x in enumerate(arrays) if x.ndim == 2]
-    matrices = padded([arrays[i] for i in places])
-    stacked = map_stacked(lambda x: (jnp.sum(jnp.square(x), axis=-1),), matrices)[0]
-    for i, of_rows in zip(places, stacked, strict=True):
-        sums[i] = of_rows[: len(sums[i])]
-    return sums
+    matrices = padded([x for x in arrays if x.ndim == 2])
+    stacked = iter(map_stacked(lambda x: (jnp.sum(jnp.square(x), axis=-1),), matrices)[0])
+    return [next(stacked)[: len(x)] if x.ndim == 2 else _rows(x) for x in arrays]
