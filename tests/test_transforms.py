@@ -273,6 +273,60 @@ def test_clip_by_rms_is_that_of_optax(dtype):
     assert any(np.any(ours[n] != gradients[n]) for n in arrays)
 
 
+def as_on_an_accelerator(*args, cpu, default):
+    """For `jax.lax.platform_dependent`: what is traced for every platform but a CPU."""
+    del cpu
+    return default(*args)
+
+
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [()],
+        [(3,)],
+        [(7, 3)],
+        [(2, 4, 3)],
+        [(3, 3, 2, 5), (5,)],
+        [(7, 3), (6, 4), (500, 3), (2, 2, 2)],
+    ],
+    ids=str,
+)
+def test_any_arrays_are_clipped_in_one_program(shapes, form, monkeypatch):
+    if form == "accelerator":
+        monkeypatch.setattr(jax.lax, "platform_dependent", as_on_an_accelerator)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    gradients = [4 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+    ours, theirs = (
+        jax.jit(clip.update)(gradients, clip.init(gradients))[0]
+        for clip in (transforms.clip_by_rms(0.5), optax.clip_by_block_rms(0.5))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_nearly_equal_shapes_share_a_product_on_an_accelerator_and_move_alike(
+    retraction, monkeypatch
+):
+    """There is no accelerator here: its form of the program runs on this platform."""
+    rng = np.random.default_rng(4)
+    shapes = [(12, 4), (11, 3), (9, 4), (12, 4)]
+    params = [orthonormal(rng, shape) for shape in shapes]
+    gradients = [normal(rng, shape) for shape in shapes]
+    moved = []
+    for form in (jax.lax.platform_dependent, as_on_an_accelerator):
+        monkeypatch.setattr(jax.lax, "platform_dependent", form)
+        chain = transforms.ssa(0.05, retraction=retraction, mask=True)
+        state, x = chain.init(params), params
+        for _ in range(3):
+            updates, state = jax.jit(chain.update)(gradients, state, x)
+            x = optax.apply_updates(x, updates)
+        moved.append(x)
+    for ours, theirs, start in zip(*moved, params, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+        assert np.abs(ours - start).max() > 0.02
+
+
 # The chain of SSA
 
 

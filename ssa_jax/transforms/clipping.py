@@ -74,5 +74,7 @@ def _rows_of_all(arrays: list[Array]) -> list[Array]:
 def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
     """The same, matrices brought to few shapes, whose rows are summed at once."""
     matrices = padded([x for x in arrays if x.ndim == 2])
+    if not matrices:
+        return _rows_of_all(arrays)
     stacked = iter(map_stacked(lambda x: (jnp.sum(jnp.square(x), axis=-1),), matrices)[0])
     return [next(stacked)[: len(x)] if x.ndim == 2 else _rows(x) for x in arrays]
