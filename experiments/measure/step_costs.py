@@ -5,19 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.measure.timing import Contestant, contestant, side_by_side
-from ssa_jax import data as data_lib
-from ssa_jax.data import Dataset
 from ssa_jax.reporting.environment import environment
-from ssa_jax.runs import build
+from ssa_jax.runs import build, inputs
 from ssa_jax.runs.config import Config
+from ssa_jax.runs.inputs import Data
 from ssa_jax.training import train
 from ssa_jax.types import Batch, TrainState
 
 
-def measure(configs: dict[str, Config], rounds: int, data: Dataset) -> dict[str, Any]:
+def measure(configs: dict[str, Config], rounds: int, data: Data) -> dict[str, Any]:
     """Costs of the step of every configuration, at its initial ranks.
 
     `ms` is the median of a step, with its share of a refresh of the feedback: that is a program
@@ -28,14 +26,13 @@ def measure(configs: dict[str, Config], rounds: int, data: Dataset) -> dict[str,
     Args:
       configs: by name; one data set and batch size.
       rounds: measured calls of each.
-      data: that data set.
+      data: that data set; a stream is not read, see `inputs.first_examples`.
 
     Returns:
       Hardware, versions, commit, device, batch size, and `costs` by name, with model and data set.
     """
     first = next(iter(configs.values()))
-    loader = data_lib.make_loader(data)
-    batch = loader.train_batch(jax.random.key(0), np.arange(first.batch_size))
+    batch = Batch(*map(jnp.asarray, inputs.first_examples(data, first.batch_size)))
     contestants: list[Contestant] = []
     costs: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():

@@ -30,7 +30,8 @@ from experiments.show.runs import Row
 from experiments.show.variants import Column, Text, finite
 from experiments.studies import program, study
 from experiments.studies.study import Settings, Study, Variant
-from ssa_jax.data import DATASETS, Dataset
+from ssa_jax.data import DATASETS
+from ssa_jax.data.streams import STREAMS
 from ssa_jax.methods import METHODS
 from ssa_jax.models import MODELS
 from ssa_jax.runs.workdir import read_json, write_json
@@ -137,8 +138,9 @@ def chosen() -> list[Network]:
       ConfigError: an unknown one, or one twice.
     """
     usual = QUICK_MODELS if absl_flags.FLAGS.quick else MODELS_COMPARED
+    known = (*DATASETS, *STREAMS)
     return networks_of(
-        flags.chosen("models", MODELS, usual), flags.chosen("datasets", DATASETS, ("cifar10",))
+        flags.chosen("models", MODELS, usual), flags.chosen("datasets", known, ("cifar10",))
     )
 
 
@@ -156,10 +158,7 @@ def measure_costs(methods: Study, networks: Sequence[Network], settings: Setting
         print(f"measuring step costs of {network.model} on {network.dataset}", flush=True)
         trials = [study.make_trial(settings, v, settings.config.seed) for v in compared]
         configs = {trial.variant: trial.config for trial in trials}
-        data = study.load(trials[0].config)
-        # `--datasets` takes no other.
-        assert isinstance(data, Dataset)
-        measured = step_costs.measure(configs, rounds, data)
+        measured = step_costs.measure(configs, rounds, study.load(trials[0].config))
         write_json(file, {**measured, "costs": {**costs, **measured["costs"]}})
     study.write_results(methods, settings)
 
