@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import first
+from streamed import stream
 
 from experiments import folders
 from experiments.measure import step_costs
@@ -249,6 +250,15 @@ def test_costs_count_the_share_of_a_refresh():
         assert cost["step_ms"] > 0
         assert cost["bytes"] > 0
         assert (cost["model"], cost["dataset"]) == ("mlp", "digits")
+
+
+def test_a_step_on_streamed_images_has_its_costs_and_none_is_read():
+    config = dataclasses.replace(SMALL, method="bp", batch_size=4)
+    unreadable = stream(corrupt=range(23))
+    measured = step_costs.measure({"bp": config}, 1, unreadable)
+    assert measured["batch_size"] == 4
+    assert measured["costs"]["bp"]["step_ms"] > 0
+    assert measured["costs"]["bp"]["refresh_every"] == 0
 
 
 def test_every_method_is_in_the_study_of_methods():
