@@ -1,13 +1,16 @@
-"""A streamed step is a taped one to rounding, in the memory of one unit."""
+"""A streamed step is a taped one to rounding, in the memory of one unit, on any platform."""
+
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from helpers import apart, make_batch, make_method, max_difference, split
+from helpers import apart, as_on_an_accelerator, make_batch, make_method, max_difference, split
 
 from ssa_jax import transforms
+from ssa_jax.factors import linalg
 from ssa_jax.methods import METHODS, relay
 from ssa_jax.models.blocks import Plain, batch_norm, conv, dense
 from ssa_jax.models.feedforward import Feedforward
@@ -90,6 +93,33 @@ def test_streamed_equals_taped(name, network):
     # And it moved on: the state after one step is far from both.
     start, _ = trained(name, STREAMED[name], "taped", chain("hybrid"), steps=1, network=network)
     assert max_difference(ours[0].params, start.params) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "memory"),
+    [
+        ("ssa, 1 ahead", "conv", "taped"),
+        pytest.param("ssa, 1 ahead", "conv", "streamed", marks=pytest.mark.slow),
+        pytest.param("svd_bp", "residual", "taped", marks=pytest.mark.slow),
+        pytest.param("ssa, 1 ahead", "vit", "taped", marks=pytest.mark.slow),
+        pytest.param("ssa, 1 ahead", "inverted", "streamed", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_compiled_for_an_accelerator_makes_the_same_steps(name, network, memory):
+    """There is none here: its forms of all operations run on this platform."""
+
+    def steps():
+        optimizer = chain("hybrid", "momentum")
+        return trained(name, STREAMED[name], memory, optimizer, network=network)
+
+    ours = steps()
+    with (
+        linalg.traced_for("cuda"),
+        mock.patch.object(jax.lax, "platform_dependent", side_effect=as_on_an_accelerator) as forms,
+    ):
+        theirs = steps()
+    assert forms.called
+    assert max_difference(ours, theirs) < 2e-5
 
 
 @pytest.mark.long

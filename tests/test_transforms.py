@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import as_on_an_accelerator
 from stiefel_cases import (
     MASK,
     RETRACTIONS,
@@ -271,12 +272,6 @@ def test_clip_by_rms_is_that_of_optax(dtype):
             np.float32(clipped), np.float32(theirs[name]), rtol=1e-6 if dtype == "float32" else 1e-2
         )
     assert any(np.any(ours[n] != gradients[n]) for n in arrays)
-
-
-def as_on_an_accelerator(*args, cpu, default):
-    """For `jax.lax.platform_dependent`: what is traced for every platform but a CPU."""
-    del cpu
-    return default(*args)
 
 
 @pytest.mark.parametrize("form", ["cpu", "accelerator"])
