@@ -7,6 +7,7 @@ the collectives of a step on the mesh.
 """
 
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import mesh_on_devices
 import numpy as np
 
 from ssa_jax.data import Dataset
+from ssa_jax.models.blocks import BatchNorm
 from ssa_jax.parallel.collectives import collectives
 from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, make_layout
@@ -51,7 +53,8 @@ def trained(statistics, layout, data):
 def main():
     jax.config.update("jax_enable_x64", True)
     data, mesh = dataset(), make_layout()
-    alone, _ = trained("device", ONE_DEVICE, data)
+    with mock.patch.object(BatchNorm, "groups", mesh.devices):
+        alone, _ = trained("global", ONE_DEVICE, data)
     spread, by_device = trained("device", mesh, data)
     whole, by_all = trained("global", mesh, data)
     found = {

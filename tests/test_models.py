@@ -219,3 +219,17 @@ def test_groups_of_a_batch_norm_are_normalised_as_batches_of_their_own():
     stock.mean.set_value(norm.mean.get_value()), stock.var.set_value(norm.var.get_value())
     assert max_difference(norm(x, True), stock(x, True)) == 0
     assert max_difference(norm(x[:5]), stock(x[:5])) == 0
+
+
+def test_a_batch_norm_by_device_has_as_many_groups_as_its_program_has_devices():
+    """Whichever it is traced for: those of a plan are not here."""
+    x = jax.ShapeDtypeStruct((6, 4, 4, 5), jnp.float32)
+
+    def program(**attributes):
+        norm = BatchNorm(5, rngs=nnx.Rngs(0))
+        vars(norm).update(attributes)
+        return str(jax.make_jaxpr(lambda x: nnx.clone(norm)(x))(x))
+
+    assert program(by_device=True) == program()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((3,), ("devices",))):
+        assert program(by_device=True) == program(groups=3) != program()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssa_jax.factors.linalg import devices_that_share
 from ssa_jax.layers import Pool, SVDConv, SVDDense, max_pool
 from ssa_jax.layers.lowering import conv_general_dilated
 from ssa_jax.networks.cut import cut
@@ -66,16 +67,19 @@ class BatchNorm(nnx.BatchNorm):
 
     Attributes:
       groups: of neighbouring rows; a batch that they do not divide is one group.
+      by_device: in place of `groups` the rows of each device that the batch is spread over.
     """
 
     groups = 1
+    by_device = False
 
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
         """Normalises x (batch, ..., features)."""
         stored = self.use_running_average if use_running_average is None else use_running_average
-        if stored or self.groups == 1 or len(x) % self.groups:
+        groups = devices_that_share() if self.by_device else self.groups
+        if stored or groups == 1 or len(x) % groups:
             return super().__call__(x, use_running_average, mask=mask)
 
         def alone(rows: Array) -> tuple[Array, Array, Array]:
@@ -83,7 +87,7 @@ class BatchNorm(nnx.BatchNorm):
             y = nnx.BatchNorm.__call__(norm, rows, use_running_average=False)
             return y, norm.mean.get_value(), norm.var.get_value()
 
-        y, mean, var = jax.vmap(alone)(x.reshape(self.groups, -1, *x.shape[1:]))
+        y, mean, var = jax.vmap(alone)(x.reshape(groups, -1, *x.shape[1:]))
         self.mean.set_value(jnp.mean(mean, axis=0))
         self.var.set_value(jnp.mean(var, axis=0))
         return y.reshape(x.shape)

@@ -120,10 +120,7 @@ def split_model(config: Config, data: Images, given: Given = NOTHING, *, factori
 
 
 def _by_device(config: Config, model: Any) -> None:
-    """Makes the batch norms of a model take each device's rows by themselves.
-
-    Over stages they do so anyway.
-    """
+    """Makes the batch norms of a model take each device's rows by themselves."""
     modules = nnx.iter_modules(model) if isinstance(model, nnx.Module) else ()
     norms = [module for _, module in modules if isinstance(module, BatchNorm)]
     if not norms:
@@ -132,7 +129,7 @@ def _by_device(config: Config, model: Any) -> None:
             f"--model={config.model} has none"
         )
     for norm in norms:
-        norm.groups = 1 if config.staged else jax.device_count()
+        norm.by_device = True
 
 
 def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Images) -> Costs:
