@@ -120,7 +120,10 @@ def split_model(config: Config, data: Images, given: Given = NOTHING, *, factori
 
 
 def _by_device(config: Config, model: Any) -> None:
-    """Makes the batch norms of a model take each device's rows by themselves."""
+    """Makes the batch norms of a model take each device's rows by themselves.
+
+    Over stages they do so anyway.
+    """
     modules = nnx.iter_modules(model) if isinstance(model, nnx.Module) else ()
     norms = [module for _, module in modules if isinstance(module, BatchNorm)]
     if not norms:
@@ -129,7 +132,7 @@ def _by_device(config: Config, model: Any) -> None:
             f"--model={config.model} has none"
         )
     for norm in norms:
-        norm.by_device = True
+        norm.by_device = not config.staged
 
 
 def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Images) -> Costs:
