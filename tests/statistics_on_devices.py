@@ -15,7 +15,7 @@ import mesh_on_devices
 import numpy as np
 
 from ssa_jax.data import Dataset
-from ssa_jax.models.blocks import BatchNorm
+from ssa_jax.layers.norm import BatchNorm
 from ssa_jax.parallel.collectives import collectives
 from ssa_jax.parallel.compiling import Compiling
 from ssa_jax.parallel.mesh import ONE_DEVICE, make_layout

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from helpers import apart, make_batch, max_difference
 
+from ssa_jax.layers.norm import BatchNorm
 from ssa_jax.methods import feedback
 from ssa_jax.models import MODELS
-from ssa_jax.models.blocks import BatchNorm, Plain, Residual, dense
+from ssa_jax.models.blocks import Plain, Residual, dense
 from ssa_jax.networks.forward import output_shapes
 from ssa_jax.training import costs
 
