@@ -226,11 +226,12 @@ def test_a_batch_norm_by_device_has_as_many_groups_as_its_program_has_devices():
     """Whichever it is traced for: those of a plan are not here."""
     x = jax.ShapeDtypeStruct((6, 4, 4, 5), jnp.float32)
 
-    def program(**attributes):
-        norm = BatchNorm(5, rngs=nnx.Rngs(0))
-        vars(norm).update(attributes)
+    whole, three, by_device = (BatchNorm(5, rngs=nnx.Rngs(0)) for _ in range(3))
+    three.groups, by_device.by_device = 3, True
+
+    def program(norm):
         return str(jax.make_jaxpr(lambda x: nnx.clone(norm)(x))(x))
 
-    assert program(by_device=True) == program()
+    assert program(by_device) == program(whole)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((3,), ("devices",))):
-        assert program(by_device=True) == program(groups=3) != program()
+        assert program(by_device) == program(three) != program(whole)
