@@ -9,7 +9,7 @@ from helpers import first
 
 from ssa_jax import cut, factors, layers
 from ssa_jax.factors import Factors, linalg
-from ssa_jax.layers import Pool, SVDConv, SVDDense, lowering, matrix_to_kernel
+from ssa_jax.layers import Pool, SVDConv, SVDDense, lowering, matrix_to_kernel, products
 from ssa_jax.networks.forward import predict
 from ssa_jax.networks.models import split
 from ssa_jax.training import costs
@@ -190,6 +190,28 @@ def test_dense_equals_its_matrix_on_any_leading_axes():
     assert dense.kernel.get_value().rank == 2
     assert jnp.allclose(dense(x), jnp.einsum("abi,oi->abo", x, w) + jnp.arange(3.0)[None, None, :],
                         atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_a_dense_layer_and_its_gradients_are_those_of_its_matrix_at_any_number_of_rows(rows):
+    dense = SVDDense(20, 7, rank=0.5, rngs=nnx.Rngs(0))
+    weights = dense.kernel.get_value()._replace(s=jnp.arange(1.0, 5.0))
+    x = jax.random.normal(jax.random.key(1), (rows, 20))
+
+    def loss(forward, weights, x):
+        return jnp.sum(jnp.sin(forward(weights, x)))
+
+    def plain(weights, x):
+        return x @ factors.to_dense(weights).T
+
+    made, wanted = (
+        jax.grad(loss, (1, 2))(forward, weights, x) for forward in (products.dense, plain)
+    )
+    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    # s scales the batch or V, whichever has fewer rows.
+    scaled = str(jax.make_jaxpr(products.dense)(weights, x))
+    assert f":f32[{min(rows, 20)},4] = mul" in scaled
 
 
 def test_initialisation_is_he_before_truncation():

@@ -11,6 +11,8 @@ Array = jax.Array
 # to one; twice as many as a rounding error of float64 needs may follow.
 _COMPLETED_AFTER = 12
 _MOST_STEPS = 100
+# Of `inverse_root_series`; β and c have so few bits that cβ² is a number of float32.
+_ALPHA, _BETA, _C = 0.68844926, 153 / 256, 115 / 512
 
 
 def _bjorck_bowie(y: Array, g: Array) -> tuple[Array, Array]:
@@ -85,10 +87,17 @@ def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[
 
 
 def inverse_root_series(e: Array) -> Array:
-    """(I - E)^(-1/2) - I of symmetric (..., r, r), to the sixth order of E, by three products."""
-    e2 = mm(e, e)
-    high = 35 / 128 * e2 + mm(e2, 63 / 256 * e + 231 / 1024 * e2)
-    return 1 / 2 * e + 3 / 8 * e2 + mm(e2, 5 / 16 * e + high)
+    """(I - E)^(-1/2) - I of symmetric (..., r, r) with eigenvalues in [-0.12, 0], by two products.
+
+    A polynomial p of fourth order that begins with E/2, as the series does, and whose largest
+    |(1 - e)(1 + p(e))² - 1| there is about the least that one has: 9.5e-8, rounding of float32. A
+    positive e leaves at most 2e-7 up to 0.02, and 5e-5 up to 0.12.
+    """
+    # c (e² + αe + β)² + μe + ν: one product follows another, and what lies between is one sum.
+    mu, nu = 1 / 2 - 2 * _ALPHA * _BETA * _C, -_C * _BETA**2
+    eye = eye_like(e)
+    root = mm(e, e) + _ALPHA * e + _BETA * eye
+    return _C * mm(root, root) + mu * e + nu * eye
 
 
 def msign(m: Array, steps: int = 5) -> Array:

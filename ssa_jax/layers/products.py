@@ -1,5 +1,6 @@
 """What layers on factors compute, as functions of the factors."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,7 +88,9 @@ def dense_general(
 
 def _dense(weights: Factors, x: Array) -> Array:
     u, s, v = weights
-    # s is folded into V: one pass over the weights instead of one over the batch.
+    # s scales what has fewer rows: those of x, all but its last axis, or V.
+    if math.prod(x.shape[:-1]) < v.shape[0]:
+        return (x @ v * s[(None,) * (x.ndim - 1)]) @ u.T
     return (x @ (v * s[None, :])) @ u.T
 
 
