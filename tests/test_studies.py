@@ -318,13 +318,26 @@ def test_the_best_learning_rate_of_a_method_is_that_of_its_runs_that_stayed_fini
         for a in accuracies
     ]
     rows.append({"variant": f"dfa_{wild:g}", "test_accuracy": 0.9, "status": "not_finite"})
-    assert [tuning.best_rate(m, rows) for m in tuning.METHODS] == [slow, fast, None]
+    assert [tuning.best_rate(m, rows) for m in ("bp", "dfa", "ssa")] == [slow, fast, None]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tuning.best_rates(tmp_path) == {"bp": slow, "dfa": fast}
     (column,) = [c for c in tuning.columns(tmp_path) if c.title.startswith("best")]
     marked = {v.name for v in tuning.VARIANTS if column.text(v.name, []) == "yes"}
     assert marked == {f"bp_{slow:g}", f"dfa_{fast:g}"}
     curves = {c.label: [p.y for p in c.points] for c in tuning.panel(rows).curves}
-    assert curves == {"bp": [70.0], "dfa": [45.0, 55.0], "ssa direct": []}
+    assert curves == {"bp": [70.0], "dfa": [45.0, 55.0]}
+
+
+def test_each_method_takes_the_rate_that_did_best_and_the_others_that_of_the_flags(tmp_path):
+    row = {"variant": "dfa_0.001", "test_accuracy": 0.5, "status": "finished"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    rates = tuning.best_rates(tmp_path)
+    found = methods.study_of(methods.networks_of(("mlp",), ("cifar10",), rates)).variants
+    changed = {v.name: v.changes.get("learning_rate") for v in found}
+    assert changed.pop("dfa") == 0.001
+    assert set(changed.values()) == {None}
+    with pytest.raises(ConfigError, match="holds no runs of"):
+        tuning.best_rates(tmp_path / "elsewhere")
 
 
 def test_a_rate_is_the_exponent_of_a_power_of_the_step():

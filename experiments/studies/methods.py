@@ -9,14 +9,17 @@ convolutions and a residual one on CIFAR-10. SSA appears in three forms: `ssa_di
 the output error and composed paths that follow the weights, `ssa_sequential` walks the error down
 through twins that take the weights' factors before every step, and `ssa_fixed` keeps the paths of
 its first, random twins. The other methods take the defaults of their feedback. A variant is
-named for its method, and where there are several networks or data sets for those too. costs.json is
-measured once every trial of `--only` is done, with nothing else running here; methods.png is drawn.
+named for its method, and where there are several networks or data sets for those too. With
+`--tuned`, the folder of an `experiments.studies.tuning`, each method takes the learning rate that
+did best there. costs.json is measured once every trial of `--only` is done, with nothing else
+running here; methods.png is drawn.
 
 Step time and memory are of the training step alone, relative to backpropagation on the same
 network and batch; see `experiments.measure.step_costs`.
 """
 
 import functools
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from experiments.measure import step_costs
 from experiments.show import charts, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column, Text, finite
-from experiments.studies import program, study
+from experiments.studies import program, study, tuning
 from experiments.studies.study import Settings, Study, Variant
 from ssa_jax.data import DATASETS
 from ssa_jax.data.streams import STREAMS
@@ -40,6 +43,7 @@ COSTS = "costs.json"
 REFERENCE = "bp"
 ROUNDS, QUICK_ROUNDS = 15, 3
 MODELS_COMPARED, QUICK_MODELS = ("mlp", "smallconv", "vgg13", "resnet32"), ("mlp",)
+NO_RATES: Mapping[str, float] = types.MappingProxyType({})
 QUICK_FORMS = ("bp", "dfa", "ssa_direct")
 
 
@@ -54,7 +58,7 @@ FORMS = (
         "ssa_direct", "ssa direct",
         feedback="composed", feedback_update="tracked", feedback_lookahead=0,
     ),
-    _ssa("ssa_ahead", "ssa direct, 1 ahead", feedback="composed", feedback_update="tracked"),
+    study.DIRECT._replace(name="ssa_ahead"),
     _ssa(
         "ssa_sequential", "ssa sequential",
         feedback="sequential", feedback_update="tracked", feedback_every=1,
@@ -76,11 +80,17 @@ def columns(folder: Path, references: Mapping[str, str]) -> list[Column]:
     costs = read_json(folder / COSTS).get("costs", {})
     return [
         Column("test accuracy", variants.accuracy),
+        Column("rate", lambda _, rows: "-" if not rows else _rate(rows[0])),
         Column("hidden angle", variants.hidden_angle),
         variants.PARAMETERS,
         Column("step time", _relative(costs, references, "ms")),
         Column("step memory", _relative(costs, references, "bytes")),
     ]
+
+
+def _rate(row: Row) -> str:
+    """Of runs that were stored before a summary had it, a dash."""
+    return f"{rate:g}" if (rate := row.get("learning_rate")) else "-"
 
 
 def _relative(costs: dict[str, Row], references: Mapping[str, str], key: str) -> Text:
@@ -93,23 +103,28 @@ def _relative(costs: dict[str, Row], references: Mapping[str, str], key: str) ->
 
 
 class Network(NamedTuple):
-    """A model and a data set, and what the names of their variants begin with."""
+    """A model and a data set, what the names of their variants begin with, and rates by method."""
 
     model: str
     dataset: str
     prefix: str = ""
+    rates: Mapping[str, float] = NO_RATES
 
     def variant(self, form: Variant) -> Variant:
-        """A method on this network."""
+        """A method on this network, at the rate of its own where there is one."""
         label = f"{self.model} on {self.dataset}, {form.label}" if self.prefix else form.label
         changes = {**form.changes, "model": self.model, "dataset": self.dataset}
+        if rate := self.rates.get(form.changes["method"]):
+            changes["learning_rate"] = rate
         return Variant(self.prefix + form.name, label, changes)
 
 
-def networks_of(models: Sequence[str], datasets: Sequence[str]) -> list[Network]:
+def networks_of(
+    models: Sequence[str], datasets: Sequence[str], rates: Mapping[str, float] = NO_RATES
+) -> list[Network]:
     """Every model on every data set."""
     several = len(models) * len(datasets) > 1
-    return [Network(m, d, f"{m}_{d}_" if several else "") for d in datasets for m in models]
+    return [Network(m, d, f"{m}_{d}_" if several else "", rates) for d in datasets for m in models]
 
 
 def study_of(networks: Sequence[Network]) -> Study:
@@ -135,12 +150,15 @@ def chosen() -> list[Network]:
     """The networks that the flags name.
 
     Raises:
-      ConfigError: an unknown one, or one twice.
+      ConfigError: an unknown one, or one twice, or a folder without a study of learning rates.
     """
+    tuned = absl_flags.FLAGS.tuned
     usual = QUICK_MODELS if absl_flags.FLAGS.quick else MODELS_COMPARED
     known = (*DATASETS, *STREAMS)
     return networks_of(
-        flags.chosen("models", MODELS, usual), flags.chosen("datasets", known, ("cifar10",))
+        flags.chosen("models", MODELS, usual),
+        flags.chosen("datasets", known, ("cifar10",)),
+        tuning.best_rates(Path(tuned)) if tuned else NO_RATES,
     )
 
 
@@ -198,4 +216,5 @@ if __name__ == "__main__":
     program.define(STUDY)
     absl_flags.DEFINE_list("models", [], f"Networks; default: {','.join(MODELS_COMPARED)}.")
     absl_flags.DEFINE_list("datasets", [], "Data sets; default: cifar10.")
+    absl_flags.DEFINE_string("tuned", "", "Folder of a study of learning rates, to take them from.")
     flags.run_program(main)

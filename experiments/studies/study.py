@@ -44,9 +44,22 @@ class Variant(NamedTuple):
     changes: dict[str, Any]
 
 
+# SSA in its default form, whose name says what it is.
+DIRECT = Variant(
+    "ssa",
+    "ssa direct, 1 ahead",
+    {
+        "method": "ssa",
+        "feedback": "composed",
+        "feedback_update": "tracked",
+        "feedback_lookahead": 1,
+    },
+)
+
+
 def of_methods(*names: str) -> tuple[Variant, ...]:
     """A variant a learning method."""
-    return tuple(Variant(n, "ssa direct" if n == "ssa" else n, {"method": n}) for n in names)
+    return tuple(DIRECT if n == "ssa" else Variant(n, n, {"method": n}) for n in names)
 
 
 class Study(NamedTuple):

@@ -3,10 +3,11 @@
     python -m experiments.studies.tuning
     python -m experiments.studies.tuning --quick --dataset=digits --model=mlp
 
-Backpropagation, direct feedback alignment and direct SSA at learning rates from a quarter of the
-default to eight times it. Accuracies are of a validation split, a tenth of the training images that
-nothing trains on, since the rate is chosen by them. `--optimizer=momentum` asks the same of another
-optimiser, whose rates are the flag's times the same factors.
+Every method, SSA in its default form, at learning rates from a quarter of the default to eight
+times it; `--only=bp_0.001,bp_0.002` takes some. Accuracies are of a validation split, a tenth of
+the training images that nothing trains on, since the rate is chosen by them.
+`--optimizer=momentum` asks the same of another optimiser, whose rates are the flag's times the same
+factors.
 
 tuning.png shows accuracy against rate. All flags of a run change the base.
 """
@@ -19,10 +20,12 @@ from experiments.show import charts, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column, finite
 from experiments.studies import program, study
-from experiments.studies.study import Study, Variant
+from experiments.studies.study import Study, Variant, of_methods
+from ssa_jax import methods
+from ssa_jax.errors import ConfigError
 from ssa_jax.runs.config import Config
 
-METHODS = {"bp": "bp", "dfa": "dfa", "ssa": "ssa direct"}
+METHODS = {one.name: one for one in of_methods(*methods.METHODS)}
 RATES = tuple(factor * Config().learning_rate for factor in (0.25, 0.5, 1, 2, 4, 8))
 
 
@@ -31,8 +34,8 @@ def _name(method: str, rate: float) -> str:
 
 
 VARIANTS = tuple(
-    Variant(_name(method, rate), f"{label}, {rate:g}", {"method": method, "learning_rate": rate})
-    for method, label in METHODS.items()
+    Variant(_name(method, rate), f"{form.label}, {rate:g}", {**form.changes, "learning_rate": rate})
+    for method, form in METHODS.items()
     for rate in RATES
 )
 
@@ -44,6 +47,19 @@ def best_rate(method: str, rows: Sequence[Row]) -> float | None:
         rate: statistics.fmean(r["test_accuracy"] for r in rs) for rate, rs in runs.items() if rs
     }
     return max(means, key=lambda rate: means[rate], default=None)
+
+
+def best_rates(folder: Path) -> dict[str, float]:
+    """The best rate of every method that a folder of this study has runs of.
+
+    Raises:
+      ConfigError: none.
+    """
+    rows = study.read_results(folder) if (folder / "results.jsonl").is_file() else []
+    rates = {m: rate for m in METHODS if (rate := best_rate(m, rows)) is not None}
+    if not rates:
+        raise ConfigError(f"{folder} holds no runs of `experiments.studies.tuning`")
+    return rates
 
 
 def columns(folder: Path) -> list[Column]:
@@ -62,9 +78,10 @@ def panel(rows: Sequence[Row]) -> charts.Panel:
     rates = {_name(m, rate): rate for m in METHODS for rate in RATES}
     curves = [
         charts.over_variants(
-            label, [_name(m, rate) for rate in RATES], rows, lambda name, _: 1e3 * rates[name]
+            form.label, [_name(m, rate) for rate in RATES], rows, lambda name, _: 1e3 * rates[name]
         )
-        for m, label in METHODS.items()
+        for m, form in METHODS.items()
+        if any(finite(rows, _name(m, rate)) for rate in RATES)
     ]
     return charts.Panel("learning rate × 1000", "validation accuracy (%)", curves, log="x")
 
@@ -78,7 +95,7 @@ STUDY = Study(
     lambda file, rows: charts.draw(file, [panel(rows)]),
     defaults={"validation": 0.1},
     quick={"model": "mlp"},
-    quick_only=[_name(m, rate) for m in METHODS for rate in RATES[1:4:2]],
+    quick_only=[_name(m, rate) for m in ("bp", "dfa", "ssa") for rate in RATES[1:4:2]],
 )
 
 if __name__ == "__main__":

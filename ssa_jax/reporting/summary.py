@@ -51,6 +51,7 @@ def settings(config: Any) -> Row:
         "seed": config.seed,
         "factorized": config.factorized,
         "rank_schedule": config.rank_schedule,
+        "learning_rate": config.learning_rate,
         "feedback": config.feedback if config.method == "ssa" else None,
         "feedback_lookahead": config.feedback_lookahead if config.method == "ssa" else None,
         "feedback_rank": config.feedback_rank if config.method == "ssa" else None,
