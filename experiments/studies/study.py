@@ -45,16 +45,8 @@ class Variant(NamedTuple):
 
 
 # SSA in its default form, whose name says what it is.
-DIRECT = Variant(
-    "ssa",
-    "ssa direct, 1 ahead",
-    {
-        "method": "ssa",
-        "feedback": "composed",
-        "feedback_update": "tracked",
-        "feedback_lookahead": 1,
-    },
-)
+_DIRECT = {"feedback": "composed", "feedback_update": "tracked", "feedback_lookahead": 1}
+DIRECT = Variant("ssa", "ssa direct, 1 ahead", {"method": "ssa", **_DIRECT})
 
 
 def of_methods(*names: str) -> tuple[Variant, ...]:
