@@ -7,7 +7,9 @@ n >= r, XᵀX = I, with any leading axes of one matrix each, in float32 or float
 
 import contextlib
 import contextvars
+import functools
 import math
+import operator
 from collections.abc import Iterator
 
 import jax
@@ -24,6 +26,8 @@ _platform: contextvars.ContextVar[str] = contextvars.ContextVar("platform")
 # Rows that are added up in one running sum, at most, and partial sums, at least.
 _SUMMED_AT_ONCE = 128
 _PARTIAL_SUMS = 8
+# Columns of Gram matrices that XLA batches on a CPU at no loss.
+_BATCHED_ON_CPU = 128
 
 
 def mm(a: Array, b: Array) -> Array:
@@ -35,16 +39,31 @@ def gram(x: Array) -> Array:
     """XᵀX of (..., n, r), shape (..., r, r), summed in blocks of rows.
 
     One running float32 sum of hundreds of squares loses the digit that a retraction needs to land
-    within a few 1e-7. All blocks are one batched product.
+    within a few 1e-7. All blocks are one batched product, but on a CPU where their Gram matrices
+    are large, which XLA computes there at an eighth of the rate of single ones.
     """
-    n = x.shape[-2]
-    if n < _SUMMED_AT_ONCE // 2:
+    if x.shape[-2] < _SUMMED_AT_ONCE // 2:
         return mm(x.mT, x)
+    if x.shape[-1] <= _BATCHED_ON_CPU:
+        return _gram_at_once(x)
+    return jax.lax.platform_dependent(x, cpu=_gram_in_turn, default=_gram_at_once)
+
+
+def _gram_at_once(x: Array) -> Array:
+    """The sum of a batched product."""
+    n = x.shape[-2]
     blocks = max(_PARTIAL_SUMS, -(-n // _SUMMED_AT_ONCE))
     size = -(-n // blocks)
     padding = [(0, 0)] * (x.ndim - 2) + [(0, blocks * size - n), (0, 0)]
     y = jnp.pad(x, padding).reshape(*x.shape[:-2], blocks, size, x.shape[-1])
     return jnp.sum(mm(y.mT, y), axis=-3)
+
+
+def _gram_in_turn(x: Array) -> Array:
+    """The sum of products of twice as many rows: so many large matrices take time to add up."""
+    starts = range(0, x.shape[-2], 2 * _SUMMED_AT_ONCE)
+    blocks = [x[..., i : i + 2 * _SUMMED_AT_ONCE, :] for i in starts]
+    return functools.reduce(operator.add, [mm(y.mT, y) for y in blocks])
 
 
 def eye_like(a: Array) -> Array:
