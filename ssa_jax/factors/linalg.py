@@ -39,8 +39,8 @@ def gram(x: Array) -> Array:
     """XᵀX of (..., n, r), shape (..., r, r), summed in blocks of rows.
 
     One running float32 sum of hundreds of squares loses the digit that a retraction needs to land
-    within a few 1e-7. All blocks are one batched product, but on a CPU where their Gram matrices
-    are large, which XLA computes there at an eighth of the rate of single ones.
+    within a few 1e-7. All blocks are one batched product, but for wide matrices on a CPU, where XLA
+    computes a batch of them far slower than one after the other.
     """
     if x.shape[-2] < _SUMMED_AT_ONCE // 2:
         return mm(x.mT, x)
