@@ -44,6 +44,7 @@ VARIANTS = (
         feedback_basis="error",
         **EXACT,
     ),
+    _walk("walk_eighth_exact_first", "an eighth", 1 / 8, ", after 20 exact steps", **EXACT),
     Variant("auglocal", "auxiliary networks", {"method": "auglocal", "factorize": "on"}),
     _direct("direct", "ssa direct"),
     _direct("every_1", "path follows in every step", feedback_every=1),
