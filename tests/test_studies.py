@@ -417,11 +417,12 @@ def command(name, *args):
     first(
         [
             ("methods", "--only=bp,magic", "--only must be among bp, "),
-            ("methods", "--method=bp", "--method is what this study varies"),
-            ("methods", "--model=mlp", "--model is what this study varies"),
+            ("methods", "--method=bp", "--method is set by this study"),
+            ("methods", "--model=mlp", "--model is set by this study"),
+            ("tuning", "--feedback_lookahead=0", "--feedback_lookahead is set by this study"),
             ("methods", "--models=mlp,magic", "--models must be among mlp, "),
             ("methods", "--workdir=here", "a study takes --folder"),
-            ("depth", "--epochs=1", "--model is what this study varies"),
+            ("depth", "--epochs=1", "--model is set by this study"),
             ("gap", "--seeds=0", "--seeds must be at least 1, got 0"),
             ("ablation", "--energy=2", "--energy must be at most 1"),
             ("ablation", "--folder=/dev/null/x", "cannot write to /dev/null/x"),

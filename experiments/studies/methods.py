@@ -80,7 +80,7 @@ def columns(folder: Path, references: Mapping[str, str]) -> list[Column]:
     costs = read_json(folder / COSTS).get("costs", {})
     return [
         Column("test accuracy", variants.accuracy),
-        Column("rate", lambda _, rows: "-" if not rows else _rate(rows[0])),
+        Column("rate", _rate),
         Column("hidden angle", variants.hidden_angle),
         variants.PARAMETERS,
         Column("step time", _relative(costs, references, "ms")),
@@ -88,9 +88,10 @@ def columns(folder: Path, references: Mapping[str, str]) -> list[Column]:
     ]
 
 
-def _rate(row: Row) -> str:
-    """Of runs that were stored before a summary had it, a dash."""
-    return f"{rate:g}" if (rate := row.get("learning_rate")) else "-"
+def _rate(variant: str, rows: Sequence[Row]) -> str:
+    """The learning rate; a dash of runs that were stored before a summary had it."""
+    del variant
+    return f"{rows[0]['learning_rate']:g}" if rows and "learning_rate" in rows[0] else "-"
 
 
 def _relative(costs: dict[str, Row], references: Mapping[str, str], key: str) -> Text:

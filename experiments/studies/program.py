@@ -28,6 +28,14 @@ def define(study: Study) -> None:
     absl_flags.DEFINE_boolean("quick", False, "A short look: few steps, perhaps few variants.")
 
 
+def _set_by(study: Study) -> set[str]:
+    """The fields that all variants of a method set, so that a flag would say nothing of it."""
+    groups: dict[str | None, list[set[str]]] = {}
+    for variant in study.variants:
+        groups.setdefault(variant.changes.get("method"), []).append(set(variant.changes))
+    return set.union(*(set.intersection(*group) for group in groups.values()))
+
+
 def settings_from_flags(study: Study) -> Settings:
     """The settings that the parsed flags give.
 
@@ -44,9 +52,9 @@ def settings_from_flags(study: Study) -> Settings:
             "--workdir and --resume are for single runs; a study takes --folder, and goes on with "
             "what that folder holds"
         )
-    for name in set.intersection(*(set(v.changes) for v in study.variants)):
+    for name in _set_by(study):
         if not values[name].using_default_value:
-            raise ConfigError(f"--{name} is what this study varies; choose variants with --only")
+            raise ConfigError(f"--{name} is set by this study; choose variants with --only")
     check_seeds(values.seed, values.seeds)
     for name in values.only:
         if name not in study.labels:

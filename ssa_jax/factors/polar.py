@@ -89,9 +89,8 @@ def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[
 def inverse_root_series(e: Array) -> Array:
     """(I - E)^(-1/2) - I of symmetric (..., r, r) with eigenvalues in [-0.12, 0], by two products.
 
-    A polynomial p of fourth order that begins with E/2, as the series does, and whose largest
-    |(1 - e)(1 + p(e))² - 1| there is about the least that one has: 9.5e-8, rounding of float32. A
-    positive e leaves at most 2e-7 up to 0.02, and 5e-5 up to 0.12.
+    A polynomial p of fourth order that begins with E/2, as the series does; |(1 - e)(1 + p)² - 1|
+    is at most 9.5e-8 there, rounding of float32; 2e-7 for a positive e up to 0.02, 5e-5 up to 0.12.
     """
     # c (e² + αe + β)² + μe + ν: one product follows another, and what lies between is one sum.
     mu, nu = 1 / 2 - 2 * _ALPHA * _BETA * _C, -_C * _BETA**2
