@@ -96,10 +96,14 @@ def test_gram_of_a_tall_matrix_is_summed_to_the_last_digit(elsewhere, monkeypatc
         assert np.abs(linalg.gram(x) - exact).max() < bound
 
 
-@pytest.mark.parametrize(("platform", "columns", "products"), [
-    ("cpu", 128, 1), ("cpu", 129, 4), ("cuda", 129, 1), ("tpu", 129, 1),
+@pytest.mark.parametrize(("platform", "devices", "columns", "products"), [
+    ("cpu", 1, 128, 1), ("cpu", 1, 129, 4), ("cpu", 2, 129, 1), ("cuda", 1, 129, 1),
+    ("tpu", 1, 129, 1),
 ])  # fmt: skip
-def test_wide_gram_matrices_are_products_of_their_own_on_a_cpu_alone(platform, columns, products):
+def test_wide_gram_matrices_are_products_of_their_own_on_one_cpu_alone(
+    platform, devices, columns, products, monkeypatch
+):
+    monkeypatch.setattr(linalg, "devices_that_share", lambda: devices)
     traced = jax.jit(linalg.gram).trace(jnp.zeros((2, 1000, columns)))
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert program.count("dot_general") == products

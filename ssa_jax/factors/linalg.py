@@ -44,7 +44,8 @@ def gram(x: Array) -> Array:
     """
     if x.shape[-2] < _SUMMED_AT_ONCE // 2:
         return mm(x.mT, x)
-    if x.shape[-1] <= _BATCHED_ON_CPU:
+    # Rows that lie on several devices are summed where they are.
+    if x.shape[-1] <= _BATCHED_ON_CPU or devices_that_share() > 1:
         return _gram_at_once(x)
     return jax.lax.platform_dependent(x, cpu=_gram_in_turn, default=_gram_at_once)
 
