@@ -49,14 +49,18 @@ def best_rate(method: str, rows: Sequence[Row]) -> float | None:
     return max(means, key=lambda rate: means[rate], default=None)
 
 
+def _best(rows: Sequence[Row]) -> dict[str, float]:
+    """The best rate of every method that has runs."""
+    return {m: rate for m in METHODS if (rate := best_rate(m, rows)) is not None}
+
+
 def best_rates(folder: Path) -> dict[str, float]:
     """The best rate of every method that a folder of this study has runs of.
 
     Raises:
       ConfigError: none.
     """
-    rows = study.read_results(folder) if (folder / "results.jsonl").is_file() else []
-    rates = {m: rate for m in METHODS if (rate := best_rate(m, rows)) is not None}
+    rates = _best(study.read_results(folder)) if (folder / "results.jsonl").is_file() else {}
     if not rates:
         raise ConfigError(f"{folder} holds no runs of `experiments.studies.tuning`")
     return rates
@@ -64,8 +68,7 @@ def best_rates(folder: Path) -> dict[str, float]:
 
 def columns(folder: Path) -> list[Column]:
     """From the summaries; the best rate is that of all runs in the folder."""
-    rows = study.read_results(folder)
-    best = {_name(m, rate) for m in METHODS if (rate := best_rate(m, rows)) is not None}
+    best = {_name(m, rate) for m, rate in _best(study.read_results(folder)).items()}
     return [
         Column("validation accuracy", variants.accuracy),
         Column("train loss", variants.train_loss),
