@@ -6,6 +6,8 @@ from flax import nnx
 from helpers import CLASSES, apart, make_batch, make_method, split
 from jax import lax
 
+from ssa_jax import factors, transforms
+from ssa_jax.factors import linalg
 from ssa_jax.models import MODELS
 from ssa_jax.networks.forward import predict
 from ssa_jax.training import costs
@@ -45,6 +47,20 @@ def test_factorised_pair_costs_its_rank():
     # r (kh C + kw N) a pixel, r = 0.5 min(kw N, kh C), but all of it in the first layer.
     pairs = 32 * 32 * 9 * (9 + 96) + 16 * 16 * 48 * (96 + 192) + 8 * 8 * 96 * (192 + 384)
     assert model_macs("smallconv", 0.5) == pairs + 256 * (2048 + 512) + 512 * 10
+
+
+def test_zeros_that_bring_matrices_to_one_shape_count_where_they_are():
+    """On accelerators: here every matrix is multiplied as it is."""
+
+    def of(*shapes):
+        given = [factors.from_dense(jnp.ones((m, n)), r) for m, n, r in shapes]
+        chain = transforms.ssa(1e-3)
+        return costs.macs(chain.update, given, chain.init(given), given)
+
+    alone = of((12, 20, 4)) + of((30, 16, 5))
+    assert of((12, 20, 4), (30, 16, 5)) == alone
+    with linalg.traced_for("cuda"):
+        assert of((12, 20, 4), (30, 16, 5)) > alone
 
 
 def test_the_compiler_agrees_where_no_tap_is_padding():

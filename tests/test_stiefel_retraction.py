@@ -210,8 +210,9 @@ def lowered_chain(shapes, platform="cpu"):
         for i, (m, n, r) in enumerate(shapes)
     }
     chain = transforms.ssa(1e-3)
-    traced = jax.jit(chain.update).trace(params, chain.init(params), params)
-    return traced.lower(lowering_platforms=(platform,))
+    with linalg.traced_for(platform):
+        traced = jax.jit(chain.update).trace(params, chain.init(params), params)
+        return traced.lower(lowering_platforms=(platform,))
 
 
 def test_the_default_chain_compiles_to_neither_loop_nor_conditional():

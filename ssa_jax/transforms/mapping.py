@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssa_jax.factors.linalg import platform_of_trace
 from ssa_jax.transforms.selection import COLUMNS, ROWS, SPECTRUM
 
 Array = jax.Array
@@ -107,10 +108,10 @@ def each(fn: Callable[[Array, Array], Array], *, pad: bool = False) -> Callable[
         return [y[..., : x.shape[-2], : x.shape[-1]] for x, y in zip(xs, done, strict=True)]
 
     def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
-        if not pad or on_mesh():
-            return by_shape(xs, gs)
         # A CPU starts an operation in no time, and adds and multiplies zeros like other numbers.
-        return jax.lax.platform_dependent(xs, gs, cpu=by_shape, default=by_common_shape)
+        if not pad or on_mesh() or platform_of_trace() == "cpu":
+            return by_shape(xs, gs)
+        return by_common_shape(xs, gs)
 
     return mapped
 
