@@ -20,7 +20,7 @@ from PIL import Image
 
 from experiments import flags, table
 from experiments.seeds import run_seeds
-from experiments.show import runs, variants
+from experiments.show import overhead_page, runs, variants
 from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.reporting.summary import best_epoch
@@ -153,7 +153,23 @@ def test_a_page_shows_the_stored_runs(folder):
         assert any(re.search(pattern, page) for page in PAGES), line
 
 
-STUDIES = sorted(f.parent for f in (ROOT / "results").glob("*/study.json"))
+OVERHEAD = ROOT / "results" / "overhead"
+STUDIES = sorted({f.parent for f in (ROOT / "results").glob("*/study.json")} - {OVERHEAD})
+
+
+def line_of(first, *cells):
+    """A pattern of a line of a table, of which the first cell is a pattern."""
+    return r"\| *" + r" *\| *".join([first, *map(re.escape, cells)]) + r" *\|\n"
+
+
+RULE = r"\|[-|:]*\n"
+
+
+def test_a_page_shows_the_stored_overhead():
+    rows = [json.loads(line) for line in (OVERHEAD / "results.jsonl").read_text().splitlines()]
+    header, lines = overhead_page.table(rows)
+    shown = line_of(*header) + RULE + "".join(line_of(*map(str, line)) for line in lines)
+    assert any(re.search(shown, page) for page in PAGES)
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=[f.name for f in STUDIES])
@@ -168,14 +184,10 @@ def test_a_page_shows_the_stored_studies(folder):
     # Tables leave out what no row has.
     kept = [i for i, cells in enumerate(zip(*whole[1], strict=True)) if set(cells) != {"-"}]
     header, *lines = ([line[i] for i in kept] for line in (whole[0], *whole[1]))
-
-    def pattern(first, *cells):
-        return r"\| *" + r" *\| *".join([first, *map(re.escape, cells)]) + r" *\|\n"
-
-    shown = [pattern(*header), r"\|[-|]*\n"]
+    shown = [line_of(*header), RULE]
     for name, *numbers in lines:
         label = re.escape(labels[name]) if name in labels else r"[^|\n]*"
-        shown.append(pattern(label, *numbers))
+        shown.append(line_of(label, *numbers))
     assert any(re.search("".join(shown), page) for page in PAGES)
 
 
