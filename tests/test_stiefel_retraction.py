@@ -176,6 +176,13 @@ def test_the_polynomial_of_a_series_is_an_inverse_root_as_far_as_it_says(least, 
         assert left / 2 < residual < left
 
 
+def test_the_polynomial_of_a_series_takes_two_products_and_keeps_what_does_not_move():
+    # No rounding error that thousands of steps would add up.
+    still = polar.inverse_root_series(jnp.zeros((3, 5, 5), jnp.float32))
+    assert (np.asarray(still) == 0).all()
+    assert str(jax.make_jaxpr(polar.inverse_root_series)(still)).count("dot_general[") == 2
+
+
 @pytest.mark.parametrize("size", [1e20, 3e38])
 def test_a_series_lands_for_a_step_that_is_too_long_to_be_squared(size):
     rng = np.random.default_rng(11)
@@ -298,7 +305,7 @@ def test_ten_thousand_large_steps_stay_on_the_manifold(name):
     )
     for leaf in jax.tree.leaves((x, errors)):
         assert np.isfinite(leaf).all()
-    assert max(drift(leaf) for leaf in jax.tree.leaves(x)) < 2e-6
+    assert max(drift(leaf) for leaf in jax.tree.leaves(x)) < 1e-6
     assert max(np.max(e) for e in jax.tree.leaves(errors)) < 2e-6
 
 

@@ -77,13 +77,13 @@ def retract_series(x: Array, xi: Array) -> Array:
     # no look at the whole matrix, which the largest entry would.
     # Made once for all that takes it: an accelerator would compute Adam's step anew for each.
     xi = jax.lax.optimization_barrier(jnp.clip(xi, -_LARGEST, _LARGEST))
-    y = x + project_stiefel(x, xi)
-    g = gram(y)
+    xi = project_stiefel(x, xi)
+    g = gram(x + xi)
     # The squared length of an orthonormal column is not zero: where it is, the column is padding.
     e = eye_like(g) * (g != 0) - g
     # YᵀY - I is ξᵀξ, so half of the length leaves a quarter of it.
     share = _SERIES_ENDS / jnp.maximum(_row_sum(e), _SERIES_ENDS)
-    y = x + jnp.sqrt(share) * (y - x)
+    y = x + jnp.sqrt(share) * xi
     return y + mm(y, inverse_root_series(share * e))
 
 
