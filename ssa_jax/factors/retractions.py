@@ -10,7 +10,7 @@ from ssa_jax.factors.one_by_one import eigh, inverse_root, qr, solve
 from ssa_jax.factors.polar import inverse_root_series, orthonormalize
 
 Array = jax.Array
-# Where `inverse_root_series` leaves a rounding error of float32.
+# 0.24 E⁷ is a rounding error of float32 there.
 _SERIES_ENDS = 0.12
 # Largest entry of a step; rows of E sum to at most 1e31 times the height of the matrix.
 _LARGEST = 1e15
@@ -58,10 +58,10 @@ def _q_factor(y: Array) -> Array:
 def retract_series(x: Array, xi: Array) -> Array:
     """Polar retraction Y (YᵀY)^(-1/2) of the tangent part of ξ, Y = X + P_x(ξ), by products alone.
 
-    The inverse root is a polynomial of fourth order in E = I - YᵀY, see `inverse_root_series`. It
-    leaves rounding while no row of E sums to more than `_SERIES_ENDS`; a longer ξ is shortened to
-    that bound, a turn of the columns by about 19 degrees. Entries of ξ beyond 1e15, whose squares
-    could not be had, count as that. A drift of X from the manifold is taken back.
+    The inverse root is its series in E = I - YᵀY to the sixth order. That leaves 0.24 E⁷, which is
+    rounding while no row of E sums to more than `_SERIES_ENDS`; a longer ξ is shortened to that
+    bound, a turn of the columns by about 19 degrees. Entries of ξ beyond 1e15, whose squares could
+    not be had, count as that. A drift of X from the manifold is taken back.
     Neither loop nor conditional: the same products in every step. Columns of zeros in x and ξ stay
     zeros, as those are that pad a matrix.
 
@@ -71,13 +71,11 @@ def retract_series(x: Array, xi: Array) -> Array:
 
     References:
       Björck & Bowie, An iterative algorithm for computing the best estimate of an orthogonal
-      matrix, 1971: the series, of which the polynomial is a close neighbour.
+      matrix, 1971: the family of series.
     """
     # The fourth power of an entry may not overflow. A bound that a step of use never meets needs
     # no look at the whole matrix, which the largest entry would.
-    # Made once for all that takes it: an accelerator would compute Adam's step anew for each.
-    xi = jax.lax.optimization_barrier(jnp.clip(xi, -_LARGEST, _LARGEST))
-    xi = project_stiefel(x, xi)
+    xi = project_stiefel(x, jnp.clip(xi, -_LARGEST, _LARGEST))
     g = gram(x + xi)
     # The squared length of an orthonormal column is not zero: where it is, the column is padding.
     e = eye_like(g) * (g != 0) - g
