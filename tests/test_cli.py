@@ -22,6 +22,7 @@ from experiments import flags, table
 from experiments.seeds import run_seeds
 from experiments.show import overhead_page, runs, variants
 from ssa_jax.errors import ConfigError, NotFiniteError
+from ssa_jax.methods.walk import BASES
 from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.reporting.summary import best_epoch
 from ssa_jax.runs import config as config_lib
@@ -232,11 +233,16 @@ def test_a_run_that_stops_within_an_epoch_tells_what_it_reached(tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_equals_an_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("walk", [{}, *({"feedback_basis": basis} for basis in BASES)])
+def test_resume_equals_an_uninterrupted_run(tmp_path, walk):
     change = {"rank_schedule": "hybrid", "rank_init": 1.0, "epochs": 4}
+    if walk:
+        change |= {"feedback": "sequential", "feedback_rank": 0.25, **walk}
     whole = dataclasses.replace(SMALL, workdir=str(tmp_path / "whole"), **change)
     expected = run(whole)
     steps = expected["steps"] // 4
+    initial, *later = (row["ranks"] for row in rows(tmp_path / "whole"))
+    assert any(ranks != initial for ranks in later[:2])
     parts = dataclasses.replace(whole, workdir=str(tmp_path / "parts"))
     # Once at an epoch's end, once in the middle of an epoch, which is then repeated.
     first = run(dataclasses.replace(parts, max_steps=2 * steps))

@@ -338,3 +338,8 @@ def test_a_run_with_falling_ranks_walks_through_a_share_of_what_is_left(tmp_path
         workdir=str(tmp_path / "run"),
     )  # fmt: skip
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+    first, last = (sum(row["ranks"].values()) for row in (run.history[0], run.history[-1]))
+    assert last < first
+    # What passes has become smaller with the ranks, and is found again.
+    again = ssa_jax.load(tmp_path / "run")
+    np.testing.assert_array_equal(again.predict(images), run.predict(images))

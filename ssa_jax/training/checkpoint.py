@@ -33,6 +33,7 @@ from ssa_jax.training.record import (
     seal,
     shapes,
     versions,
+    with_stored_feedback,
 )
 from ssa_jax.training.train import ranks as ranks_of
 from ssa_jax.types import TrainState
@@ -172,11 +173,7 @@ class Checkpoints:
         barrier("after setting aside")
 
     def wait(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-          CheckpointError: it could not be.
-        """
+        """Waits until everything is written; CheckpointError where it could not be."""
         if self._writer is not None:
             with self._writing():
                 self._writer.wait()
@@ -213,9 +210,10 @@ class Checkpoints:
         record = read_record(folder := self._directory / str(step))
         if different := of_settings(self._config, record["config"]):
             raise CheckpointError(f"{folder} is of another run: {different}")
-        target = place(ranks.at_ranks(like, like.params, record["ranks"]))
-        ours, stored = shapes(target), {k: v[:2] for k, v in record["arrays"].items()}
-        if different := differences(ours, stored):
+        stored = {k: v[:2] for k, v in record["arrays"].items()}
+        at_ranks = ranks.at_ranks(like, like.params, record["ranks"])
+        target = place(with_stored_feedback(at_ranks, stored))
+        if different := differences(shapes(target), stored):
             raise CheckpointError(
                 f"{folder} does not fit this run, whose model or optimiser has other arrays: "
                 f"{different}"
@@ -223,7 +221,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
         )
-        # Copied, since the buffers may belong to the reader and the first step is donated them.
+        # Copied: the buffers may belong to the reader, and the first step is donated them.
         loaded = jax.tree.map(jnp.copy, read_arrays(folder, abstract))
         if different := differences(describe(loaded), record["arrays"], limit=1):
             raise DamagedError(f"its arrays are altered: {different}")

@@ -115,9 +115,28 @@ def _digest(text: Any) -> str:
 def shapes(state: TrainState) -> dict[str, list[Any]]:
     """Shape and dtype of every array by its path."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [list(x.shape), str(x.dtype)]
+        _name(path): [list(x.shape), str(x.dtype)]
         for path, x in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def with_stored_feedback(state: TrainState, stored: dict[str, list[Any]]) -> TrainState:
+    """A state whose feedback is cut to stored shapes, by path, where those are nowhere larger.
+
+    Feedback that is measured on factors, as directions of a walk are, shrinks with their ranks.
+    """
+
+    def cut(path: Any, x: Any) -> Any:
+        shape, *_ = stored.get(f"feedback/{_name(path)}", [x.shape])
+        if len(shape) != x.ndim or any(n > m for n, m in zip(shape, x.shape, strict=True)):
+            return x
+        return x[tuple(slice(n) for n in shape)]
+
+    return state._replace(feedback=jax.tree_util.tree_map_with_path(cut, state.feedback))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def describe(state: TrainState) -> dict[str, list[Any]]:
