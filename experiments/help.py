@@ -33,8 +33,8 @@ GROUPS = {
     ),
     "Feedback": (
         "feedback", "feedback_update", "feedback_every", "feedback_rate", "feedback_form",
-        "feedback_limit_mib", "feedback_lookahead", "feedback_rank", "feedback_basis", "unit_size",
-        "warmup_method", "warmup_epochs", "warmup_until",
+        "feedback_limit_mib", "feedback_lookahead", "feedback_rank", "feedback_basis",
+        "feedback_energy", "unit_size", "warmup_method", "warmup_epochs", "warmup_until",
     ),
     "Ranks": (
         "factorize", "rank_target", "rank_floor", "rank_budget", "budget_kind", "rank_exclude",

@@ -233,11 +233,18 @@ def test_a_run_that_stops_within_an_epoch_tells_what_it_reached(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("walk", [{}, *({"feedback_basis": basis} for basis in BASES)])
+@pytest.mark.parametrize(
+    "walk",
+    [
+        {},
+        *({"feedback_basis": basis, "feedback_rank": 0.25} for basis in BASES),
+        {"feedback_basis": "error", "feedback_energy": 0.8},
+    ],
+)
 def test_resume_equals_an_uninterrupted_run(tmp_path, walk):
     change = {"rank_schedule": "hybrid", "rank_init": 1.0, "epochs": 4}
     if walk:
-        change |= {"feedback": "sequential", "feedback_rank": 0.25, **walk}
+        change |= {"feedback": "sequential", **walk}
     whole = dataclasses.replace(SMALL, workdir=str(tmp_path / "whole"), **change)
     expected = run(whole)
     steps = expected["steps"] // 4

@@ -83,7 +83,7 @@ def test_linear_reaches_its_target_and_stays():
 
 @pytest.mark.parametrize("stored", [3, 8, 9, 50, 64, 96, 512])
 def test_buckets_hold_the_rank(stored):
-    buckets = [ranks.bucket(k, stored) for k in range(1, stored + 1)]
+    buckets = [factors.bucket(k, stored) for k in range(1, stored + 1)]
     assert all(k <= b <= stored for k, b in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
 
@@ -109,13 +109,13 @@ def test_a_rank_that_falls_to_the_floor_is_compacted_at_most_three_times_and_at_
 
 
 def test_buckets_are_of_the_hardware_and_one_stores_the_rank_itself(monkeypatch):
-    assert ranks.bucket(13, 96) == 16
-    assert ranks.bucket(13, 96, 1) == 13
+    assert factors.bucket(13, 96) == 16
+    assert factors.bucket(13, 96, 1) == 13
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert ranks.bucket(13, 96) == 96
-    assert ranks.bucket(13, 512) == 128
+    assert factors.bucket(13, 96) == 96
+    assert factors.bucket(13, 512) == 128
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert ranks.bucket(13, 96) == 16
+    assert factors.bucket(13, 96) == 16
 
 
 def trained(rank_schedule, steps=12, network="conv"):

@@ -28,7 +28,7 @@ from ssa_jax.factors import Factors, WithFeedback, linalg
 from ssa_jax.layers import products
 from ssa_jax.methods import METHODS, FeedbackOptions, Network, chain
 from ssa_jax.methods.feedback import through_twins
-from ssa_jax.methods.walk import BASES, principal
+from ssa_jax.methods.walk import BASES, holding, moments, principal
 from ssa_jax.models.feedforward import mlp
 from ssa_jax.networks.forward import forward, output_shapes, visited
 from ssa_jax.networks.units import group_units, in_precision
@@ -304,12 +304,91 @@ def test_the_directions_follow_the_error_of_the_last_batch_without_a_compilation
         ({"path": "sequential", "rank": 0.0}, r"feedback_rank must lie in \(0, 1\], got 0"),
         ({"path": "sequential", "rank": 1.5}, r"feedback_rank must lie in \(0, 1\]"),
         ({"path": "sequential", "rank": 0.5, "basis": "svd"}, "feedback_basis must be one of"),
+        ({"path": "composed", "energy": 0.5}, "feedback_energy is of feedback=sequential"),
+        ({"path": "sequential", "energy": 0.5}, "feedback_energy is the error's"),
+        (BY_ERROR | {"energy": 0.0}, r"feedback_energy must lie in \(0, 1\], got 0"),
+        (BY_ERROR | {"energy": 1.5}, r"feedback_energy must lie in \(0, 1\]"),
     ],
 )
 def test_a_share_that_cannot_be_walked_is_refused(options, message):
     units, params, mstate = split("conv", 0.5)
     with pytest.raises(ValueError, match=message):
         make_method("ssa", units, params, mstate, **options)
+
+
+def test_the_fewest_directions_that_hold_an_energy_are_taken():
+    """Of other examples than those in which they were found; all of them where there is none."""
+    rng = np.random.default_rng(3)
+    span = np.linalg.qr(rng.normal(size=(9, 9)))[0]
+    seen, others = (
+        span @ np.diag(d) @ span.T for d in (2.0 ** -np.arange(9), 3.0 ** -np.arange(9))
+    )
+    s = jnp.ones(9)
+    held = np.cumsum(3.0 ** -np.arange(9)) / np.sum(3.0 ** -np.arange(9))
+    for energy in (0.3, 0.6, 0.7, 0.9, 0.99, 1.0):
+        n = int(holding(energy, jnp.float32(seen), jnp.float32(others), s))
+        assert n == np.argmax(held >= energy - 1e-6) + 1
+    assert int(holding(0.5, jnp.float32(seen), jnp.zeros((9, 9)), s)) == 9
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.7, 0.9])
+def test_the_fewest_directions_are_taken_with_which_other_examples_keep_their_energy(energy):
+    units, params, mstate = perceptron()
+    method = make_method("ssa", units, params, mstate, energy=energy, **BY_ERROR)
+    start = method.init(jax.random.key(0), params, mstate)
+    batch = make_batch(4, 9)  # whose error is measured, see `make_method`
+    seen, others = (
+        batch._replace(images=batch.images[i::2], labels=batch.labels[i::2]) for i in (0, 1)
+    )
+
+    def error(outputs):
+        return output_error(outputs, seen.labels)[1]
+
+    (name, f), *_ = ((n, f) for n, f in params[1].items() if factors.is_factors(f))
+    found = moments(units, params, mstate, seen.images, error)[1][name]
+    n = int(method.resize.sizes(start, params, mstate)[1][name])
+    true, tape, _ = exact(units, params, mstate, others)
+    lost = functools.partial(missed, units, params, tape, true, name)
+    whole = float(jnp.sum(jnp.square(true[0])))
+    assert lost(principal(found, f.s, n)) <= (1 - energy) * whole * (1 + 1e-5)
+    assert n == 1 or lost(principal(found, f.s, n - 1)) > (1 - energy) * whole
+
+
+def test_a_walk_by_energy_starts_as_backpropagation_and_narrows_when_an_epoch_has_ended(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 256)
+    images = rng.normal(size=(256, 8, 8, 1)).astype(np.float32) + labels[:, None, None, None]
+
+    def trained(name, **change):
+        return ssa_jax.fit(
+            "mlp", (images, labels), epochs=3, batch_size=32, rank_init=1.0, factorize="on",
+            workdir=str(tmp_path / name), **change,
+        ).history  # fmt: skip
+
+    walk = {"method": "ssa", "feedback": "sequential", "feedback_basis": "error"}
+    exact = trained("exact", method="svd_bp")
+    ours = trained("energy", feedback_energy=0.5, **walk)
+    assert ours[0]["train_loss"] == exact[0]["train_loss"]
+    assert ours[0]["directions"] == ours[0]["ranks"]
+    assert sum(ours[1]["directions"].values()) < 0.7 * sum(ours[0]["directions"].values())
+    assert ours[2]["train_loss"] != exact[2]["train_loss"]
+    # After another method it narrows where it takes over, not when an epoch has ended.
+    warm = {"warmup_method": "svd_bp", "warmup_until": 3}
+    relayed = trained("warm", feedback_energy=0.5, **walk, **warm)
+    assert sum(relayed[0]["directions"].values()) < sum(ours[0]["directions"].values())
+    capped = trained("capped", feedback_energy=0.99, feedback_rank=0.25, **walk)
+    for row in capped:
+        for layer, n in row["directions"].items():
+            assert n <= np.ceil(0.25 * row["ranks"][layer])
+
+
+def test_an_energy_needs_two_examples():
+    units, params, mstate = split("conv", 0.5)
+    images, labels = make_batch(1)[:2]
+    network = Network(units, output_shapes(units, params, mstate, IMAGE), images, targets=labels)
+    method = METHODS["ssa"](network, FeedbackOptions(**BY_ERROR, energy=0.5))
+    with pytest.raises(ValueError, match="needs a batch of at least two"):
+        method.init(jax.random.key(0), params, mstate)
 
 
 def test_a_model_without_factors_is_refused():

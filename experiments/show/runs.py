@@ -66,8 +66,11 @@ def method(summary: Row) -> str:
     parts = [summary["method"]]
     if summary["method"] == "ssa":
         # Runs stored before there was a choice to tell were direct, and looked at no unit ahead.
-        share = summary.get("feedback_rank") or 1
+        share, energy = (summary.get(f"feedback_{of}") or 1 for of in ("rank", "energy"))
         sequential = "sequential" if share == 1 else f"walking through {share:g} of its directions"
+        if energy < 1:
+            most = "" if share == 1 else f", {share:g} of its directions at most"
+            sequential = f"walking through {energy:g} of the error's energy{most}"
         ahead = f"direct, {n} ahead" if (n := summary.get("feedback_lookahead")) else "direct"
         parts.append(sequential if summary.get("feedback") == "sequential" else ahead)
     if summary["factorized"] != (summary["method"] in ON_FACTORS):

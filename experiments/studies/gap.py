@@ -3,8 +3,8 @@
     python -m experiments.studies.gap
     python -m experiments.studies.gap --quick --dataset=digits --model=mlp
 
-The reference is `svd_bp`. Three variants walk through a share of each layer's singular directions,
-one learns behind auxiliary networks; every other one is direct SSA with one thing changed: how
+The reference is `svd_bp`. Some variants walk through a few of each layer's singular directions, one
+learns behind auxiliary networks; every other one is direct SSA with one thing changed: how
 often the path follows the weights, how fine it is, how far a unit's gradient reaches, what is added
 to the signal, what comes before, and how the weights are moved.
 """
@@ -23,9 +23,8 @@ def _direct(name: str, label: str, **changes: Any) -> Variant:
 
 def _walk(name: str, share: str, rank: float, note: str = "", **changes: Any) -> Variant:
     walked = {"method": "ssa", "feedback": "sequential", "feedback_rank": rank}
-    return Variant(
-        name, f"walking through {share} of each layer's directions{note}", walked | changes
-    )
+    through = share if "feedback_energy" in changes else f"{share} of each layer's directions"
+    return Variant(name, f"walking through {through}{note}", walked | changes)
 
 
 EXACT = {"warmup_method": "svd_bp", "warmup_until": 20}
@@ -42,6 +41,15 @@ VARIANTS = (
         1 / 8,
         ", by the error, after 20 exact steps",
         feedback_basis="error",
+        **EXACT,
+    ),
+    _walk(
+        "walk_energy",
+        "0.8 of the error's energy",
+        1,
+        ", after 20 exact steps",
+        feedback_basis="error",
+        feedback_energy=0.8,
         **EXACT,
     ),
     _walk("walk_eighth_exact_first", "an eighth", 1 / 8, ", after 20 exact steps", **EXACT),

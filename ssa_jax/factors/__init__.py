@@ -11,6 +11,10 @@ from ssa_jax.factors import linalg, svd
 
 Array = jax.Array
 
+# Stored ranks are multiples of what the hardware computes anyway: a CPU's vector of float32, a
+# tile of a GPU's tensor cores, the lanes of a TPU's matrix unit.
+BUCKETS = {"cpu": 8, "gpu": 16, "tpu": 128}
+
 
 class Factors(NamedTuple):
     """W = U diag(s) Vᵀ, a pytree of three arrays.
@@ -66,6 +70,19 @@ def rank_of(fraction: float, d_out: int, d_in: int) -> int:
     if not 0 < fraction <= 1:
         raise ValueError(f"rank fraction must lie in (0, 1], got {fraction}")
     return max(1, round(fraction * full_rank(d_out, d_in)))
+
+
+def bucket(rank: int, stored: int, multiple: int | None = None) -> int:
+    """The rank rounded up to a multiple of the hardware's, at most what is stored.
+
+    Args:
+      rank: to store.
+      stored: rank stored now, never exceeded.
+      multiple: by default that of the backend in `BUCKETS`; 1 stores exactly the rank.
+    """
+    if multiple is None:
+        multiple = BUCKETS.get(jax.default_backend(), max(BUCKETS.values()))
+    return min(-(-rank // multiple) * multiple, stored)
 
 
 def from_dense(w: Array, rank: int, key: Array | None = None) -> Factors:

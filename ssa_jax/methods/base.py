@@ -25,6 +25,23 @@ def _no_twins(feedback: Tree) -> None:
     del feedback
 
 
+def _nothing(feedback: Tree) -> dict[str, Any]:
+    del feedback
+    return {}
+
+
+class Resize(NamedTuple):
+    """Of feedback whose shapes follow what is measured: looked at between epochs.
+
+    Attributes:
+      sizes: (feedback, params, mstate) -> a tree of integers that are wanted; can be jitted.
+      to: (feedback, sizes) -> feedback of such shapes, to be refreshed; itself where it stays.
+    """
+
+    sizes: Callable[[Tree, Tree, Tree], Tree]
+    to: Callable[[Tree, Tree], Tree]
+
+
 class Readouts(NamedTuple):
     """Losses of the units' own behind readouts that learn on them (see `methods.local`).
 
@@ -50,6 +67,7 @@ class Method(NamedTuple):
       refresh: (feedback, params, mstate) -> feedback, every `refresh_every` steps and after a
         compaction; runs outside the step, so it may be costly.
       refresh_every: 0 for never.
+      resize: for a method whose feedback changes its shapes while it trains; else None.
       twins: feedback -> parameter trees that the alignment term pulls towards, or None.
       direct: (feedback, error, batch, i) -> δ_i of hidden unit i, for a method whose signals
         need the error alone and whose update leaves the tape unread: such a method can train
@@ -61,6 +79,7 @@ class Method(NamedTuple):
         of `signals` are.
       readouts: for a method whose signals are gradients of losses of the units' own; else None.
       note: what a run should report of the feedback, in a few words; may be empty.
+      tell: feedback -> what an epoch's row says of it, by name.
     """
 
     init: Callable[[Array, Tree, Tree], Tree]
@@ -68,12 +87,14 @@ class Method(NamedTuple):
     update: Callable[[Tree, Tree, Tree, Tape, Any], Tree] = _keep
     refresh: Callable[[Tree, Tree, Tree], Tree] = _keep
     refresh_every: int = 0
+    resize: Resize | None = None
     twins: Callable[[Tree], Tree | None] = _no_twins
     direct: Direct | None = None
     down: Callable[[Tree, Tree], Through] | None = None
     ahead: int = 0
     readouts: Readouts | None = None
     note: str = ""
+    tell: Callable[[Tree], dict[str, Any]] = _nothing
 
 
 def streams(method: Method) -> bool:
@@ -170,6 +191,7 @@ class FeedbackOptions(NamedTuple):
       lookahead: units that a direct signal of ssa is pulled back through exactly.
       rank: share of each layer's singular directions that a sequential walk goes through.
       basis: which, ``"spectrum"`` or ``"error"`` (see `methods.walk`).
+      energy: share of the error's energy that passes a layer; 1: `rank` alone says how much.
       readout: ``"pred"``, ``"sim"`` or ``"predsim"`` (see `methods.local`).
       readout_update: ``"learned"`` or ``"fixed"``.
       readout_rate: Adam's rate of learned readouts.
@@ -185,6 +207,7 @@ class FeedbackOptions(NamedTuple):
     lookahead: int = 0
     rank: float = 1.0
     basis: str = "spectrum"
+    energy: float = 1.0
     readout: str = "predsim"
     readout_update: str = "learned"
     readout_rate: float = 2e-3

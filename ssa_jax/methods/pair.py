@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ssa_jax.methods.base import Method, Through, streams
+from ssa_jax.methods.base import Method, Resize, Through, streams
 from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
@@ -66,14 +66,30 @@ def _of_both(a: Method, b: Method, leader: int) -> Method:
     def refresh(feedback: Both, params: Tree, mstate: Tree) -> Both:
         return a.refresh(feedback[0], params, mstate), b.refresh(feedback[1], params, mstate)
 
+    resize = None
+    if lead.resize is not None:
+        sizes, to = lead.resize
+        resize = Resize(
+            lambda feedback, *state: sizes(feedback[leader], *state),
+            lambda feedback, wanted: _with(feedback, leader, to(feedback[leader], wanted)),
+        )
     return lead._replace(
         init=init,
         signals=signals,
         update=update,
         refresh=refresh,
+        resize=resize,
         twins=lambda feedback: lead.twins(feedback[leader]),
+        tell=lambda feedback: lead.tell(feedback[leader]),
         # The update of either may read the tape.
         direct=direct if lead.direct and streams(a) and streams(b) else None,
         down=down if lead.down and streams(a) and streams(b) else None,
         readouts=None,
     )
+
+
+def _with(feedback: Both, leader: int, own: Tree) -> Both:
+    """Both feedbacks, the leader's in its place; the same object where it is what it was."""
+    if own is feedback[leader]:
+        return feedback
+    return (feedback[0], own) if leader else (own, feedback[1])

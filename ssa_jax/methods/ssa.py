@@ -68,8 +68,8 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     term at `options.rate`; ``tracked`` take the weights' values every `options.every` steps.
     What truncation zeroes in the weights is zeroed in the twins.
 
-    With `options.rank` below one the sequential walk goes through that share of each layer's own
-    singular directions instead (see `walk.low_rank_walk`).
+    With `options.rank` or `options.energy` below one the sequential walk goes through few of each
+    layer's own singular directions instead (see `walk.low_rank_walk`).
 
     Raises:
       ValueError: an unknown path, update or form, `every` below one, or a rank of feedback that
@@ -80,10 +80,11 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
     has_paths = options.path != "sequential"
-    if options.rank != 1:
+    if options.rank != 1 or options.energy != 1:
         if has_paths or options.update != "tracked":
+            flag = "feedback_rank" if options.rank != 1 else "feedback_energy"
             raise ValueError(
-                "feedback_rank is of feedback=sequential with feedback_update=tracked, got "
+                f"{flag} is of feedback=sequential with feedback_update=tracked, got "
                 f"{options.path} and {options.update}"
             )
         return low_rank_walk(network, options)

@@ -55,6 +55,7 @@ def settings(config: Any) -> Row:
         "feedback": config.feedback if config.method == "ssa" else None,
         "feedback_lookahead": config.feedback_lookahead if config.method == "ssa" else None,
         "feedback_rank": config.feedback_rank if config.method == "ssa" else None,
+        "feedback_energy": config.feedback_energy if config.method == "ssa" else None,
     }
 
 

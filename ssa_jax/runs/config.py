@@ -172,13 +172,12 @@ class Config:
     )
     feedback_form: str = setting("auto", "Direct paths: full or per channel.", choices=FORMS)
     feedback_limit_mib: int = setting(256, "Most MiB of full paths under auto.", low=0)
-    feedback_lookahead: int = setting(
-        1, "Units that a direct signal of ssa is pulled back through exactly.", low=0
-    )
+    feedback_lookahead: int = setting(1, "Units a direct signal is pulled through exactly.", low=0)
     feedback_rank: float = setting(
         1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
     )
     feedback_basis: str = setting("spectrum", "Which: largest |s|, or the error's.", choices=BASES)
+    feedback_energy: float = setting(1.0, "Least share of its energy there.", above=0.0, high=1.0)
     unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)

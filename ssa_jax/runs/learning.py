@@ -80,6 +80,7 @@ def make_methods(config: Config, network: Network, given: Given = NOTHING) -> tu
         lookahead=config.feedback_lookahead,
         rank=config.feedback_rank,
         basis=config.feedback_basis,
+        energy=config.feedback_energy,
         readout=config.readout,
         readout_update=config.readout_update,
         readout_rate=config.readout_rate,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from ssa_jax.runs.inputs import Data
 from ssa_jax.stages.programs import make_programs, over_stages
 from ssa_jax.stages.state import StagedState
 from ssa_jax.training import metrics, ranks, train
-from ssa_jax.training.dispatch import Steps, dispatches, make_steps, steps_of_backend
+from ssa_jax.training.dispatch import Steps, in_turn, make_steps, steps_of_backend
 from ssa_jax.training.running_means import RunningMeans
 from ssa_jax.types import Batch, TrainState
 
@@ -114,7 +114,10 @@ class Trainer:
             contextlib.closing(feeds),
             bar(epoch + 1, self.config.epochs, (last - first) * size, means.steps * size) as shown,
         ):
-            for steps, step, count in self._runs(first + means.steps, last):
+            for steps, step, count in in_turn(
+                self.programs.warmup, self.programs.steps,
+                first + means.steps, self.built.takes_over, last, self.built.cuts_at,
+            ):  # fmt: skip
                 between(step)
                 # Whatever comes from the host or goes there in here is asked for explicitly; an
                 # operation outside of a program takes its constants from there.
@@ -136,21 +139,15 @@ class Trainer:
         schedule = self.built.learning_rate
         return None if schedule is None else float(schedule(step))
 
-    def _runs(self, first: int, last: int) -> Iterator[tuple[Steps, int, int]]:
-        """The steps first, ..., last - 1 by their programs, first step and number."""
-        border = min(max(first, self.built.takes_over), last)
-        warmup, steps = self.programs.warmup, self.programs.steps
-        for of, start, end in ((warmup, first, border), (steps, border, last)):
-            for step, count in dispatches(start, end, of.length, of.periods, self.built.cuts_at):
-                yield of, step, count
-
     def _dispatch(
         self, steps: Steps, feed: Feed, step: int, count: int, means: RunningMeans
     ) -> None:
         """The steps from `step` on, after the refresh where one is due."""
         every, _ = steps.periods
         # Paths of the method that takes over may be old.
-        due = (every and step % every == 0) or 0 < self.built.takes_over == step
+        if takes_over := 0 < self.built.takes_over == step:
+            self._resize()
+        due = (every and step % every == 0) or takes_over
         state = self.programs.divided(self._state)
         state = self.programs.refresh(state) if due else state
         self._state, measured = steps.programs[count](state, feed.source)
@@ -184,8 +181,11 @@ class Trainer:
         row = self.evaluate()
         _check_finite(math.isfinite(row["test_loss"]) and train.all_finite(self.state))
         row |= metrics.probe_row(self.programs.probe(self.state, self._probe_batch()))
+        row |= self.built.method.tell(self.state.feedback)
         row |= self._repair(row)
         row |= self._compact(row)
+        if self.step >= self.built.takes_over:
+            self._resize()
         return row
 
     def _probe_batch(self) -> Batch:
@@ -218,6 +218,13 @@ class Trainer:
         """Takes over a state that was changed between steps, with its feedback made anew."""
         self.state = self.programs.refresh(self.layout.place(state))
 
+    def _resize(self) -> None:
+        """Gives the feedback the shapes that it asks for by what is measured."""
+        with jax.transfer_guard("allow"):
+            resized = train.resized(self.built.method, self.state)
+            if resized is not self.state:
+                self._refreshed(resized)
+
     def _repair(self, evaluated: Row) -> Row:
         """Makes factors that have drifted orthonormal again, and evaluates to show what moved.
 
@@ -230,7 +237,7 @@ class Trainer:
         self._refreshed(self.state._replace(params=params))
         return {
             "drift_repaired": float(factors.orthogonality_error(params)),
-            **_before("repair", evaluated),
+            **metrics.before("repair", evaluated),
             **self.evaluate(),
         }
 
@@ -245,13 +252,7 @@ class Trainer:
         # Paths that were built at the old ranks are built anew; every other shape was sliced.
         compact = self.layout.returning(self.layout.keep, ranks.make_compaction(chosen))
         self._refreshed(compact(self.state))
-        return {**_before("compaction", evaluated), **self.evaluate()}
-
-
-def _before(change: str, evaluated: Row) -> Row:
-    """What a test measured before the state was changed, under names of its own."""
-    names = [name for name in ("test_accuracy", "test_loss") if name in evaluated]
-    return {f"{name}_before_{change}": evaluated[name] for name in names}
+        return {**metrics.before("compaction", evaluated), **self.evaluate()}
 
 
 def _check_finite(finite: bool) -> None:

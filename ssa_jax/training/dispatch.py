@@ -105,6 +105,20 @@ class Steps(NamedTuple):
     programs: dict[int, Dispatch]
 
 
+def in_turn(
+    first: Steps, then: Steps, start: int, border: int, last: int, alone: Callable[[int], bool]
+) -> Iterator[tuple[Steps, int, int]]:
+    """The `dispatches` of steps start, ..., last - 1: those below a border by the first programs.
+
+    Yields:
+      (steps, start, number) of every run in turn.
+    """
+    border = min(max(start, border), last)
+    for steps, begin, end in ((first, start, border), (then, border, last)):
+        for at, count in dispatches(begin, end, steps.length, steps.periods, alone):
+            yield steps, at, count
+
+
 def make_steps(
     step: Step, batch_at: Callable[[Tree, Array], Batch], most: int, periods: tuple[int, ...],
     on_compile: Callable[[], None],

@@ -194,5 +194,11 @@ def probe_row(probe: Probe) -> Row:
     }
 
 
+def before(change: str, evaluated: Row) -> Row:
+    """What a test measured before the state was changed, under names of its own."""
+    names = [name for name in ("test_accuracy", "test_loss") if name in evaluated]
+    return {f"{name}_before_{change}": evaluated[name] for name in names}
+
+
 def _degrees(angles: Iterable[Array | None]) -> list[float | None]:
     return [None if a is None else round(float(a), 3) for a in angles]

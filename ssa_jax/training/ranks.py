@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.factors import is_factors, named_leaves
+from ssa_jax.factors import bucket, is_factors, named_leaves
 
 Array = jax.Array
 Tree = Any
@@ -32,9 +32,6 @@ WARM_UP = 0.05
 ANNEAL_START, ANNEAL_END = 0.1, 0.6
 # No rank is truncated below it: the smallest that saves anything where it is stored.
 LEAST = 8
-# Stored ranks are multiples of what the hardware computes anyway: a CPU's vector of float32, a
-# tile of a GPU's tensor cores, the lanes of a TPU's matrix unit.
-BUCKETS = {"cpu": 8, "gpu": 16, "tpu": 128}
 
 # Share of the factors that a compaction during training leaves, at most: down to a floor of 0.3
 # there are three of them, and a last one at the end.
@@ -147,19 +144,6 @@ def energy_to_reach(
         return energy
     start = min(float(t.rank) for t in asked)
     return min(energy, (floor / start) ** (1 / cuts))
-
-
-def bucket(rank: int, stored: int, multiple: int | None = None) -> int:
-    """The rank rounded up to a multiple of the hardware's, at most what is stored.
-
-    Args:
-      rank: to store.
-      stored: rank stored now, never exceeded.
-      multiple: by default that of the backend in `BUCKETS`; 1 stores exactly the rank.
-    """
-    if multiple is None:
-        multiple = BUCKETS.get(jax.default_backend(), max(BUCKETS.values()))
-    return min(-(-rank // multiple) * multiple, stored)
 
 
 def selection(params: Tree, multiple: int | None = None) -> dict[str, np.ndarray]:

@@ -160,6 +160,16 @@ def make_refresh(method: Method) -> Callable[[TrainState], TrainState]:
     return jax.jit(refresh)
 
 
+def resized(method: Method, state: TrainState) -> TrainState:
+    """The state with its feedback in the shapes that it asks for; the same one where it stays."""
+    if method.resize is None:
+        return state
+    wanted = jax.jit(method.resize.sizes)(state.feedback, state.params, state.mstate)
+    sizes = jax.tree.map(lambda n: int(on_host(n)), wanted)
+    feedback = method.resize.to(state.feedback, sizes)
+    return state if feedback is state.feedback else state._replace(feedback=feedback)
+
+
 def make_eval(
     units: Sequence[Unit], task: Task = CROSS_ENTROPY
 ) -> Callable[[Tree, Tree, Batch], dict[str, Array]]:
