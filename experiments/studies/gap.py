@@ -76,6 +76,8 @@ VARIANTS = (
         **EXACT,
     ),
     _direct("joined", "two neighbours a unit", unit_size=2),
+    _direct("joined_4", "four neighbours a unit", unit_size=4),
+    _direct("joined_8", "eight neighbours a unit", unit_size=8),
     _direct("readout", "and a local readout (0.1)", local_weight=0.1),
     _direct("cosine", "and the cosine term (0.1)", kappa=0.1),
     _direct("smoothing", "label smoothing (0.1)", label_smoothing=0.1),
