@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 from helpers import (
     CLASSES,
+    EVERY,
     IMAGE,
     NETWORKS,
     apart,
@@ -13,11 +14,12 @@ from helpers import (
     make_batch,
     max_difference,
     output_error,
+    small_model,
     split,
     walk,
 )
 
-from ssa_jax.methods import feedback
+from ssa_jax.methods import METHODS, FeedbackOptions, Network, chain, feedback
 from ssa_jax.networks.forward import forward, output_shapes, predict
 
 # On which paths are composed.
@@ -228,6 +230,32 @@ def test_per_channel_signals_are_uniform_over_positions():
     assert jnp.array_equal(first, jnp.broadcast_to(first[:, :1, :1], first.shape))
     assert jnp.allclose(first[:, 0, 0], error @ paths[0][:, 0, 0])
     assert second.shape == (2, 7)
+
+
+@pytest.mark.parametrize("path", ["composed", "regression"])
+@pytest.mark.parametrize(
+    "name", [*EVERY, *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain32", "resnet32"))]
+)
+def test_a_direct_signal_is_not_longer_than_the_true_one_whatever_normalises(name, path):
+    """A mean is shorter than what it is the mean of; nor does it vanish in 32 layers."""
+    if name in EVERY:
+        units, params, mstate = split(name, 0.5)
+        shape = IMAGE
+    else:
+        model, shape = small_model(name, CLASSES, 0.25, (16, 16, 3))
+        units, params, mstate = apart(model, shape)
+    batch, seen = make_batch(32, 1, shape), make_batch(16, 9, shape)
+    network = Network(
+        units, output_shapes(units, params, mstate, shape), seen.images, targets=seen.labels
+    )
+    method = METHODS["ssa"](network, FeedbackOptions(path=path))
+    logits, _, tape = forward(units, params, mstate, batch.images)
+    _, error = output_error(logits, batch.labels)
+    state = method.init(jax.random.key(0), params, mstate)
+    for sent, true in zip(
+        method.signals(state, params, tape, error, batch), chain(tape, error), strict=True
+    ):
+        assert 0.1 < float(jnp.linalg.norm(sent) / jnp.linalg.norm(true)) < 1.01
 
 
 def test_looking_ahead_to_the_output_is_backpropagation():
