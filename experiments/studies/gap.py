@@ -23,8 +23,9 @@ def _direct(name: str, label: str, **changes: Any) -> Variant:
 
 def _walk(name: str, share: str, rank: float, note: str = "", **changes: Any) -> Variant:
     walked = {"method": "ssa", "feedback": "sequential", "feedback_rank": rank}
-    through = share if "feedback_energy" in changes else f"{share} of each layer's directions"
-    return Variant(name, f"walking through {through}{note}", walked | changes)
+    return Variant(
+        name, f"walking through {share} of each layer's directions{note}", walked | changes
+    )
 
 
 EXACT = {"warmup_method": "svd_bp", "warmup_until": 20}
@@ -43,14 +44,16 @@ VARIANTS = (
         feedback_basis="error",
         **EXACT,
     ),
-    _walk(
+    Variant(
         "walk_energy",
-        "0.8 of the error's energy",
-        1,
-        ", after 20 exact steps",
-        feedback_basis="error",
-        feedback_energy=0.8,
-        **EXACT,
+        "walking through 0.8 of the error's energy, after 20 exact steps",
+        {
+            "method": "ssa",
+            "feedback": "sequential",
+            "feedback_basis": "error",
+            "feedback_energy": 0.8,
+            **EXACT,
+        },
     ),
     _walk("walk_eighth_exact_first", "an eighth", 1 / 8, ", after 20 exact steps", **EXACT),
     Variant("auglocal", "auxiliary networks", {"method": "auglocal", "factorize": "on"}),

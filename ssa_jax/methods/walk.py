@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax.factors import Factors, bucket, is_factors
+from ssa_jax.factors import PAYS, Factors, bucket, is_factors, path_name
 from ssa_jax.factors.one_by_one import eigh
 from ssa_jax.methods import feedback as fb
 from ssa_jax.methods.base import (
@@ -33,8 +33,6 @@ _EXAMPLES = 32
 # Weight of what is believed of it without any.
 _PRIOR = 1e-2
 _TINY = 1e-30
-# A change of widths costs a compilation of the step: what of them it leaves, at most.
-_PAYS = 0.7
 
 
 class WalkFeedback(NamedTuple):
@@ -149,7 +147,7 @@ def low_rank_walk(network: Network, options: FeedbackOptions) -> Method:
 
         wanted, now = jax.tree.map(width, feedback.passed, sizes), widths_of(feedback)
         needs = any(jax.tree.leaves(jax.tree.map(lambda a, b: a > b, wanted, now)))
-        if not needs and sum(jax.tree.leaves(wanted)) > _PAYS * sum(jax.tree.leaves(now)):
+        if not needs and sum(jax.tree.leaves(wanted)) > PAYS * sum(jax.tree.leaves(now)):
             return feedback
         resized = jax.tree.map(
             lambda p, n: jnp.zeros((len(p), n), p.dtype), feedback.passed, wanted
@@ -181,7 +179,7 @@ def widths_of(feedback: WalkFeedback) -> Tree:
 def by_layer(widths: Tree) -> dict[str, int]:
     """The same by the layers' paths, as ranks are told."""
     named = jax.tree_util.tree_leaves_with_path(widths)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): n for path, n in named}
+    return {path_name(path): n for path, n in named}
 
 
 def holding(energy: float, seen: Array, others: Array, s: Array) -> Array:

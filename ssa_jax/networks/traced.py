@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssa_jax.factors import WithFeedback, is_factors
+from ssa_jax.factors import WithFeedback, is_factors, path_name
 from ssa_jax.factors.linalg import platform_of_trace
 from ssa_jax.networks.cut import CutError, Flat
 from ssa_jax.networks.packing import Packing
@@ -206,7 +206,7 @@ def _structure(tree: Tree) -> _Structure:
 def _entries(tree: Tree) -> Entries:
     """`Factors` and other arrays of a tree by their path."""
     named = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in named}
+    return {path_name(path): x for path, x in named}
 
 
 def _by_number(numbers: Tree, values: Tree) -> dict[int, Any]:

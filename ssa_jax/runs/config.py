@@ -177,7 +177,7 @@ class Config:
         1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
     )
     feedback_basis: str = setting("spectrum", "Which: largest |s|, or the error's.", choices=BASES)
-    feedback_energy: float = setting(1.0, "Least share of its energy there.", above=0.0, high=1.0)
+    feedback_energy: float = setting(1.0, "Share of the error's energy.", above=0.0, high=1.0)
     unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)

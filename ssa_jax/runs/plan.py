@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssa_jax.errors import ConfigError
-from ssa_jax.factors import named_leaves
+from ssa_jax.factors import PAYS, named_leaves
 from ssa_jax.factors.linalg import traced_for
 from ssa_jax.parallel import ahead
 from ssa_jax.parallel.ahead import Compiled, Target, TooLarge
@@ -108,9 +108,7 @@ def _programs(
 def _compaction(params: Tree) -> Any:
     """The first compaction of a run whose ranks fall alike, by the least that pays."""
     stored = {name: f.rank for name, f in named_leaves(params).items()}
-    return ranks.make_compaction(
-        {k: np.arange(max(1, int(ranks.PAYS * stored[k]))) for k in stored}
-    )
+    return ranks.make_compaction({k: np.arange(max(1, int(PAYS * stored[k]))) for k in stored})
 
 
 def _step(

@@ -184,7 +184,7 @@ class Trainer:
         row |= self.built.method.tell(self.state.feedback)
         row |= self._repair(row)
         row |= self._compact(row)
-        if self.step >= self.built.takes_over:
+        if self.built.takes_over <= self.step < self.config.epochs * self.built.steps_per_epoch:
             self._resize()
         return row
 

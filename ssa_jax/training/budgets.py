@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ssa_jax.factors import is_factors, named_leaves
+from ssa_jax.factors import is_factors, named_leaves, path_name
 from ssa_jax.training import ranks
 from ssa_jax.training.optim import excluded
 
@@ -74,7 +74,7 @@ def _widened(params: Tree, layer: str) -> Tree:
     """Shapes of a parameter tree with one direction more in one layer."""
 
     def widen(path: tuple[Any, ...], node: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         more = int(is_factors(node) and name == layer)
         return jax.tree.map(
             lambda x: (

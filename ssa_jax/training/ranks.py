@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssa_jax.factors import bucket, is_factors, named_leaves
+from ssa_jax.factors import PAYS, bucket, is_factors, named_leaves, path_name
 
 Array = jax.Array
 Tree = Any
@@ -32,10 +32,6 @@ WARM_UP = 0.05
 ANNEAL_START, ANNEAL_END = 0.1, 0.6
 # No rank is truncated below it: the smallest that saves anything where it is stored.
 LEAST = 8
-
-# Share of the factors that a compaction during training leaves, at most: down to a floor of 0.3
-# there are three of them, and a last one at the end.
-PAYS = 0.7
 
 
 class Target(NamedTuple):
@@ -203,7 +199,7 @@ def compact(tree: Tree, chosen: Mapping[str, np.ndarray]) -> Tree:
     layers = sorted(chosen, key=len, reverse=True)
 
     def slice_node(path: tuple[Any, ...], node: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         layer = next((x for x in layers if f"/{name}".endswith(f"/{x}")), None)
         if not is_factors(node) or layer is None:
             return node

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from ssa_jax.factors import path_name
 from ssa_jax.parallel.mesh import on_host
 from ssa_jax.types import TrainState
 
@@ -115,7 +116,7 @@ def _digest(text: Any) -> str:
 def shapes(state: TrainState) -> dict[str, list[Any]]:
     """Shape and dtype of every array by its path."""
     return {
-        _name(path): [list(x.shape), str(x.dtype)]
+        path_name(path): [list(x.shape), str(x.dtype)]
         for path, x in jax.tree_util.tree_leaves_with_path(state)
     }
 
@@ -127,16 +128,12 @@ def with_stored_feedback(state: TrainState, stored: dict[str, list[Any]]) -> Tra
     """
 
     def cut(path: Any, x: Any) -> Any:
-        shape, *_ = stored.get(f"feedback/{_name(path)}", [x.shape])
+        shape, *_ = stored.get(f"feedback/{path_name(path)}", [x.shape])
         if len(shape) != x.ndim or any(n > m for n, m in zip(shape, x.shape, strict=True)):
             return x
         return x[tuple(slice(n) for n in shape)]
 
     return state._replace(feedback=jax.tree_util.tree_map_with_path(cut, state.feedback))
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def describe(state: TrainState) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ssa_jax import factors
 from ssa_jax.factors import Factors, is_factors
 
 Array = jax.Array
@@ -35,7 +36,7 @@ _LABELS = {True: COLUMNS, COLUMNS: COLUMNS, ROWS: ROWS, False: OTHER}
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A leaf's path as errors name it, such as ``"encoder/0/kernel"``."""
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "the root"
+    return factors.path_name(path) or "the root"
 
 
 def _is_masked(node: Any) -> bool:
