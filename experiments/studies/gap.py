@@ -62,6 +62,12 @@ VARIANTS = (
     _direct("every_100", "path follows every 100 steps", feedback_every=100),
     _direct("channel", "path per channel", feedback_form="channel"),
     _direct("lookahead_1", "one unit ahead", feedback_lookahead=1),
+    _direct(
+        "lookahead_1_every_2",
+        "one unit ahead, path follows every 2 steps",
+        feedback_lookahead=1,
+        feedback_every=2,
+    ),
     _direct("lookahead_2", "two units ahead", feedback_lookahead=2),
     _direct("regression", "paths by regression", feedback="regression"),
     _direct(
@@ -81,6 +87,13 @@ VARIANTS = (
     _direct("joined", "two neighbours a unit", unit_size=2),
     _direct("joined_4", "four neighbours a unit", unit_size=4),
     _direct("joined_8", "eight neighbours a unit", unit_size=8),
+    _direct(
+        "joined_4_regression",
+        "four neighbours a unit, paths by regression, after 20 steps of svd_bp",
+        unit_size=4,
+        feedback="regression",
+        **EXACT,
+    ),
     _direct("readout", "and a local readout (0.1)", local_weight=0.1),
     _direct("cosine", "and the cosine term (0.1)", kappa=0.1),
     _direct("smoothing", "label smoothing (0.1)", label_smoothing=0.1),
