@@ -14,7 +14,6 @@ DEFAULTS = {
     "epochs": 90,
     "batch_size": 256,
     "label_smoothing": 0.1,
-    "feedback_form": "channel",
 }
 
 if __name__ == "__main__":

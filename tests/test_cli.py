@@ -198,6 +198,7 @@ def test_a_page_shows_the_stored_studies(folder):
     [
         {"method": "local", "readout": "pred"},
         {"feedback_form": "channel", "kappa": 0.1, "label_smoothing": 0.1},
+        {"feedback_form": "low_rank", "feedback": "regression"},
         {"unit_size": 2, "local_weight": 0.3},
         {"feedback_lookahead": 2, "feedback_update": "mutual", "beta": 1e-3},
     ],
@@ -352,7 +353,10 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(flags, message):
         ({"factorize": "maybe"}, "--factorize must be one of"),
         ({"kappa": -1.0}, "--kappa must be at least 0"),
         ({"label_smoothing": 1.0}, "--label_smoothing must be at most 0.9"),
-        ({"feedback_form": "sparse"}, "--feedback_form must be one of auto, full, channel"),
+        (
+            {"feedback_form": "sparse"},
+            "--feedback_form must be one of auto, full, low_rank",
+        ),
         ({"feedback_limit_mib": -1}, "--feedback_limit_mib must be at least 0"),
         ({"feedback_lookahead": -1}, "--feedback_lookahead must be at least 0"),
         ({"unit_size": 0}, "--unit_size must be at least 1"),

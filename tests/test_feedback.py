@@ -19,7 +19,9 @@ from helpers import (
     walk,
 )
 
+from ssa_jax import factors
 from ssa_jax.methods import METHODS, FeedbackOptions, Network, chain, feedback
+from ssa_jax.methods.composed import composed_paths
 from ssa_jax.networks.forward import forward, output_shapes, predict
 
 # On which paths are composed.
@@ -35,7 +37,7 @@ def setup(name, rank=0.5):
 
 def composed(units, params, mstate, twins=None, x=None, plan=FULL):
     inputs = make_batch(INPUTS).images if x is None else x
-    return feedback.composed_paths(units, params, twins, mstate, inputs, plan)
+    return composed_paths(units, params, twins, mstate, inputs, plan)
 
 
 def jacobians(units, params, mstate, x):
@@ -230,6 +232,74 @@ def test_per_channel_signals_are_uniform_over_positions():
     assert jnp.array_equal(first, jnp.broadcast_to(first[:, :1, :1], first.shape))
     assert jnp.allclose(first[:, 0, 0], error @ paths[0][:, 0, 0])
     assert second.shape == (2, 7)
+
+
+def dense(path):
+    return jnp.tensordot(path.basis, path.core, 1)
+
+
+def with_classifier_of_rank(params, rank):
+    name = next(k for k, w in params[-1].items() if w.ndim == 2)
+    kernel = factors.to_dense(factors.from_dense(params[-1][name], rank))
+    return (*params[:-1], params[-1] | {name: kernel})
+
+
+@pytest.mark.parametrize("name", ["conv", "residual"])
+def test_low_rank_paths_are_the_full_ones_in_the_directions_that_the_last_path_has(name):
+    units, params, mstate, _ = setup(name)
+    twins = split(name, 0.5, seed=7)[1]
+    full = composed(units, params, mstate, twins)
+    for rank in (1, 2, CLASSES):
+        low = composed(units, params, mstate, twins, plan=FULL._replace(rank=rank))
+        basis = low[-1].basis
+        assert basis.shape == (CLASSES, rank)
+        assert jnp.allclose(basis.T @ basis, jnp.eye(rank), atol=1e-5)
+        leading = jnp.linalg.svd(full[-1].reshape(CLASSES, -1))[0][:, :rank]
+        assert jnp.allclose(basis @ basis.T, leading @ leading.T, atol=1e-4)
+        for path, whole in zip(low, full, strict=True):
+            assert jnp.allclose(
+                dense(path), jnp.tensordot(leading @ leading.T, whole, 1), atol=1e-4
+            )
+
+
+def test_low_rank_paths_are_the_full_ones_where_the_classifier_is_of_that_rank():
+    units, params, mstate, shapes = setup("conv", 1.0)
+    params = with_classifier_of_rank(params, 2)
+    full = composed(units, params, mstate)
+    low = composed(units, params, mstate, plan=FULL._replace(rank=2))
+    assert max_difference([dense(p) for p in low], full) < 1e-5
+    error = jax.random.normal(jax.random.key(0), (3, CLASSES))
+    for path, whole, shape in zip(low, full, shapes[:-1], strict=True):
+        sent = feedback.send(error, path, shape)
+        assert jnp.allclose(sent, feedback.send(error, whole, shape), atol=1e-5)
+    fewer = composed(units, params, mstate, plan=FULL._replace(rank=1))
+    assert max_difference([dense(p) for p in fewer], full) > 1e-2
+
+
+def test_the_bound_on_memory_chooses_how_many_directions_low_rank_paths_know():
+    shapes = [(4, 4, 8), (32,), (100,)]
+    direction = 4 * (4 * 4 * 8 + 32)
+    plan = feedback.plan(shapes, "low_rank", 7 * direction + 5)
+    assert (plan.rank, plan.size, plan.full_size) == (7, 7 * direction, 100 * direction)
+    assert "low-rank (7 directions)" in str(plan)
+    # No more than the entries of the last hidden unit, and than classes.
+    assert feedback.plan(shapes, "low_rank", 2**30).rank == 32
+    assert feedback.plan([(4, 4, 8), (10,)], "low_rank", 2**30).rank == 10
+    with pytest.raises(ValueError, match="raise it, or give feedback_form=channel"):
+        feedback.plan(shapes, "low_rank", direction - 1)
+
+
+def test_random_paths_of_low_rank_have_the_scale_of_full_ones():
+    shapes = [(100, 100), (200,), (200,)]
+    plan = FULL._replace(rank=20)
+    first, second = feedback.random_paths(jax.random.key(1), shapes, [None] * 3, plan)
+    assert first.core.shape == (20, 100, 100)
+    assert jnp.allclose(first.basis.T @ first.basis, jnp.eye(20), atol=1e-5)
+    assert float(jnp.var(dense(first))) == pytest.approx(1 / 200, rel=0.05)
+    assert max_difference(first.basis, second.basis) > 1e-2
+    error = jax.random.normal(jax.random.key(2), (3, 200))
+    sent = feedback.send(error, second, (200,))
+    assert jnp.allclose(sent, error @ dense(second), atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["composed", "regression"])

@@ -29,16 +29,20 @@ def images_of_a_hundred_kinds():
     [
         pytest.param("composed", "full", marks=pytest.mark.slow),
         ("composed", "channel"),
+        ("composed", "low_rank"),
+        pytest.param("regression", "low_rank", marks=pytest.mark.slow),
         ("regression", "full"),
     ],
 )
 def test_direct_ssa_learns_a_hundred_classes(tmp_path, feedback, form):
     config = Config(
         model="smallconv", method="ssa", feedback=feedback, feedback_form=form, epochs=2,
+        feedback_limit_mib=1 if form == "low_rank" else 256,
         batch_size=50, learning_rate=5e-3, workdir=str(tmp_path),
     )  # fmt: skip
     summary = run(config, images_of_a_hundred_kinds())
-    assert form in summary["feedback_note"] or "per-channel" in summary["feedback_note"]
+    names = {"low_rank": f"low-rank ({2**20 // (4 * MAPS)} directions)", "channel": "per-channel"}
+    assert names.get(form, form) in summary["feedback_note"]
     assert summary["train_loss"] < np.log(CLASSES)
     # By chance one in a hundred, and five.
     assert summary["test_accuracy"] > 0.1

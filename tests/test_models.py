@@ -10,6 +10,7 @@ from helpers import apart, make_batch, max_difference
 
 from ssa_jax.layers.norm import BatchNorm
 from ssa_jax.methods import feedback
+from ssa_jax.methods.composed import composed_paths
 from ssa_jax.models import MODELS
 from ssa_jax.models.blocks import Plain, Residual, dense
 from ssa_jax.networks.forward import output_shapes
@@ -29,7 +30,7 @@ def composed(units, params, mstate):
     """Full paths by exact derivatives on a few images."""
     shapes = output_shapes(units, params, mstate, SMALL)
     x = make_batch(4, 2, SMALL).images
-    return feedback.composed_paths(units, params, None, mstate, x, feedback.plan(shapes, "full", 0))
+    return composed_paths(units, params, None, mstate, x, feedback.plan(shapes, "full", 0))
 
 
 # Parameter counts.

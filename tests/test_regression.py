@@ -1,5 +1,7 @@
 """Direct paths by regression of the true signals on the output error."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from helpers import CLASSES, IMAGE, make_batch, make_method, max_difference, spl
 
 from ssa_jax.methods import FeedbackOptions, Network, chain, regression
 from ssa_jax.methods.base import softmax_error
+from ssa_jax.methods.composed import directions
 from ssa_jax.methods.feedback import plan
 from ssa_jax.methods.ssa import ssa
 from ssa_jax.networks.forward import forward, output_shapes
@@ -58,6 +61,44 @@ def test_paths_are_the_ridge_regression_of_all_passes_the_older_the_less(form):
         wanted = ridge(errors, flat, [regression.KEEP**2, regression.KEEP, 1.0])
         got = np.asarray(path).reshape(CLASSES, -1)
         assert np.abs(got - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("rank", [2, CLASSES])
+def test_low_rank_paths_are_the_regression_on_the_errors_directions(rank):
+    """Of as many directions as classes it is that of full paths, along whatever basis."""
+    units, params, mstate = split("conv", 0.5)
+    others = split("conv", 0.5, seed=3)[1]
+    shapes = output_shapes(units, params, mstate, IMAGE)
+    low = plan(shapes, "full", 0)._replace(rank=rank)
+    sought = [params, others if rank == CLASSES else params]
+    full, (paths, gram) = None, regression.empty(shapes, low)
+    for seed, its in enumerate(sought):
+        batch = make_batch(EXAMPLES, seed)
+        basis = directions(units, its, None, mstate, batch.images[:4], low)
+        if rank < CLASSES and seed:
+            basis = paths[0].basis
+        rest = (units, its, None, mstate, batch.images, partial(softmax_error, labels=batch.labels))
+        full = regression.regress(*(full or observed(units, params, mstate, [])), *rest)
+        paths, gram = regression.regress(paths, gram, *rest, basis)
+    for path, whole in zip(paths, full[0], strict=True):
+        assert path.basis.shape == (CLASSES, rank)
+        got = np.asarray(jnp.tensordot(path.basis, path.core, 1))
+        wanted = np.asarray(whole)
+        if rank < CLASSES:
+            wanted = restricted(whole, full[1], gram, path.basis)
+        assert np.abs(got - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+def restricted(path, gram, low_gram, basis):
+    """The regression on few directions Q of what a full one saw: Q (QᵀGQ + λ)⁻¹ Qᵀ(G + λ)D."""
+
+    def ridged(g):
+        return g + regression.RIDGE * np.trace(g) / len(g) * np.eye(len(g))
+
+    path, gram, q = (np.asarray(a, np.float64) for a in (path, gram, basis))
+    assert np.allclose(q.T @ gram @ q, low_gram, rtol=1e-3)
+    sums = np.tensordot(ridged(gram), path, 1)
+    return np.tensordot(q @ np.linalg.inv(ridged(q.T @ gram @ q)) @ q.T, sums, 1)
 
 
 def test_no_other_map_of_the_error_is_nearer_to_the_signals():

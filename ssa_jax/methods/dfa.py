@@ -46,11 +46,11 @@ def _random(
 ) -> Method:
     plan = fb.plan(network.shapes, options.form, options.limit)
 
-    def init(key: Array, params: Tree, mstate: Tree) -> Sequence[Array]:
+    def init(key: Array, params: Tree, mstate: Tree) -> Sequence[fb.Path]:
         del params, mstate
         return fb.random_paths(key, network.shapes, [None] * len(network.shapes), plan)
 
-    def direct(paths: Sequence[Array], error: Array, batch: Any, i: int) -> Array:
+    def direct(paths: Sequence[fb.Path], error: Array, batch: Any, i: int) -> Array:
         return fb.send(sent(error, batch), paths[i], network.shapes[i])
 
     signals = all_direct(direct, len(network.units))

@@ -1,30 +1,45 @@
 """Feedback paths: how the error reaches every unit.
 
 A *path* D_i of shape (outputs, *shape of h_i), outputs being their number for one example, turns
-the output error into the teaching signal δ_i = e · D_i. Its *per-channel* form is uniform over
-positions, (outputs, 1, 1, channels), for networks whose full paths would not fit.
+the output error into the teaching signal δ_i = e · D_i. For networks whose full paths would not fit
+it has two smaller forms: of *low rank*, D_i = Q M_i with an orthonormal Q (outputs, r) and M_i (r,
+*shape of h_i), and *per channel*, uniform over positions, (outputs, 1, 1, channels).
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ssa_jax import factors
 from ssa_jax.methods.base import Through
 from ssa_jax.networks.forward import Tape, Visited
-from ssa_jax.networks.units import Unit, expect
+from ssa_jax.networks.units import Unit
 
 Array = jax.Array
 Tree = Any
 Shape = tuple[int, ...]
 
-FORMS = ("auto", "full", "channel")
+FORMS = ("auto", "full", "low_rank", "channel")
 _FLOAT_BYTES = 4
+
+
+class LowRank(NamedTuple):
+    """A path D = Q M that knows r directions of the error alone.
+
+    Attributes:
+      basis: Q (outputs, r), orthonormal columns.
+      core: M (r, *shape of h).
+    """
+
+    basis: Array
+    core: Array
+
+
+Path = Array | LowRank
 
 
 class Plan(NamedTuple):
@@ -35,17 +50,20 @@ class Plan(NamedTuple):
       rows: classes times inputs that may be pushed down the network at a time.
       size: bytes of all paths.
       full_size: bytes that they would take in full form.
+      rank: directions of the error that paths of low rank know; 0 for the other forms.
     """
 
     per_channel: bool
     rows: int
     size: int
     full_size: int
+    rank: int = 0
 
     def __str__(self) -> str:
-        form = "per-channel" if self.per_channel else "full"
-        text = f"{form} paths of {self.size / 2**20:.2f} MiB"
-        return text + f" (full: {self.full_size / 2**20:.0f} MiB)" * self.per_channel
+        low = f"low-rank ({self.rank} directions)" if self.rank else "full"
+        text = f"{'per-channel' if self.per_channel else low} paths of {self.size / 2**20:.2f} MiB"
+        full = f" (full: {self.full_size / 2**20:.0f} MiB)"
+        return text + full * (self.per_channel or self.rank > 0)
 
 
 def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
@@ -53,23 +71,34 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
 
     Args:
       shapes: output shape of each unit for one example, the last one (classes,).
-      form: ``"full"``, ``"channel"``, or ``"auto"``: full if the paths take at most `limit`.
+      form: ``"full"``, ``"low_rank"``: of as many directions as take at most `limit`,
+        ``"channel"``, or ``"auto"``: full if the paths take at most `limit`, else per channel.
       limit: bytes. In per-channel form it also bounds what building the paths takes, by the
         number of classes that go down the network at a time. As many as it allows: what is done
         in turn is a loop, in which a CPU takes many times as long for a convolution.
 
     Raises:
-      ValueError: an unknown form.
+      ValueError: an unknown form, or a limit below what one direction takes.
     """
     if form not in FORMS:
         raise ValueError(f"feedback_form must be one of {', '.join(FORMS)}, got {form!r}")
     classes, hidden = math.prod(shapes[-1]), shapes[:-1]
-    full = _FLOAT_BYTES * classes * sum(math.prod(s) for s in hidden)
-    if form == "full" or (form == "auto" and full <= limit):
+    direction = _FLOAT_BYTES * sum(math.prod(s) for s in hidden)
+    full = classes * direction
+    if form == "full" or (form == "auto" and full <= limit) or not hidden:
         return Plan(False, classes, full, full)
-    size = _FLOAT_BYTES * classes * sum(s[-1] for s in hidden)
-    largest = _FLOAT_BYTES * max((math.prod(s) for s in hidden), default=1)
-    return Plan(True, max(1, limit // largest), size, full)
+    rows = max(1, limit // (_FLOAT_BYTES * max(math.prod(s) for s in hidden)))
+    if form == "low_rank":
+        # All paths end in the last hidden unit's, which has no more directions than entries.
+        rank = min(limit // direction, classes, math.prod(hidden[-1]))
+        if not rank:
+            raise ValueError(
+                f"a direction of low-rank paths takes {direction / 2**20:.2f} MiB, and "
+                f"feedback_limit_mib allows {limit / 2**20:g}; raise it, or give "
+                "feedback_form=channel"
+            )
+        return Plan(False, rows, rank * direction, full, rank)
+    return Plan(True, rows, _FLOAT_BYTES * classes * sum(s[-1] for s in hidden), full)
 
 
 def stored_shapes(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
@@ -79,88 +108,12 @@ def stored_shapes(shapes: Sequence[Shape], plan: Plan) -> list[Shape]:
     return [(1,) * (len(shape) - 1) + shape[-1:] for shape in shapes[:-1]]
 
 
-def over_positions(x: Array) -> Array:
-    """The mean of x (batch, ..., channels) over all axes between, which stay with size one."""
-    positions = tuple(range(1, x.ndim - 1))
-    return jnp.mean(x, positions, keepdims=True) if positions else x
-
-
-def composed_paths(
-    units: Sequence[Unit], params: Tree, twins: Tree | None, mstate: Tree, inputs: Tree, plan: Plan
-) -> tuple[Array, ...]:
-    """D_i for every hidden unit: the mean of ∂outputs/∂h_i over a few inputs.
-
-    Row c of D_i is the mean over the inputs, in training mode, of the derivative of an input's own
-    output c by its own h_i, as it goes down through the units' exact derivatives: norms,
-    activations, attention and skips as they are, with the twins' maps in place of the weights
-    where there are twins. One backward pass of all outputs for each input. The per-channel form
-    is the mean of D_i over positions too.
-
-    A batch norm takes from its inputs' gradient the mean over the batch, which of an error is
-    about zero and of equal signals is nearly all. So every other input is sent -1, and what comes
-    back is multiplied by the same sign: derivatives by other inputs cancel in the mean, but for
-    what one pair of them leaves.
-
-    Args:
-      units: n units.
-      params: their parameters.
-      twins: parameter trees whose maps stand in for the weights', or None.
-      mstate: model state.
-      inputs: of the model, a few.
-      plan: how the paths are stored.
-
-    Returns:
-      n - 1 arrays (outputs, *shape of h_i), or (outputs, 1, 1, channels) per channel.
-    """
-    outputs, pullbacks = pullbacks_of(units, params, twins, mstate, inputs)
-    classes = math.prod(outputs.shape[1:])
-
-    def push(row: Array) -> tuple[Array, ...]:
-        signal = signs(outputs) * row.reshape(1, *outputs.shape[1:])
-        found: list[Array] = []
-        for pullback in reversed(pullbacks):
-            (signal,) = pullback(signal)
-            own = signs(signal) * signal
-            mean = over_positions(own) if plan.per_channel else own
-            found.insert(0, jnp.mean(mean, 0))
-        return tuple(found)
-
-    def signs(x: Array) -> Array:
-        return jnp.where(jnp.arange(len(x)) % 2, -1, 1).reshape((-1,) + (1,) * (x.ndim - 1))
-
-    # Full paths weigh as much as all their rows at a time; a bound is for per-channel ones.
-    rows = max(1, plan.rows // len(outputs)) if plan.per_channel else classes
-    identity = jnp.eye(classes, dtype=outputs.dtype)
-    if rows >= classes:
-        return jax.vmap(push)(identity)
-    return lax.map(push, identity, batch_size=rows)
-
-
-def pullbacks_of(
-    units: Sequence[Unit], params: Tree, twins: Tree | None, mstate: Tree, x: Tree
-) -> tuple[Array, list[Callable[[Array], tuple[Array]]]]:
-    """Outputs in training mode, and the pullbacks of all units but the first by their inputs."""
-    pullbacks = []
-    expect(units, params)
-    for i in range(len(units)):
-
-        def apply(x: Tree, i: int = i) -> Array:
-            if twins is None:
-                return units[i].apply(params[i], mstate[i], x, train=True)[0]
-            return units[i].walk(params[i], twins[i], mstate[i], x)
-
-        if not i:
-            x = apply(x)
-            continue
-        x, pullback = jax.vjp(apply, x)
-        pullbacks.append(pullback)
-    return x, pullbacks
-
-
 def random_paths(
     key: Array, shapes: Sequence[Shape], ranks: Sequence[int | None], plan: Plan
-) -> tuple[Array, ...]:
+) -> tuple[Path, ...]:
     """Fixed random R_i for every hidden unit, Gaussian with variance 1/classes.
+
+    Of low rank it is Q M with a random orthonormal Q and a Gaussian M, to the same variance.
 
     Args:
       key: PRNG key.
@@ -169,32 +122,40 @@ def random_paths(
       plan: how they are stored; per channel, every position gets the same feedback.
 
     Returns:
-      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel.
+      n - 1 arrays (classes, *shapes[i]), or (classes, 1, 1, channels) per channel, or `LowRank`.
     """
     classes = math.prod(shapes[-1])
+    rows = plan.rank or classes
     stored = stored_shapes(shapes, plan)
-    paths = []
+    paths: list[Path] = []
     for k, shape, rank in zip(jax.random.split(key, len(shapes)), stored, ranks, strict=False):
         k, k_svd = jax.random.split(k)
-        path = jax.random.normal(k, (classes, math.prod(shape))) / jnp.sqrt(classes)
+        path = jax.random.normal(k, (rows, math.prod(shape))) / jnp.sqrt(rows)
         if rank is not None and rank < min(path.shape):
             path = factors.to_dense(factors.from_dense(path, rank, k_svd))
-        paths.append(path.reshape(classes, *shape))
+        core = path.reshape(rows, *shape)
+        if plan.rank:
+            basis = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(k, 0), (classes, rows)))[0]
+            paths.append(LowRank(basis, core))
+        else:
+            paths.append(core)
     return tuple(paths)
 
 
-def send(vectors: Array, path: Array, shape: Shape) -> Array:
+def send(vectors: Array, path: Path, shape: Shape) -> Array:
     """The teaching signal δ_i = e · D_i of one hidden unit.
 
     Args:
       vectors: e (batch, ...), or what else is sent down, of the outputs' shape.
-      path: D_i (classes, *shape), or per channel.
+      path: D_i (classes, *shape), or per channel, or of low rank.
       shape: of h_i for one example.
 
     Returns:
       (batch, *shape).
     """
     flat = vectors.reshape(len(vectors), -1)
+    if isinstance(path, LowRank):
+        flat, path = flat @ path.basis, path.core
     return jnp.broadcast_to(jnp.tensordot(flat, path, 1), (len(vectors), *shape))
 
 

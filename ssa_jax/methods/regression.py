@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssa_jax.methods import composed
 from ssa_jax.methods import feedback as fb
 from ssa_jax.networks.units import Unit
 
@@ -19,15 +20,19 @@ KEEP = 0.8
 RIDGE = 1e-3
 
 
-def empty(shapes: Sequence[fb.Shape], plan: fb.Plan) -> tuple[tuple[Array, ...], Array]:
+def empty(shapes: Sequence[fb.Shape], plan: fb.Plan) -> tuple[tuple[fb.Path, ...], Array]:
     """Paths and Gram matrix before any example was seen: zeros."""
     outputs = math.prod(shapes[-1])
-    stored = fb.stored_shapes(shapes, plan)
-    return tuple(jnp.zeros((outputs, *s)) for s in stored), jnp.zeros((outputs, outputs))
+    rows = plan.rank or outputs
+    cores = [jnp.zeros((rows, *s)) for s in fb.stored_shapes(shapes, plan)]
+    paths: Sequence[fb.Path] = cores
+    if plan.rank:
+        paths = [fb.LowRank(jnp.eye(outputs, rows), core) for core in cores]
+    return tuple(paths), jnp.zeros((rows, rows))
 
 
 def regress(
-    paths: Sequence[Array],
+    paths: Sequence[fb.Path],
     gram: Array,
     units: Sequence[Unit],
     params: Tree,
@@ -35,7 +40,8 @@ def regress(
     mstate: Tree,
     inputs: Tree,
     error: Callable[[Array], Array],
-) -> tuple[tuple[Array, ...], Array]:
+    basis: Array | None = None,
+) -> tuple[tuple[fb.Path, ...], Array]:
     """Paths D_i = (G + λ I)⁻¹ S_i after one exact pass more.
 
     S_i = Σ e δ_iᵀ and G = Σ e eᵀ are running sums over examples, of which a refresh keeps the share
@@ -43,31 +49,44 @@ def regress(
     its error, and those of the others through batch norms, on their way down through all units in
     training mode, with the twins' maps in place of the weights' where there are twins. e · D_i is
     then the linear map of e that is nearest to δ_i in the mean square; the mean Jacobian of
-    `feedback.composed_paths` is not, where Jacobian and error depend on each other. A refresh costs
+    `composed.composed_paths` is not, where Jacobian and error depend on each other. A refresh costs
     one forward pass and the signals of one backward pass of these inputs, whatever the outputs.
+
+    Paths of low rank, D_i = Q M_i, regress on Qᵀe. Sums that were taken along another Q are turned
+    into this one, and keep what the two have in common.
 
     Args:
       paths: D_i so far, (outputs, *shape of h_i), or (outputs, 1, 1, channels): then of the mean
-        of δ_i over positions.
-      gram: G so far, (outputs, outputs). Together they say what S_i was.
+        of δ_i over positions; or `feedback.LowRank`.
+      gram: G so far, (outputs, outputs), or (r, r). Together they say what S_i was.
       units: n units.
       params: their parameters.
       twins: parameter trees whose maps stand in for the weights', or None.
       mstate: model state.
       inputs: of the model.
       error: outputs (batch, ...) -> e of the same shape.
+      basis: Q (outputs, r) from now on, of paths of low rank (see `composed.directions`).
     """
-    outputs, pullbacks = fb.pullbacks_of(units, params, twins, mstate, inputs)
+    outputs, pullbacks = composed.pullbacks_of(units, params, twins, mstate, inputs)
     signal = error(outputs)
     e = signal.reshape(len(signal), -1)
-    was, now = gram, KEEP * gram + e.T @ e
+    turn = None
+    if basis is not None and isinstance(paths[0], fb.LowRank):
+        e, turn = e @ basis, basis.T @ paths[0].basis
+    was = _ridged(gram)
+    now = KEEP * (gram if turn is None else turn @ gram @ turn.T) + e.T @ e
     inverse = jnp.linalg.inv(_ridged(now))
-    found: list[Array] = []
+    found: list[fb.Path] = []
     for pullback, path in zip(reversed(pullbacks), reversed(paths), strict=True):
         (signal,) = pullback(signal)
-        seen = signal if path.shape[1:] == signal.shape[1:] else fb.over_positions(signal)
-        moments = KEEP * jnp.tensordot(_ridged(was), path, 1) + jnp.tensordot(e.T, seen, 1)
-        found.insert(0, jnp.tensordot(inverse, moments, 1))
+        core = path.core if isinstance(path, fb.LowRank) else path
+        seen = signal if core.shape[1:] == signal.shape[1:] else composed.over_positions(signal)
+        sums = jnp.tensordot(was, core, 1)
+        if turn is not None:
+            sums = jnp.tensordot(turn, sums, 1)
+        moments = KEEP * sums + jnp.tensordot(e.T, seen, 1)
+        core = jnp.tensordot(inverse, moments, 1)
+        found.insert(0, core if basis is None else fb.LowRank(basis, core))
     return tuple(found), now
 
 

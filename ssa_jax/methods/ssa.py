@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
+from ssa_jax.methods import composed as cp
 from ssa_jax.methods import feedback as fb
 from ssa_jax.methods import regression
 from ssa_jax.methods import twins as tw
@@ -42,12 +43,12 @@ class SSAFeedback(NamedTuple):
     """
 
     twins: Tree
-    paths: Sequence[Array]
+    paths: Sequence[fb.Path]
     examples: Tree = ()
     gram: Tree = ()
 
 
-# Of composed paths, evenly many, so that their signs balance (see `feedback.composed_paths`).
+# Of composed paths, evenly many, so that their signs balance (see `composed.composed_paths`).
 _COMPOSED_EXAMPLES = 16
 
 
@@ -56,7 +57,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
 
     Paths: ``composed`` δ_i = e · D_i, D_i (classes, *shape of h_i) the mean over a few inputs of
     the last batch of what the sequential walk below makes of each logit, refreshed every
-    `options.every` steps (see `feedback.composed_paths`); ``regression`` the same with D_i the
+    `options.every` steps (see `composed.composed_paths`); ``regression`` the same with D_i the
     regression of the walk's signals on e, over a batch at each refresh and the batches of those
     before (see `regression.regress`); ``sequential`` the error walks down through twins and true
     local derivatives; ``random`` δ_i = e · R_i, R_i fixed, of
@@ -95,18 +96,25 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     if regressed and network.targets is None:
         raise ValueError("feedback=regression needs targets, and this network was given none")
 
+    def first(inputs: Tree) -> Tree:
+        return jax.tree.map(lambda x: x[:_COMPOSED_EXAMPLES], inputs)
+
     def measured(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
         # Twins that were just tracked are the weights.
         twins = None if tracked else feedback.twins
         if composed:
             (inputs,) = feedback.examples
-            paths = fb.composed_paths(units, params, twins, mstate, inputs, plan)
+            paths = cp.composed_paths(units, params, twins, mstate, inputs, plan)
             return feedback._replace(paths=paths)
         if regressed:
             inputs, targets = feedback.examples
+            basis = None
+            if plan.rank:
+                few = first(inputs)
+                basis = cp.directions(units, params, twins, mstate, few, plan)
             paths, gram = regression.regress(
                 feedback.paths, feedback.gram, units, params, twins, mstate, inputs,
-                lambda outputs: network.error(outputs, targets),
+                lambda outputs: network.error(outputs, targets), basis,
             )  # fmt: skip
             return feedback._replace(paths=paths, gram=gram)
         return feedback
@@ -118,7 +126,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
             ranks = [min((f.rank for f in factors.leaves(p)), default=None) for p in params]
             return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan))
         if composed:
-            few = jax.tree.map(lambda x: jnp.asarray(x[:_COMPOSED_EXAMPLES]), network.inputs)
+            few = first(jax.tree.map(jnp.asarray, network.inputs))
             return measured(SSAFeedback(twins, (), (few,)), params, mstate)
         if regressed:
             seen = jax.tree.map(jnp.asarray, (network.inputs, network.targets))
