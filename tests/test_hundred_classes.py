@@ -8,8 +8,8 @@ from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 
 CLASSES, SIDE = 100, 16
-# Of smallconv on these images, the values a class at all hidden units: maps, or channels alone.
-MAPS = 16 * 16 * 32 + 8 * 8 * 32 + 8 * 8 * 64 + 4 * 4 * 64
+# The values of all hidden units of smallconv on these images.
+VALUES = 8 * 8 * 32 + 4 * 4 * 64 + 2 * 2 * 128 + 512
 
 
 def images_of_a_hundred_kinds():
@@ -41,7 +41,7 @@ def test_direct_ssa_learns_a_hundred_classes(tmp_path, feedback, form):
         batch_size=50, learning_rate=5e-3, workdir=str(tmp_path),
     )  # fmt: skip
     summary = run(config, images_of_a_hundred_kinds())
-    names = {"low_rank": f"low-rank ({2**20 // (4 * MAPS)} directions)", "channel": "per-channel"}
+    names = {"low_rank": f"low-rank ({2**20 // (4 * VALUES)} directions)", "channel": "per-channel"}
     assert names.get(form, form) in summary["feedback_note"]
     assert summary["train_loss"] < np.log(CLASSES)
     # By chance one in a hundred, and five.
