@@ -93,7 +93,7 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
         rank = min(limit // direction, classes, math.prod(hidden[-1]))
         if not rank:
             raise ValueError(
-                f"a direction of low-rank paths takes {direction / 2**20:.2f} MiB, and "
+                f"a direction of low-rank paths takes {direction / 2**20:.2g} MiB, and "
                 f"feedback_limit_mib allows {limit / 2**20:g}; raise it, or give "
                 "feedback_form=channel"
             )
