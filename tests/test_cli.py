@@ -198,7 +198,6 @@ def test_a_page_shows_the_stored_studies(folder):
     [
         {"method": "local", "readout": "pred"},
         {"feedback_form": "channel", "kappa": 0.1, "label_smoothing": 0.1},
-        {"feedback_form": "low_rank", "feedback": "regression"},
         {"unit_size": 2, "local_weight": 0.3},
         {"feedback_lookahead": 2, "feedback_update": "mutual", "beta": 1e-3},
     ],

@@ -278,13 +278,17 @@ def test_low_rank_paths_are_the_full_ones_where_the_classifier_is_of_that_rank()
 
 def test_the_bound_on_memory_chooses_how_many_directions_low_rank_paths_know():
     shapes = [(4, 4, 8), (32,), (100,)]
-    direction = 4 * (4 * 4 * 8 + 32)
+    # An entry of each hidden unit, and one of each output in the basis of each.
+    direction = 4 * (4 * 4 * 8 + 32 + 2 * 100)
+    full = 4 * 100 * (4 * 4 * 8 + 32)
     plan = feedback.plan(shapes, "low_rank", 7 * direction + 5)
-    assert (plan.rank, plan.size, plan.full_size) == (7, 7 * direction, 100 * direction)
+    assert (plan.rank, plan.size, plan.full_size) == (7, 7 * direction, full)
     assert "low-rank (7 directions)" in str(plan)
-    # No more than the entries of the last hidden unit, and than classes.
+    # No more than the entries of the last hidden unit, and full where that is as small.
     assert feedback.plan(shapes, "low_rank", 2**30).rank == 32
-    assert feedback.plan([(4, 4, 8), (10,)], "low_rank", 2**30).rank == 10
+    assert feedback.plan([(4, 4, 8), (10,)], "low_rank", 2**30) == feedback.plan(
+        [(4, 4, 8), (10,)], "full", 0
+    )
     with pytest.raises(ValueError, match="raise it, or give feedback_form=channel"):
         feedback.plan(shapes, "low_rank", direction - 1)
 

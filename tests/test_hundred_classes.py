@@ -1,5 +1,7 @@
 """A hundred classes on images like those of CIFAR-100: paths of every form, and guesses of five."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,14 @@ def images_of_a_hundred_kinds():
     return Dataset(*some(1600), *some(200), CLASSES, 0, False, name="kinds")
 
 
+def settings(folder, feedback, form):
+    return Config(
+        model="smallconv", method="ssa", feedback=feedback, feedback_form=form, epochs=2,
+        feedback_limit_mib=1 if form == "low_rank" else 256,
+        batch_size=50, learning_rate=5e-3, workdir=str(folder),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("feedback", "form"),
     [
@@ -35,16 +45,25 @@ def images_of_a_hundred_kinds():
     ],
 )
 def test_direct_ssa_learns_a_hundred_classes(tmp_path, feedback, form):
-    config = Config(
-        model="smallconv", method="ssa", feedback=feedback, feedback_form=form, epochs=2,
-        feedback_limit_mib=1 if form == "low_rank" else 256,
-        batch_size=50, learning_rate=5e-3, workdir=str(tmp_path),
-    )  # fmt: skip
-    summary = run(config, images_of_a_hundred_kinds())
-    names = {"low_rank": f"low-rank ({2**20 // (4 * VALUES)} directions)", "channel": "per-channel"}
+    summary = run(settings(tmp_path, feedback, form), images_of_a_hundred_kinds())
+    names = {
+        "low_rank": f"low-rank ({2**20 // (4 * (VALUES + 4 * CLASSES))} directions)",
+        "channel": "per-channel",
+    }
     assert names.get(form, form) in summary["feedback_note"]
     assert summary["train_loss"] < np.log(CLASSES)
     # By chance one in a hundred, and five.
     assert summary["test_accuracy"] > 0.1
     assert 0.3 < summary["test_top5_accuracy"] <= 1
     assert summary["test_accuracy"] <= summary["test_top5_accuracy"]
+
+
+@pytest.mark.slow
+def test_a_run_of_low_rank_paths_is_resumed_to_the_bit(tmp_path):
+    data = images_of_a_hundred_kinds()
+    expected = run(settings(tmp_path / "whole", "regression", "low_rank"), data)
+    parts = settings(tmp_path / "parts", "regression", "low_rank")
+    assert run(dataclasses.replace(parts, max_steps=40), data)["status"] == "stopped"
+    resumed = run(dataclasses.replace(parts, resume=True), data)
+    for name in ("train_loss", "test_loss", "test_accuracy", "angles"):
+        assert resumed[name] == expected[name]

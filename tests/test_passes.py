@@ -27,6 +27,8 @@ DIRECT = {
     "drtp": {},
     "ssa": {},
     "ssa, per channel": {"form": "channel"},
+    # Of two directions.
+    "ssa, low rank": {"form": "low_rank", "limit": 900},
     "ssa, mutual": {"update": "mutual"},
     "ssa, regression": {"path": "regression", "lookahead": 1},
     "ssa, random": {"path": "random", "update": "fixed"},

@@ -65,40 +65,33 @@ def test_paths_are_the_ridge_regression_of_all_passes_the_older_the_less(form):
 
 @pytest.mark.parametrize("rank", [2, CLASSES])
 def test_low_rank_paths_are_the_regression_on_the_errors_directions(rank):
-    """Of as many directions as classes it is that of full paths, along whatever basis."""
+    """Sums of a pass before are turned into the new directions; of all of them nothing is lost."""
     units, params, mstate = split("conv", 0.5)
-    others = split("conv", 0.5, seed=3)[1]
     shapes = output_shapes(units, params, mstate, IMAGE)
     low = plan(shapes, "full", 0)._replace(rank=rank)
-    sought = [params, others if rank == CLASSES else params]
-    full, (paths, gram) = None, regression.empty(shapes, low)
-    for seed, its in enumerate(sought):
+    full, got = observed(units, params, mstate, []), regression.empty(shapes, low)
+    gram, sums, q = np.zeros((rank, rank)), [], np.eye(CLASSES, rank)
+    for seed, its in enumerate([params, split("conv", 0.5, seed=3)[1]]):
         batch = make_batch(EXAMPLES, seed)
         basis = directions(units, its, None, mstate, batch.images[:4], low)
-        if rank < CLASSES and seed:
-            basis = paths[0].basis
         rest = (units, its, None, mstate, batch.images, partial(softmax_error, labels=batch.labels))
-        full = regression.regress(*(full or observed(units, params, mstate, [])), *rest)
-        paths, gram = regression.regress(paths, gram, *rest, basis)
-    for path, whole in zip(paths, full[0], strict=True):
-        assert path.basis.shape == (CLASSES, rank)
-        got = np.asarray(jnp.tensordot(path.basis, path.core, 1))
-        wanted = np.asarray(whole)
-        if rank < CLASSES:
-            wanted = restricted(whole, full[1], gram, path.basis)
-        assert np.abs(got - wanted).max() < 1e-3 * np.abs(wanted).max()
-
-
-def restricted(path, gram, low_gram, basis):
-    """The regression on few directions Q of what a full one saw: Q (QᵀGQ + λ)⁻¹ Qᵀ(G + λ)D."""
-
-    def ridged(g):
-        return g + regression.RIDGE * np.trace(g) / len(g) * np.eye(len(g))
-
-    path, gram, q = (np.asarray(a, np.float64) for a in (path, gram, basis))
-    assert np.allclose(q.T @ gram @ q, low_gram, rtol=1e-3)
-    sums = np.tensordot(ridged(gram), path, 1)
-    return np.tensordot(q @ np.linalg.inv(ridged(q.T @ gram @ q)) @ q.T, sums, 1)
+        full, got = regression.regress(*full, *rest), regression.regress(*got, *rest, basis)
+        error, signals, _ = passed(units, its, mstate, batch)
+        turn, q = np.asarray(basis).T @ q, np.asarray(basis, np.float64)
+        e = np.asarray(error, np.float64) @ q
+        seen = [e.T @ np.asarray(s, np.float64).reshape(EXAMPLES, -1) for s in signals]
+        before = [regression.KEEP * turn @ s for s in sums] or [0] * len(seen)
+        sums = [b + s for b, s in zip(before, seen, strict=True)]
+        gram = regression.KEEP * turn @ gram @ turn.T + e.T @ e
+        ridged = gram + regression.RIDGE * np.trace(gram) / rank * np.eye(rank)
+    for path, total, whole in zip(got[0], sums, full[0], strict=True):
+        core = np.asarray(path.core).reshape(rank, -1)
+        wanted = np.linalg.solve(ridged, total)
+        assert np.abs(core - wanted).max() < 1e-3 * np.abs(wanted).max()
+        if rank == CLASSES:
+            dense = jnp.tensordot(path.basis, path.core, 1)
+            assert jnp.abs(dense - whole).max() < 1e-3 * jnp.abs(whole).max()
+    assert rank == CLASSES or np.linalg.norm(turn, 2) > np.linalg.norm(turn, -2) + 1e-3
 
 
 def test_no_other_map_of_the_error_is_nearer_to_the_signals():

@@ -33,8 +33,8 @@ def composed_paths(
     activations, attention and skips as they are, with the twins' maps in place of the weights
     where there are twins. One backward pass of all outputs for each input. The per-channel form
     is the mean of D_i over positions too. The one of low rank is Q Qᵀ D_i, with Q of
-    `directions`: it takes backward passes of r sums of the outputs, and is D_i itself where the
-    last unit's path is of no higher rank.
+    `directions`: r sums of the outputs go down, not each by itself, and where the last unit is
+    linear in its input and of no higher rank it is D_i itself.
 
     A batch norm takes from its inputs' gradient the mean over the batch, which of an error is
     about zero and of equal signals is nearly all. So every other input is sent -1, and what comes
@@ -66,9 +66,10 @@ def directions(
 ) -> Array:
     """Q (outputs, r): the directions of the error of which the last hidden unit sees most.
 
-    The leading left singular vectors of its path, a matrix (outputs, entries of h_{n-1}), which
-    all paths below end in: of an error that is orthogonal to all that it has, nothing arrives.
-    Arguments as in `composed_paths`, of a plan of low rank.
+    The leading left singular vectors of its path, a matrix (outputs, entries of h_{n-1}). Where
+    the last unit is linear in its input, all paths below end in that one: of an error that is
+    orthogonal to its columns nothing arrives. Arguments as in `composed_paths`, of a plan of low
+    rank.
     """
     outputs, pullbacks = pullbacks_of(units, params, twins, mstate, inputs)
     return _directions(outputs, pullbacks[-1:], plan)

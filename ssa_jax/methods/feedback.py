@@ -71,11 +71,13 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
 
     Args:
       shapes: output shape of each unit for one example, the last one (classes,).
-      form: ``"full"``, ``"low_rank"``: of as many directions as take at most `limit`,
-        ``"channel"``, or ``"auto"``: full if the paths take at most `limit`, else per channel.
+      form: ``"full"``, ``"low_rank"``: of as many directions as take at most `limit`, full where
+        that is no more, ``"channel"``, or ``"auto"``: full if the paths take at most `limit`, else
+        per channel.
       limit: bytes. In per-channel form it also bounds what building the paths takes, by the
-        number of classes that go down the network at a time. As many as it allows: what is done
-        in turn is a loop, in which a CPU takes many times as long for a convolution.
+        number of classes that go down the network at a time, and in low rank through the last
+        unit, whose whole path is then held once. As many as it allows: what is done in turn is a
+        loop, in which a CPU takes many times as long for a convolution.
 
     Raises:
       ValueError: an unknown form, or a limit below what one direction takes.
@@ -83,21 +85,24 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
     if form not in FORMS:
         raise ValueError(f"feedback_form must be one of {', '.join(FORMS)}, got {form!r}")
     classes, hidden = math.prod(shapes[-1]), shapes[:-1]
-    direction = _FLOAT_BYTES * sum(math.prod(s) for s in hidden)
-    full = classes * direction
+    full = _FLOAT_BYTES * classes * sum(math.prod(s) for s in hidden)
     if form == "full" or (form == "auto" and full <= limit) or not hidden:
         return Plan(False, classes, full, full)
-    rows = max(1, limit // (_FLOAT_BYTES * max(math.prod(s) for s in hidden)))
     if form == "low_rank":
-        # All paths end in the last hidden unit's, which has no more directions than entries.
+        # The last hidden unit's path has no more directions than that unit has entries.
+        direction = full // classes + _FLOAT_BYTES * classes * len(hidden)
         rank = min(limit // direction, classes, math.prod(hidden[-1]))
+        if rank * direction >= full:
+            return Plan(False, classes, full, full)
         if not rank:
             raise ValueError(
                 f"a direction of low-rank paths takes {direction / 2**20:.2g} MiB, and "
                 f"feedback_limit_mib allows {limit / 2**20:g}; raise it, or give "
                 "feedback_form=channel"
             )
+        rows = max(1, limit // (_FLOAT_BYTES * math.prod(hidden[-1])))
         return Plan(False, rows, rank * direction, full, rank)
+    rows = max(1, limit // (_FLOAT_BYTES * max(math.prod(s) for s in hidden)))
     return Plan(True, rows, _FLOAT_BYTES * classes * sum(s[-1] for s in hidden), full)
 
 
@@ -135,6 +140,7 @@ def random_paths(
             path = factors.to_dense(factors.from_dense(path, rank, k_svd))
         core = path.reshape(rows, *shape)
         if plan.rank:
+            # Drawn apart, so that paths of the other forms are what they were.
             basis = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(k, 0), (classes, rows)))[0]
             paths.append(LowRank(basis, core))
         else:

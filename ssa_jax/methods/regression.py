@@ -52,8 +52,8 @@ def regress(
     `composed.composed_paths` is not, where Jacobian and error depend on each other. A refresh costs
     one forward pass and the signals of one backward pass of these inputs, whatever the outputs.
 
-    Paths of low rank, D_i = Q M_i, regress on Qᵀe. Sums that were taken along another Q are turned
-    into this one, and keep what the two have in common.
+    Paths of low rank, D_i = Q M_i, regress on Qᵀe, with λ = RIDGE · tr(QᵀGQ) / r. Sums that were
+    taken along another Q are turned into this one, and keep what the two have in common.
 
     Args:
       paths: D_i so far, (outputs, *shape of h_i), or (outputs, 1, 1, channels): then of the mean
@@ -71,8 +71,10 @@ def regress(
     signal = error(outputs)
     e = signal.reshape(len(signal), -1)
     turn = None
-    if basis is not None and isinstance(paths[0], fb.LowRank):
-        e, turn = e @ basis, basis.T @ paths[0].basis
+    if basis is not None:
+        before = paths[0]
+        assert isinstance(before, fb.LowRank), "a basis is of paths of low rank"
+        e, turn = e @ basis, basis.T @ before.basis
     was = _ridged(gram)
     now = KEEP * (gram if turn is None else turn @ gram @ turn.T) + e.T @ e
     inverse = jnp.linalg.inv(_ridged(now))

@@ -90,7 +90,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
             )
         return low_rank_walk(network, options)
     units, shapes = network.units, network.shapes
-    plan = fb.plan(shapes, options.form, options.limit)
+    plan = fb.plan(shapes, options.form if has_paths else "full", options.limit)
     tracked, composed = options.update == "tracked", options.path == "composed"
     regressed = options.path == "regression"
     if regressed and network.targets is None:

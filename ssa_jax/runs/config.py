@@ -171,7 +171,7 @@ class Config:
         0.01, "Rate of mutual twins, and decay of kp's difference.", low=0.0, high=0.5
     )
     feedback_form: str = setting("auto", "Form of direct paths.", choices=FORMS)
-    feedback_limit_mib: int = setting(256, "Most MiB of paths, but for form full.", low=0)
+    feedback_limit_mib: int = setting(256, "Most MiB of full (auto) or low-rank paths.", low=0)
     feedback_lookahead: int = setting(1, "Units a direct signal is pulled through exactly.", low=0)
     feedback_rank: float = setting(
         1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
