@@ -22,7 +22,8 @@ from helpers import (
 
 from ssa_jax import factors
 from ssa_jax.methods import METHODS, blend, chain, relay
-from ssa_jax.methods.feedback import composed_paths, plan
+from ssa_jax.methods.composed import composed_paths
+from ssa_jax.methods.feedback import plan
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
