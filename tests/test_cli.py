@@ -354,7 +354,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(flags, message):
         ({"label_smoothing": 1.0}, "--label_smoothing must be at most 0.9"),
         (
             {"feedback_form": "sparse"},
-            "--feedback_form must be one of auto, full, low_rank",
+            "--feedback_form must be one of auto, full, low_rank, channel",
         ),
         ({"feedback_limit_mib": -1}, "--feedback_limit_mib must be at least 0"),
         ({"feedback_lookahead": -1}, "--feedback_lookahead must be at least 0"),

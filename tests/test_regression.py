@@ -10,7 +10,7 @@ from helpers import CLASSES, IMAGE, make_batch, make_method, max_difference, spl
 
 from ssa_jax.methods import FeedbackOptions, Network, chain, regression
 from ssa_jax.methods.base import softmax_error
-from ssa_jax.methods.composed import directions
+from ssa_jax.methods.composed import composed_paths
 from ssa_jax.methods.feedback import plan
 from ssa_jax.methods.ssa import ssa
 from ssa_jax.networks.forward import forward, output_shapes
@@ -29,11 +29,12 @@ def passed(units, params, mstate, batch):
 
 def observed(units, params, mstate, batches, form="full"):
     shapes = output_shapes(units, params, mstate, IMAGE)
-    paths, gram = regression.empty(shapes, plan(shapes, form, 0))
+    stored = plan(shapes, form, 0)
+    paths, gram = regression.empty(shapes, stored)
     for batch in batches:
         paths, gram = regression.regress(
             paths, gram, units, params, None, mstate, batch.images,
-            lambda y, batch=batch: softmax_error(y, batch.labels),
+            lambda y, batch=batch: softmax_error(y, batch.labels), stored,
         )  # fmt: skip
     return paths, gram
 
@@ -68,15 +69,23 @@ def test_low_rank_paths_are_the_regression_on_the_errors_directions(rank):
     """Sums of a pass before are turned into the new directions; of all of them nothing is lost."""
     units, params, mstate = split("conv", 0.5)
     shapes = output_shapes(units, params, mstate, IMAGE)
-    low = plan(shapes, "full", 0)._replace(rank=rank)
+    whole_form = plan(shapes, "full", 0)
+    low = whole_form._replace(rank=rank)
     full, got = observed(units, params, mstate, []), regression.empty(shapes, low)
     gram, sums, q = np.zeros((rank, rank)), [], np.eye(CLASSES, rank)
     for seed, its in enumerate([params, split("conv", 0.5, seed=3)[1]]):
         batch = make_batch(EXAMPLES, seed)
-        basis = directions(units, its, None, mstate, batch.images[:4], low)
-        rest = (units, its, None, mstate, batch.images, partial(softmax_error, labels=batch.labels))
-        full, got = regression.regress(*full, *rest), regression.regress(*got, *rest, basis)
+        error_of = partial(softmax_error, labels=batch.labels)
+        rest = (units, its, None, mstate, batch.images, error_of)
+        full, got = (
+            regression.regress(*full, *rest, whole_form),
+            regression.regress(*got, *rest, low),
+        )
         error, signals, _ = passed(units, its, mstate, batch)
+        basis = got[0][-1].basis
+        last = composed_paths(units, its, None, mstate, batch.images, whole_form)[-1]
+        leading = jnp.linalg.svd(last.reshape(CLASSES, -1))[0][:, :rank]
+        assert jnp.allclose(basis @ basis.T, leading @ leading.T, atol=1e-4)
         turn, q = np.asarray(basis).T @ q, np.asarray(basis, np.float64)
         e = np.asarray(error, np.float64) @ q
         seen = [e.T @ np.asarray(s, np.float64).reshape(EXAMPLES, -1) for s in signals]
@@ -136,13 +145,13 @@ def test_errors_of_zero_leave_paths_finite_and_as_they_were():
     units, params, mstate = split("conv", 0.5)
     batch = make_batch(EXAMPLES, 5)
     paths, gram = observed(units, params, mstate, [batch])
-    again, _ = regression.regress(
-        paths, gram, units, params, None, mstate, batch.images, jnp.zeros_like
-    )
+    full = plan(output_shapes(units, params, mstate, IMAGE), "full", 0)
+    rest = (units, params, None, mstate, batch.images, jnp.zeros_like, full)
+    again, _ = regression.regress(paths, gram, *rest)
     for path, after in zip(paths, again, strict=True):
         assert float(jnp.abs(after - path).max()) < 1e-3 * float(jnp.abs(path).max())
-    blank = regression.empty(output_shapes(units, params, mstate, IMAGE), plan(((3,),), "full", 0))
-    still, _ = regression.regress(*blank, units, params, None, mstate, batch.images, jnp.zeros_like)
+    blank = regression.empty(output_shapes(units, params, mstate, IMAGE), full)
+    still, _ = regression.regress(*blank, *rest)
     assert all(bool((path == 0).all()) for path in still)
 
 

@@ -54,30 +54,27 @@ def composed_paths(
     """
     outputs, pullbacks = pullbacks_of(units, params, twins, mstate, inputs)
     if plan.rank:
-        basis = _directions(outputs, pullbacks[-1:], plan)
+        basis = directions(outputs, pullbacks[-1], plan)
         return tuple(LowRank(basis, m) for m in _pushed(outputs, pullbacks, basis.T, plan, None))
     identity = jnp.eye(math.prod(outputs.shape[1:]), dtype=outputs.dtype)
     # Full paths weigh as much as all their rows at a time; a bound is for per-channel ones.
     return _pushed(outputs, pullbacks, identity, plan, plan.rows if plan.per_channel else None)
 
 
-def directions(
-    units: Sequence[Unit], params: Tree, twins: Tree | None, mstate: Tree, inputs: Tree, plan: Plan
-) -> Array:
+def directions(outputs: Array, last: Pullback, plan: Plan) -> Array:
     """Q (outputs, r): the directions of the error of which the last hidden unit sees most.
 
     The leading left singular vectors of its path, a matrix (outputs, entries of h_{n-1}). Where
     the last unit is linear in its input, all paths below end in that one: of an error that is
-    orthogonal to its columns nothing arrives. Arguments as in `composed_paths`, of a plan of low
-    rank.
+    orthogonal to its columns nothing arrives.
+
+    Args:
+      outputs: of some inputs, (batch, ...).
+      last: the last unit's pullback there, see `pullbacks_of`.
+      plan: of low rank.
     """
-    outputs, pullbacks = pullbacks_of(units, params, twins, mstate, inputs)
-    return _directions(outputs, pullbacks[-1:], plan)
-
-
-def _directions(outputs: Array, last: Sequence[Pullback], plan: Plan) -> Array:
     identity = jnp.eye(math.prod(outputs.shape[1:]), dtype=outputs.dtype)
-    (path,) = _pushed(outputs, last, identity, plan, plan.rows)
+    (path,) = _pushed(outputs, [last], identity, plan, plan.rows)
     # Any key does: it draws where the search for the singular vectors starts.
     return factors.from_dense(path.reshape(len(path), -1), plan.rank, jax.random.key(0)).u
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ssa_jax import factors
-from ssa_jax.methods.base import Through
+from ssa_jax.methods.base import Through, require_choice
 from ssa_jax.networks.forward import Tape, Visited
 from ssa_jax.networks.units import Unit
 
@@ -47,7 +47,8 @@ class Plan(NamedTuple):
 
     Attributes:
       per_channel: one value a class and channel instead of one a class and entry of the map.
-      rows: classes times inputs that may be pushed down the network at a time.
+      rows: classes times inputs that may be pushed down at a time: per channel through the
+        network, of low rank through the last unit.
       size: bytes of all paths.
       full_size: bytes that they would take in full form.
       rank: directions of the error that paths of low rank know; 0 for the other forms.
@@ -60,10 +61,12 @@ class Plan(NamedTuple):
     rank: int = 0
 
     def __str__(self) -> str:
-        low = f"low-rank ({self.rank} directions)" if self.rank else "full"
-        text = f"{'per-channel' if self.per_channel else low} paths of {self.size / 2**20:.2f} MiB"
-        full = f" (full: {self.full_size / 2**20:.0f} MiB)"
-        return text + full * (self.per_channel or self.rank > 0)
+        size, full = f"{self.size / 2**20:.2f} MiB", f"{self.full_size / 2**20:.0f} MiB"
+        if self.per_channel:
+            return f"per-channel paths of {size} (full: {full})"
+        if self.rank:
+            return f"low-rank ({self.rank} directions) paths of {size} (full: {full})"
+        return f"full paths of {size}"
 
 
 def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
@@ -82,8 +85,7 @@ def plan(shapes: Sequence[Shape], form: str, limit: int) -> Plan:
     Raises:
       ValueError: an unknown form, or a limit below what one direction takes.
     """
-    if form not in FORMS:
-        raise ValueError(f"feedback_form must be one of {', '.join(FORMS)}, got {form!r}")
+    require_choice("feedback_form", form, FORMS)
     classes, hidden = math.prod(shapes[-1]), shapes[:-1]
     full = _FLOAT_BYTES * classes * sum(math.prod(s) for s in hidden)
     if form == "full" or (form == "auto" and full <= limit) or not hidden:

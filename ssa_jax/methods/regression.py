@@ -40,7 +40,7 @@ def regress(
     mstate: Tree,
     inputs: Tree,
     error: Callable[[Array], Array],
-    basis: Array | None = None,
+    plan: fb.Plan,
 ) -> tuple[tuple[fb.Path, ...], Array]:
     """Paths D_i = (G + λ I)⁻¹ S_i after one exact pass more.
 
@@ -52,8 +52,9 @@ def regress(
     `composed.composed_paths` is not, where Jacobian and error depend on each other. A refresh costs
     one forward pass and the signals of one backward pass of these inputs, whatever the outputs.
 
-    Paths of low rank, D_i = Q M_i, regress on Qᵀe, with λ = RIDGE · tr(QᵀGQ) / r. Sums that were
-    taken along another Q are turned into this one, and keep what the two have in common.
+    Paths of low rank, D_i = Q M_i with Q of `composed.directions`, regress on Qᵀe, with
+    λ = RIDGE · tr(QᵀGQ) / r. Sums that were taken along another Q are turned into this one, and
+    keep what the two have in common. For Q every output goes through the last unit alone.
 
     Args:
       paths: D_i so far, (outputs, *shape of h_i), or (outputs, 1, 1, channels): then of the mean
@@ -65,28 +66,27 @@ def regress(
       mstate: model state.
       inputs: of the model.
       error: outputs (batch, ...) -> e of the same shape.
-      basis: Q (outputs, r) from now on, of paths of low rank (see `composed.directions`).
+      plan: how the paths are stored.
     """
     outputs, pullbacks = composed.pullbacks_of(units, params, twins, mstate, inputs)
     signal = error(outputs)
     e = signal.reshape(len(signal), -1)
-    turn = None
-    if basis is not None:
+    was, basis = _ridged(gram), None
+    if plan.rank:
+        # All paths have the basis of their last refresh.
         before = paths[0]
-        assert isinstance(before, fb.LowRank), "a basis is of paths of low rank"
-        e, turn = e @ basis, basis.T @ before.basis
-    was = _ridged(gram)
-    now = KEEP * (gram if turn is None else turn @ gram @ turn.T) + e.T @ e
+        assert isinstance(before, fb.LowRank)
+        basis = composed.directions(outputs, pullbacks[-1], plan)
+        turn = basis.T @ before.basis
+        e, was, gram = e @ basis, turn @ was, turn @ gram @ turn.T
+    now = KEEP * gram + e.T @ e
     inverse = jnp.linalg.inv(_ridged(now))
     found: list[fb.Path] = []
     for pullback, path in zip(reversed(pullbacks), reversed(paths), strict=True):
         (signal,) = pullback(signal)
         core = path.core if isinstance(path, fb.LowRank) else path
-        seen = signal if core.shape[1:] == signal.shape[1:] else composed.over_positions(signal)
-        sums = jnp.tensordot(was, core, 1)
-        if turn is not None:
-            sums = jnp.tensordot(turn, sums, 1)
-        moments = KEEP * sums + jnp.tensordot(e.T, seen, 1)
+        seen = composed.over_positions(signal) if plan.per_channel else signal
+        moments = KEEP * jnp.tensordot(was, core, 1) + jnp.tensordot(e.T, seen, 1)
         core = jnp.tensordot(inverse, moments, 1)
         found.insert(0, core if basis is None else fb.LowRank(basis, core))
     return tuple(found), now

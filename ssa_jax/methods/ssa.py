@@ -78,6 +78,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     """
     require_choice("feedback", options.path, PATHS)
     require_choice("feedback_update", options.update, UPDATES)
+    require_choice("feedback_form", options.form, fb.FORMS)
     if options.every < 1:
         raise ValueError(f"feedback_every must be at least 1, got {options.every}")
     has_paths = options.path != "sequential"
@@ -96,9 +97,6 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     if regressed and network.targets is None:
         raise ValueError("feedback=regression needs targets, and this network was given none")
 
-    def first(inputs: Tree) -> Tree:
-        return jax.tree.map(lambda x: x[:_COMPOSED_EXAMPLES], inputs)
-
     def measured(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
         # Twins that were just tracked are the weights.
         twins = None if tracked else feedback.twins
@@ -108,13 +106,9 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
             return feedback._replace(paths=paths)
         if regressed:
             inputs, targets = feedback.examples
-            basis = None
-            if plan.rank:
-                few = first(inputs)
-                basis = cp.directions(units, params, twins, mstate, few, plan)
             paths, gram = regression.regress(
                 feedback.paths, feedback.gram, units, params, twins, mstate, inputs,
-                lambda outputs: network.error(outputs, targets), basis,
+                lambda outputs: network.error(outputs, targets), plan,
             )  # fmt: skip
             return feedback._replace(paths=paths, gram=gram)
         return feedback
@@ -126,7 +120,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
             ranks = [min((f.rank for f in factors.leaves(p)), default=None) for p in params]
             return SSAFeedback(twins, fb.random_paths(key_paths, shapes, ranks, plan))
         if composed:
-            few = first(jax.tree.map(jnp.asarray, network.inputs))
+            few = jax.tree.map(lambda x: jnp.asarray(x[:_COMPOSED_EXAMPLES]), network.inputs)
             return measured(SSAFeedback(twins, (), (few,)), params, mstate)
         if regressed:
             seen = jax.tree.map(jnp.asarray, (network.inputs, network.targets))
