@@ -4,17 +4,115 @@
     python -m experiments.studies.gap --quick --dataset=digits --model=mlp
 
 The reference is `svd_bp`. Some variants walk through a few of each layer's singular directions, one
-learns behind auxiliary networks; every other one is direct SSA with one thing changed: how
-often the path follows the weights, how fine it is, how far a unit's gradient reaches, what is added
-to the signal, what comes before, and how the weights are moved.
+learns behind auxiliary networks; some have the gradients of `svd_bp` a step late, as in a pipeline
+that is always full, where no unit waits for another; every other one is direct SSA with one thing
+changed: how often the path follows the weights, how fine it is, how far a unit's gradient reaches,
+what is added to the signal, what comes before, and how the weights are moved.
+
+Muon orthogonalises the momentum of every matrix (`optax.contrib.muon`), Stiefel-Muon that of U and
+V, kept tangent (`ssa_jax.transforms.scale_by_stiefel_muon`); all else goes by Adam.
 """
 
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import optax
 
 from experiments.show import variants
 from experiments.show.variants import Column
-from experiments.studies import program
+from experiments.studies import program, study
 from experiments.studies.study import Study, Variant
+from experiments.studies.trials import Trial
+from ssa_jax import transforms
+from ssa_jax.factors import Factors, is_factors
+from ssa_jax.runs import inputs
+from ssa_jax.runs.given import NOTHING, PREFIX, Given
+from ssa_jax.training import optim
+
+# Over Adam's rate, of momentum and of the matrices of both Muons.
+FASTER = 10
+
+
+def late(steps: int) -> optax.GradientTransformation:
+    """Hands on the updates of `steps` steps before, zeros at first."""
+
+    def init(params: optax.Params) -> tuple[optax.Updates, ...]:
+        return tuple(optax.tree.zeros_like(params) for _ in range(steps))
+
+    def update(
+        updates: optax.Updates, state: tuple[optax.Updates, ...], params: optax.Params | None = None
+    ) -> tuple[optax.Updates, tuple[optax.Updates, ...]]:
+        del params
+        held = (updates, *state)
+        return held[-1], held[:-1]
+
+    return optax.GradientTransformation(init, update)
+
+
+def _stiefel_muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    muon, adam = transforms.scale_by_stiefel_muon(), optax.scale_by_adam()
+
+    def init(params: optax.Params) -> tuple[optax.OptState, optax.OptState]:
+        return muon.init(params), adam.init(params)
+
+    def update(
+        updates: optax.Updates, state: tuple[optax.OptState, optax.OptState], params: Any = None
+    ) -> tuple[optax.Updates, tuple[optax.OptState, optax.OptState]]:
+        turned, of_muon = muon.update(updates, state[0], params)
+        rest, of_adam = adam.update(updates, state[1], params)
+
+        def both(a: Any, b: Any) -> Any:
+            return Factors(FASTER * a.u, b.s, FASTER * a.v) if is_factors(a) else b
+
+        return jax.tree.map(both, turned, rest, is_leaf=is_factors), (of_muon, of_adam)
+
+    scaled = optax.GradientTransformation(init, update)
+    return optax.chain(scaled, optax.scale_by_learning_rate(rate))
+
+
+def _muon(rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(lambda count: FASTER * rate(count), adam_learning_rate=rate)
+
+
+def _momentum(rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.sgd(lambda count: FASTER * rate(count), momentum=0.9)
+
+
+OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {
+    "adam": optax.adam,
+    "momentum": _momentum,
+    "muon": _muon,
+    "stiefel_muon": _stiefel_muon,
+}
+
+LABELS = {"adam": "Adam", "momentum": "momentum", "muon": "Muon", "stiefel_muon": "Stiefel-Muon"}
+DELAYS = {0: "", 1: ", a step late", 4: ", four steps late"}
+# Optimiser of a variant, and by how many steps its gradients are late.
+LATE = {
+    f"svd_bp_{name}" + f"_late_{steps}" * bool(steps): (name, steps)
+    for name in OPTIMIZERS
+    for steps in ((1, 4) if name == "adam" else (0, 1))
+}
+
+
+def given(trial: Trial) -> Given:
+    """The optimiser of a variant of `LATE`, its rate that of a run: warm-up and cosine."""
+    if trial.variant not in LATE:
+        return NOTHING
+    config, (name, steps) = trial.config, LATE[trial.variant]
+    epoch = inputs.of_run(config, study.load(config)).train_size // config.batch_size
+    total = config.schedule_steps or config.epochs * epoch
+    rate = optim.learning_rate(
+        optim.OptimizerConfig(config.learning_rate, total, epoch, warmup_steps=config.warmup_steps)
+    )
+    return Given(optimizer=optax.chain(late(steps), OPTIMIZERS[name](rate)))
+
+
+def _late(variant: str) -> Variant:
+    name, steps = LATE[variant]
+    changes = {"method": "svd_bp", "optimizer": f"{PREFIX}:{variant}"}
+    return Variant(variant, f"svd_bp by {LABELS[name]}{DELAYS[steps]}", changes)
 
 
 def _direct(name: str, label: str, **changes: Any) -> Variant:
@@ -103,6 +201,7 @@ VARIANTS = (
     _direct("horizontal", "horizontal projection", projection="horizontal"),
     _direct("momentum", "momentum (rate 0.01) for Adam", optimizer="momentum", learning_rate=0.01),
     _direct("momentum_fast", "momentum (rate 0.1)", optimizer="momentum", learning_rate=0.1),
+    *map(_late, LATE),
 )
 
 STUDY = Study(
@@ -117,6 +216,7 @@ STUDY = Study(
     ),
     "Angles are to the true gradient and the true signal, means over hidden units after the last "
     "epoch; the train loss of label smoothing is against smoothed targets.",
+    given=given,
 )
 
 if __name__ == "__main__":
