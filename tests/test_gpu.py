@@ -143,12 +143,16 @@ def test_the_matrix_is_whole_and_every_setting_is_one_of_a_run():
              for c in cases if c["kind"] != "train"}  # fmt: skip
     wanted = itertools.product(
         ("vgg13", "resnet32", "resnet18"), ("float32", "bfloat16"), (128, 512),
-        ("bp", "dfa", "svd_bp", "direct", "direct, streamed", "walk", "torch", "torch, compiled"),
+        ("bp", "dfa", "svd_bp", "direct", "direct, streamed", "direct, units of four", "walk",
+         "torch", "torch, compiled"),
     )  # fmt: skip
     assert steps == set(wanted)
     trained = {(c["model"], c["contestant"]) for c in cases if c["kind"] == "train"}
     assert trained == set(
-        itertools.product(("vgg13", "resnet32"), ("bp", "svd_bp", "direct, one ahead", "walk"))
+        itertools.product(
+            ("vgg13", "resnet32"),
+            ("bp", "svd_bp", "direct, units of four", "direct, one ahead", "walk"),
+        )
     )
     names = {field.name for field in dataclasses.fields(Config)}
     for case in cases:
