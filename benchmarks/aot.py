@@ -17,6 +17,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from benchmarks.programs import Row, main
 from ssa_jax.errors import ConfigError
@@ -29,27 +30,40 @@ from ssa_jax.runs.fitted import Described
 from ssa_jax.runs.plan import planned
 
 RANK = 0.25
-# Method, look-ahead and memory; the first is what the others are compared with.
+
+
+class Entry(NamedTuple):
+    """A method, the memory of its steps, units of look-ahead, and layers or blocks in a unit."""
+
+    method: str
+    memory: str = "taped"
+    lookahead: int = 0
+    unit_size: int = 1
+
+
+# The first is what the others are compared with.
 ENTRIES = (
-    ("bp", 0, "taped"),
-    ("svd_bp", 0, "taped"),
-    ("ssa", 0, "taped"),
-    ("ssa", 0, "streamed"),
-    ("ssa", 1, "taped"),
+    Entry("bp"),
+    Entry("svd_bp"),
+    Entry("ssa"),
+    Entry("ssa", "streamed"),
+    Entry("ssa", lookahead=1),
+    Entry("ssa", unit_size=4),
+    Entry("ssa", "streamed", unit_size=4),
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
 # What large images ask first is memory: of the default and of what keeps least.
 LARGE_ENTRIES = (
-    ("bp", 0, "taped"),
-    ("ssa", 1, "taped"),
-    ("ssa", 1, "streamed"),
+    Entry("bp"),
+    Entry("ssa", unit_size=4),
+    Entry("ssa", "streamed", unit_size=4),
 )
 IMAGENET = Described((224, 224, 3), 1000, 1_281_167, "float32", None)
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
     """A row a program, as soon as it is known."""
-    models, entries = (["mlp"], ENTRIES[::2]) if args.quick else (args.models, ENTRIES)
+    models, entries = (["mlp"], ENTRIES[:5:2]) if args.quick else (args.models, ENTRIES)
     data, last = (IMAGENET, "step") if args.imagenet else (CIFAR, "compaction")
     for name in args.target:
         where = ahead.target(name)
@@ -61,21 +75,26 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
 
 def _network(
     where: Target, model: str, data: Described, batch: int,
-    entries: Sequence[tuple[str, int, str]], last: str,
+    entries: Sequence[Entry], last: str,
 ) -> Iterator[Row]:  # fmt: skip
     kernels: dict[str, int] = {}
-    for method, lookahead, memory in entries:
+    for method, memory, lookahead, size in entries:
         # The entry that looks ahead is a run with falling ranks, which has a program more.
         schedule = "hybrid" if method == "ssa" and lookahead else "none"
         config = Config(
             model=model, method=method, rank_init=RANK, batch_size=batch, memory=memory,
-            feedback_lookahead=lookahead, rank_schedule=schedule,
+            feedback_lookahead=lookahead, unit_size=size, rank_schedule=schedule,
         )  # fmt: skip
-        for one in planned(build(config, data), data.example, batch, where):
+        built = build(config, data)
+        if size > 1 and len(built.units) == 2:
+            # Joined to one hidden unit a network learns by backpropagation.
+            continue
+        for one in planned(built, data.example, batch, where):
             made = one.compiled
             row: Row = {
                 "target": where.name, "model": model, "batch": batch, "method": method,
                 "rank": None if method == "bp" else RANK, "lookahead": lookahead,
+                "unit_size": size,
                 "schedule": schedule, "memory": memory, "program": one.program,
                 **dict.fromkeys(Compiled._fields), **made._asdict(), "macs": one.macs,
                 "best_ms": None if one.best_s is None else round(1e3 * one.best_s, 4),

@@ -14,6 +14,8 @@ def _cells(r: Row) -> list[str]:
     """A line of the table; of a program that was refused what is known of it."""
     rank = "" if r["rank"] is None else f" at {r['rank']}"
     ahead = f", {r['lookahead']} ahead" if r["lookahead"] else ""
+    # Records of before units were joined do not tell it.
+    ahead += f", units of {size}" if (size := r.get("unit_size", 1)) > 1 else ""
     falling = ", ranks falling" if r.get("schedule", "none") != "none" else ""
     memory = {"taped": "", "streamed": ", streamed"}[r["memory"]]
     held = "-" if r["bytes"] is None else f"{r['bytes'] / 2**20:.0f}"
