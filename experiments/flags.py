@@ -49,7 +49,7 @@ def define(defaults: Mapping[str, Any]) -> None:
         text = field.metadata["help"]
         if isinstance(field.default, bool):
             flags.DEFINE_boolean(field.name, default, text)
-        elif isinstance(field.default, int):
+        elif field.type in (int, int | None):
             flags.DEFINE_integer(field.name, default, text)
         elif isinstance(field.default, float):
             flags.DEFINE_float(field.name, default, text)

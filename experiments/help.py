@@ -77,7 +77,7 @@ def _flag(flag: Any) -> str:
     if flag.name == "recipe":
         choices = ("none", *RECIPES)
     boolean = isinstance(flag.default, bool)
-    head = f"  --[no]{flag.name}" if boolean else f"  --{flag.name}={_shown(flag.default)}"
+    head = f"  --[no]{flag.name}" if boolean else f"  --{flag.name}={_shown(flag)}"
     body = [words] + ([f"One of {', '.join(choices)}."] if choices else [])
     if boolean:
         body.append(f"Default: {'on' if flag.default else 'off'}.")
@@ -88,5 +88,7 @@ def _flag(flag: Any) -> str:
     )
 
 
-def _shown(default: Any) -> str:
-    return "''" if default in (None, "") else str(default)
+def _shown(flag: Any) -> str:
+    if flag.default is None and isinstance(flag.parser, flags.IntegerParser):
+        return "N"
+    return "''" if flag.default in (None, "") else str(flag.default)

@@ -26,6 +26,8 @@ _SSA = {
     "method": "ssa",
     "feedback": "composed",
     "feedback_update": "tracked",
+    "feedback_lookahead": 1,
+    "unit_size": 1,
     "rank_init": 0.5,
     "rank_schedule": "none",
 }

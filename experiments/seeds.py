@@ -98,7 +98,8 @@ def _write(config: Config, folder: Path, trials: Sequence[Trial]) -> Row:
     """Writes summary.json and table.md of the seeds that are done; returns the summary."""
     done = [row for trial in trials if (row := result(trial))]
     good = variants.finite(done)
-    shared = {k: v for k, v in summary.settings(config).items() if k != "seed"}
+    # The first run tells what its network decided.
+    shared = {k: (*done, {k: v})[0][k] for k, v in summary.settings(config).items() if k != "seed"}
     whole = {
         **shared,
         "seeds": [row["seed"] for row in done],

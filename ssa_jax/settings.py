@@ -16,7 +16,8 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Choices that are a table are read when they are checked; beside its names they may be
     ``package.module:name`` where the field is ``open``.
 
-    An integer without a high goes to `MOST`. A field that is a path says so by ``path=True``.
+    An integer without a high goes to `MOST`. A field that is a path says so by ``path=True``. A
+    default of None is within every limit: not given.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -29,6 +30,8 @@ def check(settings: Any) -> None:
     """
     for field in dataclasses.fields(settings):
         value, limits = getattr(settings, field.name), field.metadata
+        if value is None and field.default is None:
+            continue
         high = limits.get("high", MOST if isinstance(value, int) else None)
         wanted = None
         if "choices" in limits and value not in limits["choices"]:

@@ -71,6 +71,7 @@ def test_no_failing_alignment(rows):
         ({"feedback_update": "fixed"}, "--feedback_update=tracked"),
         ({"feedback": "sequential"}, "--feedback_every=1"),
         ({"feedback_lookahead": 1}, "--feedback_lookahead=2"),
+        ({"unit_size": 4, "feedback_lookahead": 0}, "--unit_size=8"),
     ],
 )
 def test_the_flag_that_brings_the_signals_nearer(change, flag):

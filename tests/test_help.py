@@ -36,6 +36,7 @@ def test_help_lists_every_flag_with_its_default_and_choices(program):
         assert "--learning_rate=0.002" in done.stdout
         assert "One of none, linear, hybrid" in done.stdout
         assert "--seeds=1" in done.stdout
+        assert "--unit_size=N" in done.stdout
 
 
 @pytest.mark.parametrize(("schedule", "said"), first([("stable_rank", True), ("none", False)], 1))

@@ -71,8 +71,9 @@ def method(summary: Row) -> str:
         if energy < 1:
             most = "" if share == 1 else f", {share:g} of its directions at most"
             sequential = f"walking through {energy:g} of the error's energy{most}"
-        ahead = f"direct, {n} ahead" if (n := summary.get("feedback_lookahead")) else "direct"
-        parts.append(sequential if summary.get("feedback") == "sequential" else ahead)
+        size, n = summary.get("unit_size") or 1, summary.get("feedback_lookahead")
+        direct = ["direct", *[f"units of {size}"] * (size > 1), *[f"{n} ahead"] * bool(n)]
+        parts.append(sequential if summary.get("feedback") == "sequential" else ", ".join(direct))
     if summary["factorized"] != (summary["method"] in ON_FACTORS):
         parts.append("on factors" if summary["factorized"] else "(dense)")
     if summary["rank_schedule"] != "none" and summary["factorized"]:

@@ -94,7 +94,9 @@ def _alignment_flag(config: Any) -> str:
         return "--feedback_update=tracked"
     if config.feedback == "sequential":
         return "--feedback_every=1"
-    return f"--feedback_lookahead={config.feedback_lookahead + 1}"
+    if (size := config.unit_size or 1) > 1:
+        return f"--unit_size={2 * size}"
+    return f"--feedback_lookahead={(config.feedback_lookahead or 0) + 1}"
 
 
 def _drift(rows: Sequence[Row], config: Any) -> Finding | None:

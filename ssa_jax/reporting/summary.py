@@ -54,6 +54,7 @@ def settings(config: Any) -> Row:
         "learning_rate": config.learning_rate,
         "feedback": config.feedback if config.method == "ssa" else None,
         "feedback_lookahead": config.feedback_lookahead if config.method == "ssa" else None,
+        "unit_size": config.unit_size,
         "feedback_rank": config.feedback_rank if config.method == "ssa" else None,
         "feedback_energy": config.feedback_energy if config.method == "ssa" else None,
     }

@@ -39,11 +39,13 @@ EXAMPLES = 64
 class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
-    `warmup` is at work before step `takes_over`, on the state that `method` shares;
-    `memory` is the mode of the steps of both, `held` the bytes that a tape takes; `bounds` are
-    those of the stages of a step that goes over some (see `parallel.pipeline`), else none.
+    `config` is that of the run with what its network decides (`network.decided`). `warmup` is at
+    work before step `takes_over`, on the state that `method` shares; `memory` is the mode of the
+    steps of both, `held` the bytes that a tape takes; `bounds` are those of the stages of a step
+    that goes over some (see `parallel.pipeline`), else none.
     """
 
+    config: Config
     units: tuple[Unit, ...]
     method: Method
     warmup: Method
@@ -87,7 +89,8 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
             f"--warmup_steps must be less than {total_steps}, the steps of the schedule, got "
             f"{config.warmup_steps}"
         )
-    units, params, mstate, merge = split_model(config, data, given, factorized=config.factorized)
+    apart, config = split_model(config, data, given, factorized=config.factorized)
+    units, params, mstate, merge = apart
     shapes = output_shapes(units, params, mstate, data.image_shape, data.example.dtype)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate * rate_scale,
@@ -137,6 +140,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     warm = config.warmup_until or config.warmup_epochs * steps_per_epoch
     return Built(
+        config=config,
         units=units,
         method=method,
         warmup=warmup,

@@ -37,12 +37,8 @@ class Config:
     dataset: str = setting(
         "cifar10", "Data set.", choices=collections.ChainMap(DATASETS, STREAMS), open=True
     )
-    loss: str = setting(
-        "cross_entropy", "Loss whose gradient is the error.", choices=LOSSES, open=True
-    )
-    data_dir: str | None = setting(
-        None, "TFDS directory; else TFDS_DATA_DIR or TFDS's default.", path=True
-    )
+    loss: str = setting("cross_entropy", "Its gradient is the error.", choices=LOSSES, open=True)
+    data_dir: str | None = setting(None, "TFDS folder; else TFDS_DATA_DIR, or its own.", path=True)
     validation: float = setting(
         0.0, "Share of the training images held out, on which is measured in place of the test "
         "set.", low=0.0, high=0.5,
@@ -172,13 +168,17 @@ class Config:
     )
     feedback_form: str = setting("auto", "Form of direct paths.", choices=FORMS)
     feedback_limit_mib: int = setting(256, "Most MiB of full (auto) or low-rank paths.", low=0)
-    feedback_lookahead: int = setting(1, "Units a direct signal is pulled through exactly.", low=0)
+    feedback_lookahead: int | None = setting(
+        None, "Units a direct signal is pulled through exactly; by default 1, of joined 0.", low=0
+    )
     feedback_rank: float = setting(
         1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
     )
     feedback_basis: str = setting("spectrum", "Which: largest |s|, or the error's.", choices=BASES)
     feedback_energy: float = setting(1.0, "Share of the error's energy.", above=0.0, high=1.0)
-    unit_size: int = setting(1, "Neighbouring units joined into one.", low=1)
+    unit_size: int | None = setting(
+        None, "Neighbours joined into one unit; by default 4 in direct ssa beyond 8, or 1.", low=1
+    )
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
     readout_rate: float = setting(2e-3, "Adam's rate of learned readouts.", above=0.0)
@@ -242,7 +242,7 @@ _NOT_IDENTITY = (
 )  # fmt: skip
 
 # What a run did before a setting was there: by default a new one changes nothing, but for these.
-_BEFORE = {**dataclasses.asdict(Config()), "feedback_lookahead": 0}
+BEFORE = {**dataclasses.asdict(Config()), "feedback_lookahead": 0, "unit_size": 1}
 
 
 def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
 
     One that a stored run lacks has the value by which it changes nothing.
     """
-    values = {**_BEFORE, **config} if isinstance(config, dict) else dataclasses.asdict(config)
+    values = {**BEFORE, **config} if isinstance(config, dict) else dataclasses.asdict(config)
     return {k: v for k, v in values.items() if k not in _NOT_IDENTITY}
 
 

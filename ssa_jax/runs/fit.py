@@ -24,6 +24,7 @@ from ssa_jax.runs.fitted import Described, Run
 from ssa_jax.runs.given import PREFIX, Given, name_given
 from ssa_jax.runs.inputs import from_arguments
 from ssa_jax.runs.run import train_given
+from ssa_jax.runs.trained import config_of
 from ssa_jax.runs.workdir import Workdir, WorkdirError, stored_config
 from ssa_jax.training.checkpoint import Checkpoints
 
@@ -157,7 +158,7 @@ def load(
                 f"{folder} holds no run of ssa_jax.fit"
                 + (", which leaves data.json beside config.json" if stored else "")
             )
-        config = Config(**stored)
+        config = config_of(folder, stored)
         objects = {
             "model": model, "method": method, "loss": loss, "optimizer": optimizer,
             "rank_schedule": rank_schedule,

@@ -70,6 +70,7 @@ def make_methods(config: Config, network: Network, given: Given = NOTHING) -> tu
 
     Blended with local readouts where it asks for them.
     """
+    assert config.feedback_lookahead is not None, "the network decides it"
     options = FeedbackOptions(
         path=config.feedback,
         update=config.feedback_update,

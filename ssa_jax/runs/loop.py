@@ -230,7 +230,7 @@ class Loop:
         result: Row = {
             "status": status,
             "epochs": self.position.epoch,
-            **summary.settings(self.config),
+            **summary.settings(built.config),
             "feedback_note": built.method.note,
             "memory": built.memory,
             **summary.last_epoch(rows),

@@ -1,5 +1,6 @@
 """The network that a config names: its units, and what it costs."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ from ssa_jax.types import TrainState
 
 Array = jax.Array
 Tree = Any
+
+# Direct SSA on more hidden units than these learns in units of so many, see docs/research.md.
+DEEP, JOINED = 8, 4
 
 
 class Costs(NamedTuple):
@@ -108,15 +112,34 @@ def least_share(config: Config) -> float:
     return max(target, config.rank_floor)
 
 
-def split_model(config: Config, data: Images, given: Given = NOTHING, *, factorized: bool) -> Split:
-    """The units of the model of a run, grouped and in its precision."""
+def split_model(
+    config: Config, data: Images, given: Given = NOTHING, *, factorized: bool
+) -> tuple[Split, Config]:
+    """The units of the model of a run, grouped and in its precision, and the config `decided`."""
     model = make_model(config, data, given, factorized=factorized)
     if config.batch_statistics == "device":
         _by_device(config, model)
     apart = split(model, data.example)
-    units, params, mstate = group_units(apart.units, apart.params, apart.mstate, config.unit_size)
+    config = decided(config, len(apart.units) - 1)
+    size = config.unit_size or 1
+    units, params, mstate = group_units(apart.units, apart.params, apart.mstate, size)
     units = in_precision(units, jnp.dtype(config.precision))
-    return apart._replace(units=units, params=params, mstate=mstate)
+    return apart._replace(units=units, params=params, mstate=mstate), config
+
+
+def decided(config: Config, hidden: int) -> Config:
+    """The config with what its network of `hidden` units decides: how far gradients are exact.
+
+    Direct SSA joins units in networks of more than `DEEP` hidden ones. Where units are not joined
+    a direct signal looks one ahead.
+    """
+    size, ahead = config.unit_size, config.feedback_lookahead
+    if size is None:
+        direct = config.method == "ssa" and config.feedback != "sequential"
+        size = JOINED if direct and ahead is None and hidden > DEEP else 1
+    if ahead is None:
+        ahead = 0 if size > 1 else 1
+    return dataclasses.replace(config, unit_size=size, feedback_lookahead=ahead)
 
 
 def _by_device(config: Config, model: Any) -> None:
@@ -155,9 +178,9 @@ def costs_of(config: Config, data: Images, given: Given, *, factorized: bool) ->
     built: list[tuple[Unit, ...]] = []
 
     def shapes() -> tuple[Tree, Tree]:
-        units, params, mstate, _ = split_model(config, data, given, factorized=factorized)
-        built.append(units)
-        return params, mstate
+        apart, _ = split_model(config, data, given, factorized=factorized)
+        built.append(apart.units)
+        return apart.params, apart.mstate
 
     params, mstate = jax.eval_shape(shapes)
     return network_costs(built[0], params, mstate, data)

@@ -82,7 +82,7 @@ def _opened(config: Config, trainer: Trainer, interrupt: Interruptible) -> Itera
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
         stack.enter_context(checkpoints)
         events = folder.path / "tensorboard" if config.tensorboard and folder.ours else None
-        progress = stack.enter_context(Progress(config, folder.rows, events))
+        progress = stack.enter_context(Progress(trainer.built.config, folder.rows, events))
         yield Loop(config, trainer, folder, checkpoints, interrupt, progress)
 
 
@@ -91,9 +91,11 @@ def introduce(config: Config, loop: Loop) -> None:
     trainer, built, state = loop.trainer, loop.trainer.built, loop.trainer.state
     size = network.network_costs(built.units, state.params, state.mstate, trainer.data)
     stored = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))
+    joined = f" of up to {n} neighbours" if (n := built.config.unit_size or 1) > 1 else ""
     print(
         f"{config.method}: {config.model} on {config.dataset}, "
-        f"{len(built.units)} units, {size.params:,} parameters ({loop.dense.params:,} dense), "
+        f"{len(built.units)} units{joined}, "
+        f"{size.params:,} parameters ({loop.dense.params:,} dense), "
         f"on {jax.device_count()} {jax.default_backend()} device(s), about "
         f"{(built.held + stored) / 2**20:.0f} MiB a step; results in {loop.folder.path}\n"
         f"compiling the first step",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from ssa_jax.errors import ConfigError
-from ssa_jax.runs import build, inputs, network, workdir
-from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs import build, inputs, workdir
+from ssa_jax.runs.config import BEFORE, Config, identity
 from ssa_jax.runs.given import NOTHING, PREFIX, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError
@@ -52,7 +52,7 @@ def restore(
     stored = workdir.stored_config(path)
     if stored is None:
         raise WorkdirError(f"{path} holds no run: config.json is missing or damaged")
-    config = _config(path, stored)
+    config = config_of(path, stored)
     config.validate()
     folder = Workdir(path)
     checkpoints = Checkpoints(folder.checkpoints, config=identity(config))
@@ -63,15 +63,18 @@ def restore(
     data = inputs.of_run(dataclasses.replace(config, data_dir=data_dir or config.data_dir), data)
     built = build.build(config, data, given=given)
     position, state = checkpoints.restore(built.state)
-    model = network.split_model(config, data, given, factorized=config.factorized).merge(
-        state.params, state.mstate
-    )
+    model = built.merge(state.params, state.mstate)
     accuracy = {row["step"]: row.get("test_accuracy") for row in folder.rows()}
     return Trained(config, data, model, position.epoch, accuracy.get(int(state.step)))
 
 
-def _config(path: Path, stored: dict[str, Any]) -> Config:
+def config_of(path: Path, stored: dict[str, Any]) -> Config:
+    """The config of a stored run; a setting that it lacks is at the value that changes nothing.
+
+    Raises:
+      WorkdirError: settings that this code does not have.
+    """
     known = {field.name for field in dataclasses.fields(Config)}
     if unknown := sorted(stored.keys() - known):
         raise WorkdirError(f"{path} is a run of other code: unknown settings {', '.join(unknown)}")
-    return Config(**stored)
+    return Config(**{**BEFORE, **stored})

@@ -1,0 +1,111 @@
+"""How far gradients are exact where it is not given: the network decides."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import ssa_jax
+from experiments.show.runs import method
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.network import DEEP, decided
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 16)).astype(np.float32)
+Y = (X[:, :8].sum(1) > X[:, 8:].sum(1)).astype(np.int32)
+
+
+class Chain(nnx.Module):
+    """A perceptron of a cut behind every hidden layer."""
+
+    def __init__(self, hidden):
+        rngs = nnx.Rngs(0)
+        self.maps = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(hidden)])
+        self.out = nnx.Linear(16, 2, rngs=rngs)
+
+    def __call__(self, x):
+        for linear in self.maps:
+            x = ssa_jax.cut(nnx.relu(linear(x)))
+        return self.out(x)
+
+
+def train(hidden, **settings):
+    return ssa_jax.fit(Chain(hidden), (X, Y), epochs=2, batch_size=16, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "hidden", "size", "ahead"),
+    [
+        ({}, DEEP, 1, 1),
+        ({}, DEEP + 1, 4, 0),
+        ({"feedback": "regression"}, DEEP + 1, 4, 0),
+        ({"feedback": "sequential"}, DEEP + 1, 1, 1),
+        ({"method": "svd_bp"}, DEEP + 1, 1, 1),
+        ({"method": "dfa"}, DEEP + 1, 1, 1),
+        ({"feedback_lookahead": 0}, DEEP + 1, 1, 0),
+        ({"feedback_lookahead": 1}, DEEP + 1, 1, 1),
+        ({"unit_size": 1}, DEEP + 1, 1, 1),
+        ({"unit_size": 2}, DEEP, 2, 0),
+        ({"unit_size": 2, "feedback_lookahead": 1}, DEEP, 2, 1),
+    ],
+)
+def test_what_is_not_given_the_network_decides(settings, hidden, size, ahead):
+    config = decided(Config(**settings), hidden)
+    assert (config.unit_size, config.feedback_lookahead) == (size, ahead)
+    assert decided(config, hidden) == config
+    given = {"unit_size": size, "feedback_lookahead": ahead}
+    assert config == dataclasses.replace(Config(**settings), **given)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "given", "named"),
+    [
+        (DEEP, {"unit_size": 1, "feedback_lookahead": 1}, "ssa direct, 1 ahead"),
+        (DEEP + 1, {"unit_size": 4, "feedback_lookahead": 0}, "ssa direct, units of 4"),
+    ],
+)
+def test_a_run_of_the_defaults_is_the_run_of_what_they_come_to(
+    hidden, given, named, tmp_path, capsys
+):
+    runs, summaries = [], []
+    for name, settings in (("default", {}), ("given", given)):
+        runs.append(train(hidden, workdir=tmp_path / name, **settings))
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    states = [jax.tree.leaves((run.state.params, run.state.feedback)) for run in runs]
+    assert all(map(np.array_equal, *states))
+    assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
+    assert [method(summary) for summary in summaries] == [named] * 2
+    joined = "4 units of up to 4 neighbours," if given["unit_size"] > 1 else f"{hidden + 1} units,"
+    assert capsys.readouterr().out.count(joined) == 2
+
+
+def test_four_layers_below_a_linear_output_learn_by_the_exact_gradient():
+    """The path of the last joined unit is the output layer's map, which is exact."""
+    run = train(DEEP + 1, feedback_every=1)
+    assert [len(params) for params in run.state.params] == [2, 8, 8, 2]
+    *below, last, _ = run.history[-1]["angles"]
+    assert last < 0.1 < min(below)
+
+
+def test_a_stored_run_that_says_nothing_of_units_had_them_as_they_were(tmp_path):
+    run = train(DEEP + 1, workdir=tmp_path / "run", unit_size=1, feedback_lookahead=0)
+    file = tmp_path / "run" / "config.json"
+    stored = json.loads(file.read_text())
+    for name in ("unit_size", "feedback_lookahead"):
+        del stored["config"][name]
+    file.write_text(json.dumps(stored))
+    again = ssa_jax.load(tmp_path / "run", model=Chain(DEEP + 1))
+    assert again.built.config.unit_size == 1
+    assert again.built.config.feedback_lookahead == 0
+    assert all(map(np.array_equal, *(jax.tree.leaves(r.state.params) for r in (run, again))))
+
+
+def test_a_resumed_run_of_the_defaults_is_the_uninterrupted_one(tmp_path):
+    whole = train(DEEP + 1, workdir=tmp_path / "whole")
+    train(DEEP + 1, workdir=tmp_path / "parts", max_steps=5, save_every=5)
+    parts = train(DEEP + 1, workdir=tmp_path / "parts", resume=True)
+    states = [jax.tree.leaves(run.state.params) for run in (whole, parts)]
+    assert all(map(np.array_equal, *states))
