@@ -52,9 +52,11 @@ ENTRIES = (
     Entry("ssa", "streamed", unit_size=4),
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
-# What large images ask first is memory: of the default and of what keeps least.
+# What large images ask first is memory: of forms that reach far, and of what keeps least.
 LARGE_ENTRIES = (
     Entry("bp"),
+    Entry("ssa", lookahead=1),
+    Entry("ssa", "streamed", lookahead=1),
     Entry("ssa", unit_size=4),
     Entry("ssa", "streamed", unit_size=4),
 )
@@ -87,7 +89,7 @@ def _network(
         )  # fmt: skip
         built = build(config, data)
         if size > 1 and len(built.units) == 2:
-            # Joined to one hidden unit a network learns by backpropagation.
+            # All of it in one hidden unit, whose path is that of the last layer alone.
             continue
         for one in planned(built, data.example, batch, where):
             made = one.compiled

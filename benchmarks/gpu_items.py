@@ -195,7 +195,7 @@ def measure_training(
     """
     per_epoch = setup.train_size // item.cases[0]["batch"]
     times = [known(case) for case in item.cases]
-    # Without any, about what one of the four takes alone.
+    # Without any, about what one of them takes alone.
     found = [t for t in times if t] or [15.0]
     together = statistics.mean(found) * len(item.cases)
     epochs = epochs_that_fit(item.estimate - _START_S, together, per_epoch)

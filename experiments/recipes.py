@@ -31,7 +31,7 @@ _SSA = {
     "rank_init": 0.5,
     "rank_schedule": "none",
 }
-# Neighbours as one unit, no look-ahead: what deep networks do best with.
+# Neighbours as one unit, no look-ahead: the default of deep networks.
 _UNITS_OF_FOUR = {"unit_size": 4, "feedback_lookahead": 0}
 _ONE_GPU = "meant for one GPU"
 _TWO_CORES = "two cores of an AMD EPYC, no GPU"

@@ -14,7 +14,7 @@ from experiments import folders
 from experiments.show import variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
-from experiments.studies.trials import Trial, going_on, result, run_trial
+from experiments.studies.trials import Trial, check_same, going_on, result, run_trial
 from ssa_jax.reporting import summary
 from ssa_jax.runs import inputs, workdir
 from ssa_jax.runs.config import Config
@@ -56,6 +56,7 @@ def run_seeds(config: Config, seeds: int, data: Data | None = None) -> Row:
     check_seeds(config.seed, seeds)
     folder = _open(config, seeds)
     trials = [_trial(config, folder, config.seed + i) for i in range(seeds)]
+    check_same(trials)
 
     @functools.cache
     def load() -> Data:
@@ -98,14 +99,15 @@ def _write(config: Config, folder: Path, trials: Sequence[Trial]) -> Row:
     """Writes summary.json and table.md of the seeds that are done; returns the summary."""
     done = [row for trial in trials if (row := result(trial))]
     good = variants.finite(done)
-    # The first run tells what its network decided.
-    shared = {k: (*done, {k: v})[0][k] for k, v in summary.settings(config).items() if k != "seed"}
+    # The first run tells what its network decided, if its summary is one that does.
+    first = done[0] if done else {}
+    shared = {k: first.get(k, v) for k, v in summary.settings(config).items() if k != "seed"}
     whole = {
         **shared,
         "seeds": [row["seed"] for row in done],
         "statuses": [row["status"] for row in done],
         "not_finite": [row["seed"] for row in done if row["status"] == "not_finite"],
-        **{name: _spread([r[name] for r in good if r[name] is not None]) for name in _SPREAD},
+        **{name: _spread([x for r in good if (x := r.get(name)) is not None]) for name in _SPREAD},
         "workdir": str(folder),
     }
     write_json(folder / "summary.json", whole)

@@ -65,13 +65,53 @@ def test_stiefel_muon_turns_u_and_v_and_leaves_the_rest_to_adam():
         assert 0.05 < jnp.linalg.norm(moved, 2) < 0.15
 
 
+def updates_of(variant, steps, **settings):
+    """What the optimiser of a variant makes of the gradients 1, 2, ... of one number."""
+    trial = Trial(variant, dataclasses.replace(SMALL, **settings))
+    optimizer, params, moved = gap.given(trial).optimizer, jnp.zeros(2), []
+    state = optimizer.init(params)
+    for step in range(steps):
+        update, state = optimizer.update(jnp.full(2, 1.0 + step), state, params)
+        moved.append(float(jnp.abs(update).max()))
+    return moved
+
+
 @pytest.mark.parametrize(("settings", "steps"), [({}, 10), ({"train_size": 0}, 11)])
 def test_the_rate_ends_where_the_training_does(settings, steps):
-    trial = Trial("svd_bp_momentum", dataclasses.replace(SMALL, **settings))
-    optimizer = gap.given(trial).optimizer
-    params, moved = jnp.zeros(2), []
-    state = optimizer.init(params)
-    for _ in range(steps + 1):
-        update, state = optimizer.update(jnp.ones(2), state, params)
-        moved.append(float(jnp.abs(update).max()))
+    moved = updates_of("svd_bp_momentum", steps + 1, **settings)
     assert moved[steps] == 0 < min(moved[1:steps])
+    # Schedules do not go on behind the training.
+    assert moved == updates_of("svd_bp_momentum", steps + 1, schedule_steps=99, **settings)
+
+
+def test_a_late_variant_is_its_optimiser_on_gradients_of_the_step_before():
+    rates = updates_of("svd_bp_momentum", 10)
+    late = updates_of("svd_bp_momentum_late_1", 10)
+    momentum, expected = 0.0, []
+    for step, update in enumerate(rates):
+        sent = sum(0.9**k * (1.0 + step - k) for k in range(step + 1))
+        momentum = 0.9 * momentum + step
+        expected.append(update / sent * momentum)
+    assert late == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::ssa_jax.transforms.NothingToActOn")
+@pytest.mark.parametrize("variant", list(gap.LATE))
+def test_a_variant_is_named_by_its_optimiser_and_its_delay(variant):
+    name, steps = gap.LATE[variant]
+    assert variant == f"svd_bp_{name}" + (f"_late_{steps}" if steps else "")
+    moved = updates_of(variant, 9)
+    assert moved[:steps] == [0.0] * steps
+    assert min(moved[max(1, steps) : 9]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["svd_bp_muon_late_1", "svd_bp_stiefel_muon"])
+def test_a_variant_learns(variant, tmp_path):
+    changes = {v.name: v for v in gap.VARIANTS}[variant].changes
+    config = dataclasses.replace(SMALL, workdir=str(tmp_path / "run"), epochs=3, **changes)
+    trial = Trial(variant, config)
+    trials.run_trial(trial, lambda: None, lambda: gap.given(trial))
+    found = trials.result(trial)
+    assert found["test_accuracy"] > 0.8
+    assert found["drift"] < 1e-4

@@ -12,6 +12,7 @@ import ssa_jax
 from experiments.show.runs import method
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.network import DEEP, decided
+from ssa_jax.runs.workdir import WorkdirError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 16)).astype(np.float32)
@@ -106,6 +107,32 @@ def test_a_stored_run_that_says_nothing_of_units_had_them_as_they_were(tmp_path)
 def test_a_resumed_run_of_the_defaults_is_the_uninterrupted_one(tmp_path):
     whole = train(DEEP + 1, workdir=tmp_path / "whole")
     train(DEEP + 1, workdir=tmp_path / "parts", max_steps=5, save_every=5)
-    parts = train(DEEP + 1, workdir=tmp_path / "parts", resume=True)
+    given = {"unit_size": 4, "feedback_lookahead": 0}
+    stored = json.loads((tmp_path / "parts" / "config.json").read_text())["config"]
+    assert given.items() <= stored.items()
+    assert given.items() <= dataclasses.asdict(whole.config).items()
+    # What the network decided may be given too.
+    parts = train(DEEP + 1, workdir=tmp_path / "parts", resume=True, **given)
     states = [jax.tree.leaves(run.state.params) for run in (whole, parts)]
     assert all(map(np.array_equal, *states))
+
+
+def test_a_deep_run_that_looked_ahead_is_gone_on_with_as_it_was_or_not_at_all(tmp_path):
+    before = {"unit_size": 1, "feedback_lookahead": 1}
+    whole = train(DEEP + 1, workdir=tmp_path / "whole", **before)
+    train(DEEP + 1, workdir=tmp_path / "parts", max_steps=5, save_every=5, **before)
+    with pytest.raises(
+        WorkdirError, match="feedback_lookahead=0 here and 1 there, unit_size=4 here and 1 there"
+    ):
+        train(DEEP + 1, workdir=tmp_path / "parts", resume=True)
+    parts = train(DEEP + 1, workdir=tmp_path / "parts", resume=True, **before)
+    states = [jax.tree.leaves(run.state.params) for run in (whole, parts)]
+    assert all(map(np.array_equal, *states))
+
+
+@pytest.mark.slow
+def test_joined_units_learn_over_stages_by_default():
+    whole, parts = train(DEEP + 1), train(DEEP + 1, micro_batches=2)
+    assert parts.built.bounds == (0, 4)
+    losses = [run.history[-1]["train_loss"] for run in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -19,7 +19,7 @@ from ssa_jax.errors import ConfigError, NotFiniteError
 from ssa_jax.factors import polar
 from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs import build, loop, run, workdir
-from ssa_jax.runs.config import Config, identity
+from ssa_jax.runs.config import Config, differences, identity
 from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import Checkpoints
 
@@ -94,6 +94,23 @@ def test_table_and_report_take_a_folder_of_seeds_for_its_runs(tmp_path, capsys):
     assert workdir.runs_in(tmp_path / "seed2") == [tmp_path / "seed2"]
 
 
+def test_seeds_of_summaries_that_lack_a_setting_are_summed_up(tmp_path):
+    summary = (ROOT / "results" / "cifar10_smallconv" / "ssa" / "summary.json").read_text()
+    assert "unit_size" not in json.loads(summary)
+    config = Config(epochs=10, workdir=str(tmp_path), resume=True)
+    for seed in (0, 1):
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "summary.json").write_text(summary)
+        stored = {"config": dataclasses.asdict(dataclasses.replace(config, seed=seed))}
+        (tmp_path / f"seed{seed}" / "config.json").write_text(json.dumps(stored))
+    found = seeds.run_seeds(config, 2)
+    assert found["unit_size"] is None
+    assert (found["method"], found["test_accuracy"]["n"]) == ("ssa", 2)
+    # Those that are done are none of other settings.
+    with pytest.raises(WorkdirError, match=r"seed0 is a run of another .*: learning_rate=0.1 here"):
+        seeds.run_seeds(dataclasses.replace(config, learning_rate=0.1), 2)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Two seeds, and their summary."""
@@ -111,7 +128,10 @@ def test_seeds_leave_the_folders_of_separate_runs(two, tmp_path):
         assert {p.name for p in ours.iterdir()} == {p.name for p in alone.iterdir()}
         record = json.loads((ours / "config.json").read_text())["config"]
         assert record["seed"] == seed
-        assert identity(record) == identity(at(ours, seed=seed))
+        assert not differences(at(ours, seed=seed), record)
+        given = {name: record[name] for name in ("unit_size", "feedback_lookahead")}
+        assert given == {"unit_size": 1, "feedback_lookahead": 1}
+        assert identity(record) == identity(at(ours, seed=seed, **given))
     accuracies = [rows(folder / f"seed{s}")[-1]["test_accuracy"] for s in (7, 8)]
     assert found["test_accuracy"] == {
         "mean": pytest.approx(statistics.fmean(accuracies)),

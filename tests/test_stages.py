@@ -226,6 +226,10 @@ def built(**settings):
         ({"local_weight": 0.1}, "without --local_weight"),
         ({"rank_schedule": "stable_rank"}, "--rank_schedule=adaptive and stable_rank look at all"),
         ({"stages": 4}, "--stages must be at most 3, the number of units, got 4"),
+        (
+            {"stages": 3, "unit_size": 2},
+            "must be at most 2, the number of units, got 3; where units are joined a smaller",
+        ),
     ],
 )
 def test_what_cannot_learn_apart_is_refused_with_what_to_do(settings, message):

@@ -63,7 +63,7 @@ def line(name: str, row: Row) -> Sequence[str]:
 
 def method(summary: Row) -> str:
     """The method of a run, with what changes its network."""
-    parts = [summary["method"]]
+    parts, size = [summary["method"]], summary.get("unit_size") or 1
     if summary["method"] == "ssa":
         # Runs stored before there was a choice to tell were direct, and looked at no unit ahead.
         share, energy = (summary.get(f"feedback_{of}") or 1 for of in ("rank", "energy"))
@@ -71,9 +71,11 @@ def method(summary: Row) -> str:
         if energy < 1:
             most = "" if share == 1 else f", {share:g} of its directions at most"
             sequential = f"walking through {energy:g} of the error's energy{most}"
-        size, n = summary.get("unit_size") or 1, summary.get("feedback_lookahead")
+        n = summary.get("feedback_lookahead")
         direct = ["direct", *[f"units of {size}"] * (size > 1), *[f"{n} ahead"] * bool(n)]
         parts.append(sequential if summary.get("feedback") == "sequential" else ", ".join(direct))
+    elif size > 1:
+        parts.append(f"in units of {size}")
     if summary["factorized"] != (summary["method"] in ON_FACTORS):
         parts.append("on factors" if summary["factorized"] else "(dense)")
     if summary["rank_schedule"] != "none" and summary["factorized"]:

@@ -4,10 +4,11 @@
     python -m experiments.studies.gap --quick --dataset=digits --model=mlp
 
 The reference is `svd_bp`. Some variants walk through a few of each layer's singular directions, one
-learns behind auxiliary networks; some have the gradients of `svd_bp` a step late, as in a pipeline
-that is always full, where no unit waits for another; every other one is direct SSA with one thing
-changed: how often the path follows the weights, how fine it is, how far a unit's gradient reaches,
-what is added to the signal, what comes before, and how the weights are moved.
+learns behind auxiliary networks; some are `svd_bp` by other optimisers, or with gradients that come
+some steps late, as in a pipeline that is always full, where no unit waits for another; every other
+one is direct SSA with one thing changed: how often the path follows the weights, how fine it is,
+how far a unit's gradient reaches, what is added to the signal, what comes before, and how the
+weights are moved.
 
 Muon orthogonalises the momentum of every matrix (`optax.contrib.muon`), Stiefel-Muon that of U and
 V, kept tangent (`ssa_jax.transforms.scale_by_stiefel_muon`); all else goes by Adam.
@@ -102,7 +103,8 @@ def given(trial: Trial) -> Given:
         return NOTHING
     config, (name, steps) = trial.config, LATE[trial.variant]
     epoch = inputs.of_run(config, study.load(config)).train_size // config.batch_size
-    total = config.schedule_steps or config.epochs * epoch
+    every = config.epochs * epoch
+    total = min(config.schedule_steps or every, every)
     rate = optim.learning_rate(
         optim.OptimizerConfig(config.learning_rate, total, epoch, warmup_steps=config.warmup_steps)
     )

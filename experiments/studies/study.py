@@ -19,10 +19,10 @@ from experiments import folders
 from experiments.show import study_page, variants
 from experiments.show.runs import Row
 from experiments.show.variants import Column
-from experiments.studies.trials import Trial, going_on, result, run_trial
+from experiments.studies.trials import Trial, check_same, going_on, result, run_trial
 from ssa_jax.reporting.environment import environment
-from ssa_jax.runs import inputs, workdir
-from ssa_jax.runs.config import Config, differences
+from ssa_jax.runs import inputs
+from ssa_jax.runs.config import Config
 from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.workdir import Workdir, WorkdirError, read_json, write_json, write_text
@@ -44,7 +44,7 @@ class Variant(NamedTuple):
     changes: dict[str, Any]
 
 
-# SSA in its default form, whose name says what it is.
+# SSA one unit ahead, its default form in networks that are not deep; the name says what it is.
 _DIRECT = {"feedback": "composed", "feedback_update": "tracked", "feedback_lookahead": 1}
 DIRECT = Variant("ssa", "ssa direct, 1 ahead", {"method": "ssa", **_DIRECT})
 
@@ -164,10 +164,7 @@ def all_done(settings: Settings, rows: Sequence[Row]) -> bool:
 def _open(study: Study, settings: Settings) -> None:
     """Makes the study's folder, or sees that it holds nothing but this study."""
     open_folder(settings.folder, study.name, {"config": dataclasses.asdict(settings.config)})
-    for trial in _present(study, settings):
-        stored = workdir.stored_config(trial.path)
-        if stored and (different := differences(trial.config, stored)):
-            raise WorkdirError(f"{trial.path} is a run of another configuration: {different}")
+    check_same(_present(study, settings))
 
 
 def open_folder(folder: Path, name: str, facts: Mapping[str, Any]) -> Row:

@@ -8,7 +8,7 @@ no longer finite, which the same settings would only repeat.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from experiments.folders import locked
 from ssa_jax.errors import NotFiniteError
 from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs import workdir
-from ssa_jax.runs.config import Config
+from ssa_jax.runs.config import Config, differences
 from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.run import train_given
+from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import Checkpoints
 
 
@@ -41,6 +42,18 @@ def result(trial: Trial) -> dict[str, Any] | None:
     status = summary.get("status")
     stopped = status == "stopped" and 0 < trial.config.max_steps <= summary["steps"]
     return summary if stopped or status in ("finished", "not_finite") else None
+
+
+def check_same(trials: Iterable[Trial]) -> None:
+    """Checks that the folders of trials which are there are of their configurations.
+
+    Raises:
+      WorkdirError: one is not; the message says in what.
+    """
+    for trial in trials:
+        stored = workdir.stored_config(trial.path)
+        if stored and (different := differences(trial.config, stored)):
+            raise WorkdirError(f"{trial.path} is a run of another configuration: {different}")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
     python -m experiments.studies.tuning
     python -m experiments.studies.tuning --quick --dataset=digits --model=mlp
 
-Every method, SSA in its default form, at learning rates from a quarter of the default to eight
+Every method, SSA one unit ahead, at learning rates from a quarter of the default to eight
 times it; `--only=bp_0.001,bp_0.002` takes some. Accuracies are of a validation split, a tenth of
 the training images that nothing trains on, since the rate is chosen by them.
 `--optimizer=momentum` asks the same of another optimiser, whose rates are the flag's times the same

@@ -1,5 +1,6 @@
 """From a config and a data set to everything that a run calls."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ EXAMPLES = 64
 class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
-    `config` is that of the run with what its network decides (`network.decided`). `warmup` is at
+    `config` is that of the run, with what its network decides (`network.decided`). `warmup` is at
     work before step `takes_over`, on the state that `method` shares; `memory` is the mode of the
     steps of both, `held` the bytes that a tape takes; `bounds` are those of the stages of a step
     that goes over some (see `parallel.pipeline`), else none.
@@ -76,7 +77,9 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
             f"--batch_size must be at most {data.train_size}, the number of training "
             f"examples, got {config.batch_size}"
         )
-    config = config if config.rank_schedule != "none" else at_budget(config, data, given)
+    asked = config
+    if config.rank_schedule == "none":
+        config = at_budget(config, data, given)
     every_step = config.epochs * steps_per_epoch
     if every_step > MOST:
         raise ConfigError(
@@ -91,6 +94,8 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         )
     apart, config = split_model(config, data, given, factorized=config.factorized)
     units, params, mstate, merge = apart
+    # A budget's initial rank follows from the settings anew, and is none of them.
+    decided = {n: getattr(config, n) for n in ("unit_size", "feedback_lookahead")}
     shapes = output_shapes(units, params, mstate, data.image_shape, data.example.dtype)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate * rate_scale,
@@ -140,7 +145,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     warm = config.warmup_until or config.warmup_epochs * steps_per_epoch
     return Built(
-        config=config,
+        config=dataclasses.replace(asked, **decided),
         units=units,
         method=method,
         warmup=warmup,

@@ -37,8 +37,8 @@ class Config:
     dataset: str = setting(
         "cifar10", "Data set.", choices=collections.ChainMap(DATASETS, STREAMS), open=True
     )
-    loss: str = setting("cross_entropy", "Its gradient is the error.", choices=LOSSES, open=True)
-    data_dir: str | None = setting(None, "TFDS folder; else TFDS_DATA_DIR, or its own.", path=True)
+    loss: str = setting("cross_entropy", "The error is its gradient.", choices=LOSSES, open=True)
+    data_dir: str | None = setting(None, "TFDS folder; else TFDS_DATA_DIR or TFDS's.", path=True)
     validation: float = setting(
         0.0, "Share of the training images held out, on which is measured in place of the test "
         "set.", low=0.0, high=0.5,
@@ -169,7 +169,7 @@ class Config:
     feedback_form: str = setting("auto", "Form of direct paths.", choices=FORMS)
     feedback_limit_mib: int = setting(256, "Most MiB of full (auto) or low-rank paths.", low=0)
     feedback_lookahead: int | None = setting(
-        None, "Units a direct signal is pulled through exactly; by default 1, of joined 0.", low=0
+        None, "Units a direct signal is pulled through; default: 1, of joined units 0.", low=0
     )
     feedback_rank: float = setting(
         1.0, "Share of each layer's directions that sequential feedback takes.", above=0.0, high=1.0
@@ -177,7 +177,7 @@ class Config:
     feedback_basis: str = setting("spectrum", "Which: largest |s|, or the error's.", choices=BASES)
     feedback_energy: float = setting(1.0, "Share of the error's energy.", above=0.0, high=1.0)
     unit_size: int | None = setting(
-        None, "Neighbours joined into one unit; by default 4 in direct ssa beyond 8, or 1.", low=1
+        None, "Units joined to one; default: 4 in direct ssa of over 8 hidden ones, or 1.", low=1
     )
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)
@@ -256,4 +256,4 @@ def identity(config: Config | dict[str, Any]) -> dict[str, Any]:
 
 def differences(config: Config, stored: dict[str, Any]) -> str:
     """The identity settings in which a run differs from a stored one, as one phrase."""
-    return record.differences(identity(config), identity(stored))
+    return record.of_settings(identity(config), identity(stored))

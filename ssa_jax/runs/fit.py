@@ -125,7 +125,7 @@ def fit(
         _, trainer = train_given(config, data, given)
         described = Described.of(trainer.data)
         described.write(folder)
-        return Run(config, folder, trainer.built, trainer.state, described, temporary)
+        return Run(trainer.config, folder, trainer.built, trainer.state, described, temporary)
 
 
 def load(

@@ -230,7 +230,7 @@ class Loop:
         result: Row = {
             "status": status,
             "epochs": self.position.epoch,
-            **summary.settings(built.config),
+            **summary.settings(self.config),
             "feedback_note": built.method.note,
             "memory": built.memory,
             **summary.last_epoch(rows),

@@ -49,6 +49,8 @@ def train_given(
     data = _prepare(config, data)
     layout = processes.layout(config)
     built = build.build(config, data, given=given)
+    # What is kept says what the network decided.
+    config = built.config
     with interruptible() as interrupt, Compiling() as compiling, layout.active():
         trainer = Trainer(config, data, built, compiling, layout, given)
         with _opened(config, trainer, interrupt) as loop:
@@ -82,7 +84,7 @@ def _opened(config: Config, trainer: Trainer, interrupt: Interruptible) -> Itera
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints, identity(config))
         stack.enter_context(checkpoints)
         events = folder.path / "tensorboard" if config.tensorboard and folder.ours else None
-        progress = stack.enter_context(Progress(trainer.built.config, folder.rows, events))
+        progress = stack.enter_context(Progress(config, folder.rows, events))
         yield Loop(config, trainer, folder, checkpoints, interrupt, progress)
 
 
@@ -91,7 +93,7 @@ def introduce(config: Config, loop: Loop) -> None:
     trainer, built, state = loop.trainer, loop.trainer.built, loop.trainer.state
     size = network.network_costs(built.units, state.params, state.mstate, trainer.data)
     stored = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes"))
-    joined = f" of up to {n} neighbours" if (n := built.config.unit_size or 1) > 1 else ""
+    joined = f" of up to {n} neighbours" if (n := config.unit_size or 1) > 1 else ""
     print(
         f"{config.method}: {config.model} on {config.dataset}, "
         f"{len(built.units)} units{joined}, "

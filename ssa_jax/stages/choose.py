@@ -39,7 +39,8 @@ def bounds_of(
     check(method, optimizer)
     if stages > len(units):
         raise ValueError(
-            f"--stages must be at most {len(units)}, the number of units, got {stages}"
+            f"--stages must be at most {len(units)}, the number of units, got {stages}; where "
+            "units are joined a smaller --unit_size makes more"
         )
     of_units = costs.step_costs(units, method, optimizer, weights, state, micro_batch)
     passes = 2 if memory == "streamed" else 1

@@ -79,13 +79,15 @@ def differences(here: dict[str, Any], there: dict[str, Any], limit: int = 5) -> 
 
 
 def of_settings(here: dict[str, Any] | None, there: dict[str, Any] | None) -> str:
-    """The `differences` of the settings of a run and of a checkpoint; None leaves them unchecked.
+    """The `differences` of the settings of a run and of a stored one; None leaves them unchecked.
 
-    A setting that was not there yet when the checkpoint was written is none.
+    A setting that was not there yet when that was written is none, nor is one that is None here:
+    not asked for.
     """
     if here is None or there is None:
         return ""
-    return differences({name: value for name, value in here.items() if name in there}, there)
+    asked = {name: value for name, value in here.items() if name in there and value is not None}
+    return differences(asked, {k: v for k, v in there.items() if here.get(k, k) is not None})
 
 
 def seal(record: Record) -> dict[str, str]:
