@@ -46,7 +46,6 @@ class Built(NamedTuple):
     that goes over some (see `parallel.pipeline`), else none.
     """
 
-    config: Config
     units: tuple[Unit, ...]
     method: Method
     warmup: Method
@@ -63,6 +62,7 @@ class Built(NamedTuple):
     cuts_at: Callable[[int], bool]
     state: TrainState
     merge: Callable[[Any, Any], Any]
+    config: Config
 
 
 def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = NOTHING) -> Built:
@@ -145,7 +145,6 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
     warm = config.warmup_until or config.warmup_epochs * steps_per_epoch
     return Built(
-        config=dataclasses.replace(asked, **decided),
         units=units,
         method=method,
         warmup=warmup,
@@ -162,6 +161,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         cuts_at=functools.partial(optim.cuts_at, chain),
         state=state,
         merge=merge,
+        config=dataclasses.replace(asked, **decided),
     )
 
 
