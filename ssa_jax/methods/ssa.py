@@ -37,8 +37,8 @@ class SSAFeedback(NamedTuple):
     Attributes:
       twins: of all parameters.
       paths: the direct paths D_i; none for sequential feedback.
-      examples: inputs and targets of the last batch on which composed paths (inputs alone) and
-        regressed ones are measured; else none.
+      examples: on which paths are measured: of composed ones a few inputs, always the same, of
+        regressed ones inputs and targets of the last batch; else none.
       gram: of the errors that regressed paths have seen (see `regression.regress`); else none.
     """
 
@@ -56,7 +56,7 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
     """SVD-Space Alignment (arXiv 2510.25594), feedback as docs/design.md declares it.
 
     Paths: ``composed`` δ_i = e · D_i, D_i (classes, *shape of h_i) the mean over a few inputs of
-    the last batch of what the sequential walk below makes of each logit, refreshed every
+    training of what the sequential walk below makes of each logit, refreshed every
     `options.every` steps (see `composed.composed_paths`); ``regression`` the same with D_i the
     regression of the walk's signals on e, over a batch at each refresh and the batches of those
     before (see `regression.regress`); ``sequential`` the error walks down through twins and true
@@ -145,7 +145,8 @@ def ssa(network: Network, options: FeedbackOptions) -> Method:
         twins = feedback.twins
         if options.update == "mutual":
             twins = tw.meet(twins, after, options.rate)
-        examples = newest(feedback.examples, batch)
+        # Whose mean derivative it is hardly matters; errors vanish on what is known by heart.
+        examples = newest(feedback.examples, batch) if regressed else feedback.examples
         return feedback._replace(twins=tw.follow_ranks(twins, after), examples=examples)
 
     def refresh(feedback: SSAFeedback, params: Tree, mstate: Tree) -> SSAFeedback:
