@@ -486,6 +486,28 @@ def test_the_table_of_exact_paths_is_its_record():
         assert f"| {angle:.1f}° | {len(rows)} |" in page
 
 
+def test_the_table_of_fixed_inputs_is_its_record():
+    record = json.loads((ROOT / "results/fixed_inputs/record.json").read_text())
+    page = (ROOT / "docs/research.md").read_text()
+    groups = {}
+    for row in record["rows"]:
+        groups.setdefault(tuple(row[k] for k in ("model", "form", "epochs", "inputs")), []).append(
+            row
+        )
+    assert len(groups) == 8
+    for (model, form, epochs, inputs), rows in groups.items():
+        cells = []
+        for name, digits, unit in (("test_accuracy", 2, " %"), ("train_loss", 3, "")):
+            values = [row[name] for row in rows]
+            mean, spread = statistics.mean(values), ""
+            if len(rows) > 1:
+                spread = f" ± {statistics.stdev(values):.{digits}f}"
+            cells.append(f"{mean:.{digits}f}{spread}{unit}")
+        angle = f"{statistics.mean(row['hidden_angle'] for row in rows):.1f}°"
+        shown = [f"{model}, {form}", str(epochs), inputs, *cells, angle, str(len(rows))]
+        assert f"| {' | '.join(shown)} |" in page
+
+
 def test_the_table_of_low_rank_walks_is_its_record():
     record = json.loads((ROOT / "results/low_rank_walk/record.json").read_text())
     page = (ROOT / "docs/research.md").read_text()
