@@ -32,8 +32,8 @@ TORCH = {"torch": False, "torch, compiled": True}
 # Model, precision and batch, with the seconds that an H200 with 16 CPUs may need: to import, to
 # compile all side by side, to time them in turn. The training of a model stands behind its steps.
 GROUPS = (
-    ("vgg13", "float32", 128, 90), ("vgg13", "train", 128, 170), ("vgg13", "bfloat16", 512, 80),
-    ("resnet32", "float32", 128, 110), ("resnet32", "train", 128, 170),
+    ("vgg13", "float32", 128, 90), ("vgg13", "train", 128, 150), ("vgg13", "bfloat16", 512, 80),
+    ("resnet32", "float32", 128, 110), ("resnet32", "train", 128, 150),
     ("resnet18", "bfloat16", 512, 110), ("vgg13", "bfloat16", 128, 80),
     ("vgg13", "float32", 512, 90), ("resnet32", "bfloat16", 512, 110),
     ("resnet18", "float32", 128, 110), ("resnet32", "float32", 512, 110),
