@@ -60,7 +60,8 @@ def test_the_workdir_tells_the_run(finished):
     config, folder, summary = finished
     assert json.loads((folder / "summary.json").read_text()) == summary
     record = json.loads((folder / "config.json").read_text())
-    assert record["config"] == dataclasses.asdict(config)
+    decided = {"unit_size": 1, "feedback_lookahead": 1}
+    assert record["config"] == dataclasses.asdict(config) | decided
     assert record["versions"]["jax"]
     assert [r["epoch"] for r in rows(folder)] == list(range(1, 9))
     wanted = {"method", "model", "dataset", "seed", "epochs", "test_accuracy", "params",
