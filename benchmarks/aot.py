@@ -9,8 +9,8 @@ conditionals, collectives with their bytes, bytes a device, seconds to trace and
 time that the device's rates allow at best (see `ssa_jax.parallel.ahead`); of one that the compiler
 refuses for want of memory, what it asks for. Images of CIFAR-10's shape, a batch of 128 a GPU and
 of 2048 on a slice; or with `--imagenet` images of 224 pixels and a thousand classes, and of the
-programs the initialisation and the step, taped and streamed. Needs the extra `aot-cuda` or
-`aot-tpu`.
+programs the initialisation and the step, taped and streamed. Units of four are left out of a
+network whose hidden units they would make one. Needs the extra `aot-cuda` or `aot-tpu`.
 """
 
 import argparse

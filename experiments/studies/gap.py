@@ -28,6 +28,7 @@ from experiments.studies.trials import Trial
 from ssa_jax import transforms
 from ssa_jax.factors import Factors, is_factors
 from ssa_jax.runs import inputs
+from ssa_jax.runs.build import schedule_end
 from ssa_jax.runs.given import NOTHING, PREFIX, Given
 from ssa_jax.training import optim
 
@@ -103,8 +104,7 @@ def given(trial: Trial) -> Given:
         return NOTHING
     config, (name, steps) = trial.config, LATE[trial.variant]
     epoch = inputs.of_run(config, study.load(config)).train_size // config.batch_size
-    every = config.epochs * epoch
-    total = min(config.schedule_steps or every, every)
+    total = schedule_end(config, epoch)
     rate = optim.learning_rate(
         optim.OptimizerConfig(config.learning_rate, total, epoch, warmup_steps=config.warmup_steps)
     )

@@ -16,11 +16,10 @@ from experiments.folders import locked
 from ssa_jax.errors import NotFiniteError
 from ssa_jax.parallel.interrupt import Terminated
 from ssa_jax.runs import workdir
-from ssa_jax.runs.config import Config, differences
+from ssa_jax.runs.config import Config
 from ssa_jax.runs.given import NOTHING, Given
 from ssa_jax.runs.inputs import Data
 from ssa_jax.runs.run import train_given
-from ssa_jax.runs.workdir import WorkdirError
 from ssa_jax.training.checkpoint import Checkpoints
 
 
@@ -51,9 +50,8 @@ def check_same(trials: Iterable[Trial]) -> None:
       WorkdirError: one is not; the message says in what.
     """
     for trial in trials:
-        stored = workdir.stored_config(trial.path)
-        if stored and (different := differences(trial.config, stored)):
-            raise WorkdirError(f"{trial.path} is a run of another configuration: {different}")
+        if stored := workdir.stored_config(trial.path):
+            workdir.check_same(trial.path, trial.config, stored)
 
 
 @contextlib.contextmanager

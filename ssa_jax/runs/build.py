@@ -80,16 +80,15 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
     asked = config
     if config.rank_schedule == "none":
         config = at_budget(config, data, given)
-    every_step = config.epochs * steps_per_epoch
-    if every_step > MOST:
+    if config.epochs * steps_per_epoch > MOST:
         raise ConfigError(
             f"--epochs must be at most {MOST // steps_per_epoch} with {steps_per_epoch} steps in "
             f"each, got {config.epochs}"
         )
-    total_steps = min(config.schedule_steps or every_step, every_step)
-    if config.warmup_steps >= max(2, total_steps):
+    ends = schedule_end(config, steps_per_epoch)
+    if config.warmup_steps >= max(2, ends):
         raise ConfigError(
-            f"--warmup_steps must be less than {total_steps}, the steps of the schedule, got "
+            f"--warmup_steps must be less than {ends}, the steps of the schedule, got "
             f"{config.warmup_steps}"
         )
     apart, config = split_model(config, data, given, factorized=config.factorized)
@@ -99,7 +98,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
     shapes = output_shapes(units, params, mstate, data.image_shape, data.example.dtype)
     chain = optim.OptimizerConfig(
         learning_rate=config.learning_rate * rate_scale,
-        total_steps=total_steps,
+        total_steps=ends,
         steps_per_epoch=steps_per_epoch,
         optimizer=optimizer_of(config, given),
         weight_decay=config.weight_decay,
@@ -163,6 +162,12 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         merge=merge,
         config=dataclasses.replace(asked, **decided),
     )
+
+
+def schedule_end(config: Config, steps_per_epoch: int) -> int:
+    """Steps after which the schedules of a run have ended: its last one or `schedule_steps`."""
+    every_step = config.epochs * steps_per_epoch
+    return min(config.schedule_steps or every_step, every_step)
 
 
 def even(number: int) -> int:

@@ -37,8 +37,8 @@ class Config:
     dataset: str = setting(
         "cifar10", "Data set.", choices=collections.ChainMap(DATASETS, STREAMS), open=True
     )
-    loss: str = setting("cross_entropy", "The error is its gradient.", choices=LOSSES, open=True)
-    data_dir: str | None = setting(None, "TFDS folder; else TFDS_DATA_DIR or TFDS's.", path=True)
+    loss: str = setting("cross_entropy", "Loss that gives the error.", choices=LOSSES, open=True)
+    data_dir: str | None = setting(None, "TFDS folder, or TFDS_DATA_DIR, or default.", path=True)
     validation: float = setting(
         0.0, "Share of the training images held out, on which is measured in place of the test "
         "set.", low=0.0, high=0.5,

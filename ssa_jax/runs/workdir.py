@@ -195,14 +195,19 @@ def reopen(config: Config) -> Workdir:
     stored = stored_config(path)
     if stored is None:
         raise WorkdirError(f"{path} holds no run to resume: config.json is missing or damaged")
-    if different := differences(config, stored):
-        raise WorkdirError(f"{path} is a run of another configuration: {different}")
+    check_same(path, config, stored)
     if not os.access(path, os.W_OK):
         raise WorkdirError(f"cannot write to {path}")
     workdir = Workdir(path)
     for folder in (workdir.checkpoints, workdir.plots):
         folder.mkdir(exist_ok=True)
     return workdir
+
+
+def check_same(path: Path, config: Config, stored: dict[str, Any]) -> None:
+    """Raises WorkdirError where the settings stored in a folder are those of another run."""
+    if different := differences(config, stored):
+        raise WorkdirError(f"{path} is a run of another configuration: {different}")
 
 
 def default_path(config: Config, which: str) -> Path:
