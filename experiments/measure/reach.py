@@ -1,0 +1,153 @@
+"""The angles to the true gradient that every form of a direct signal has on given weights."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.show import markdown
+from experiments.show.runs import Row
+from ssa_jax.errors import ConfigError
+from ssa_jax.methods.ssa import SSAFeedback
+from ssa_jax.runs import build, inputs
+from ssa_jax.runs.build import Built
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.given import PREFIX, Given
+from ssa_jax.runs.trained import Trained
+from ssa_jax.training import metrics, train
+from ssa_jax.types import Batch, TrainState
+
+HEADER = ("form", "gradients, mean", "input to output", "signals, mean", "input to output")
+# Degrees: a cosine of 0.9.
+NEAR = 25.842
+# Batches that are probed.
+PROBES = 4
+
+
+class Form(NamedTuple):
+    """A form of direct SSA: its label and the settings in which it differs from the first."""
+
+    label: str
+    changes: dict[str, Any]
+
+
+LAYERS = Form("each layer a unit", {})
+LINEAR = Form("each layer a unit, nearest linear map", {"feedback": "regression"})
+FORMS = (
+    LAYERS,
+    LINEAR,
+    Form("each layer a unit, one ahead", {"feedback_lookahead": 1}),
+    *(Form(f"units of {size}", {"unit_size": size}) for size in (2, 4, 8)),
+)
+
+
+def measure(run: Trained, examples: int) -> Iterator[Row]:
+    """The angles of each form on the weights of a run, as soon as they are known.
+
+    Composed paths are measured on the inputs that a run measures them on. The nearest linear map
+    is the regression of the true signals on the error over `examples` training examples: in the
+    mean square over those no signal that is linear in the error is nearer to the true one, see
+    `methods.regression`. Angles are those of `metrics.Probe`, means over `PROBES` batches of
+    the next training examples, without augmentation; forms whose hidden layers are all in one
+    unit, which is backpropagation, are left out.
+
+    Args:
+      run: of a named data set.
+      examples: for the regression.
+
+    Yields:
+      ``form``; ``angles`` and ``signal_angles`` in degrees of each hidden unit, next to the input
+      first; ``units``, the hidden layers or blocks in each.
+
+    Raises:
+      ConfigError: fewer training examples than are needed.
+    """
+    batches = _batches(run, examples)
+    layers = None
+    for form in FORMS:
+        built = _built(run, form)
+        hidden = len(built.units) - 1
+        layers = hidden if layers is None else layers
+        if form is not LAYERS and hidden == 1:
+            continue
+        state = built.state
+        if form is LINEAR:
+            state = train.make_refresh(built.method)(_seeing(state, batches(0, examples)))
+        probe = metrics.make_probe(built.units, built.method, built.weights)
+        size = run.config.batch_size
+        rows = [
+            metrics.probe_row(probe(state, batches(examples + i * size, size)))
+            for i in range(PROBES)
+        ]
+        angles = {name: _means([row[name] for row in rows]) for name in ("angles", "signal_angles")}
+        of_each = built.config.unit_size or 1
+        first = layers - (hidden - 1) * of_each
+        yield {"form": form.label, **angles, "units": [first] + [of_each] * (hidden - 1)}
+
+
+def _built(run: Trained, form: Form) -> Built:
+    """The form on the weights of the run: direct SSA with tracked, full paths."""
+    asked = dataclasses.asdict(
+        Config(
+            model=f"{PREFIX}:model",
+            factorize=run.config.factorize if run.config.factorized else "off",
+            unit_size=1,
+            feedback_lookahead=0,
+        )
+    )
+    kept = ("dataset", "loss", "batch_size", "label_smoothing", "precision", "seed", "rank_init")
+    asked |= {name: getattr(run.config, name) for name in kept}
+    return build.build(Config(**asked | form.changes), run.data, given=Given(model=run.model))
+
+
+def _batches(run: Trained, examples: int) -> Callable[[int, int], Batch]:
+    needed = examples + PROBES * run.config.batch_size
+    if run.data.train_size < needed:
+        raise ConfigError(
+            f"{needed} training examples are needed, and the run has {run.data.train_size}: "
+            f"lower --examples, now {examples}"
+        )
+    loader = inputs.make_loader(run.config, run.data)
+    return lambda first, n: loader.fixed_batch(np.arange(first, first + n))
+
+
+def _seeing(state: TrainState, batch: Batch) -> TrainState:
+    """The state whose regressed paths are next measured on the batch."""
+    feedback = state.feedback
+    assert isinstance(feedback, SSAFeedback)
+    seen = feedback._replace(examples=(batch.images, batch.labels))
+    return state._replace(feedback=seen)
+
+
+def _means(rows: Sequence[Sequence[float]]) -> list[float]:
+    # The last unit has the error itself.
+    return [round(statistics.fmean(unit), 2) for unit in list(zip(*rows, strict=True))[:-1]]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a form."""
+    return markdown.table(HEADER, [_line(row) for row in rows])
+
+
+def _line(row: Row) -> list[str]:
+    line = [row["form"]]
+    for name in ("angles", "signal_angles"):
+        line += [f"{statistics.fmean(row[name]):.1f}°", " ".join(f"{a:.0f}" for a in row[name])]
+    return line
+
+
+def advice(rows: Sequence[Row]) -> str:
+    """From where up a direct signal is near to the true one, in a sentence."""
+    angles = next(row["angles"] for row in rows if row["form"] == LAYERS.label)
+    layers = len(angles)
+    near = sum(1 for _ in itertools.takewhile(lambda a: a <= NEAR, reversed(angles)))
+    if near == layers:
+        where = "of all hidden layers"
+    elif near:
+        where = f"of hidden layers {layers - near + 1} to {layers}, those next to the output,"
+    else:
+        where = "of no hidden layer next to the output"
+    return f"Each layer a unit, the gradients {where} are within 26° (cosine 0.9) of the true ones."

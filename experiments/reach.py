@@ -1,0 +1,54 @@
+"""How far down does a direct signal reach in a trained network?
+
+    python -m experiments.reach --workdir=WORKDIR [--examples=2048] [--out=FILE.json]
+
+Takes the weights of a run, of whatever method, and measures what direct SSA would learn from on
+them: the angles between its gradients and the true ones, and between its signals and the true ones.
+Forms are each layer a unit, the same looking one ahead, and units of two, four and eight; and the
+linear map of the error that is nearest to the true signals, which says what better paths could gain
+at most. Nothing is trained and the run's folder stays as it is.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from experiments import flags, folders
+from experiments.measure import reach
+from ssa_jax.reporting.environment import environment
+from ssa_jax.runs import trained
+
+
+def main() -> None:
+    """Measures the run that the flags name."""
+    values = absl_flags.FLAGS
+    run = trained.restore(Path(values.workdir), values.data_dir)
+    rows = []
+    for row in reach.measure(run, values.examples):
+        print(f"{row['form']}: {' '.join(f'{a:.0f}°' for a in row['angles'])}", flush=True)
+        rows.append(row)
+    print(f"\n{reach.table(rows)}\n\n{reach.advice(rows)}")
+    if values.out:
+        of = dataclasses.asdict(run.config)
+        told = {"model": of["model"], "method": of["method"], "epochs": run.epoch}
+        made = {
+            "command": " ".join(["python -m experiments.reach", *sys.argv[1:]]),
+            **environment(),
+        }
+        out = Path(values.out)
+        with folders.writing(out.parent, "--out"):
+            out.write_text(json.dumps({**made, **told, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.define_path("workdir", "The run whose weights are looked at.")
+    flags.define_path("data_dir", "TFDS directory; else the run's or TFDS's default.")
+    flags.define_path("out", "A JSON file for the figures, with command, hardware and commit.")
+    absl_flags.DEFINE_integer(
+        "examples", 2048, "Training examples of the regression.", lower_bound=1
+    )
+    absl_flags.mark_flag_as_required("workdir")
+    flags.run_program(main)
