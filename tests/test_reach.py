@@ -1,0 +1,144 @@
+"""What a direct signal can tell each unit of a trained network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.measure import reach
+from ssa_jax.errors import ConfigError
+from ssa_jax.networks.models import split
+from ssa_jax.runs import trained
+from ssa_jax.runs.config import Config
+from ssa_jax.runs.run import run
+
+ROOT = Path(__file__).parent.parent
+DIGITS = Config(dataset="digits", epochs=1, batch_size=64, max_steps=6)
+
+
+def trained_by(folder, method, model="mlp", **changes):
+    config = Config(**{**vars(DIGITS), "method": method, "model": model, **changes})
+    run(Config(**{**vars(config), "workdir": str(folder)}))
+    return trained.restore(folder)
+
+
+@pytest.fixture(scope="module", params=["svd_bp", pytest.param("bp", marks=pytest.mark.slow)])
+def measured(request, tmp_path_factory):
+    """A run, on factors or dense, and the forms on its weights; its folder stays as it is."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    read = trained_by(folder, request.param)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    rows = {row["form"]: row for row in reach.measure(read, 512)}
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    return read, rows
+
+
+def test_the_path_through_the_linear_output_layer_is_exact(measured):
+    _, rows = measured
+    for row in rows.values():
+        assert row["angles"][-1] < 0.5
+        assert row["signal_angles"][-1] < 0.5
+    # Below it stands a rectifier, which no path knows.
+    assert rows[reach.LAYERS.label]["angles"][0] > 5
+
+
+def test_one_ahead_two_hidden_layers_learn_by_backpropagation(measured):
+    _, rows = measured
+    assert max(rows["each layer a unit, one ahead"]["angles"]) < 0.1
+
+
+def test_no_linear_map_of_the_error_is_nearer_than_the_regression(measured):
+    """In the mean square over the examples it was measured on, here those of the probe too."""
+    read, _ = measured
+    built = reach._built(read, reach.LINEAR)
+    batch = reach._batches(read, 512)(0, 512)
+    regressed = reach.train.make_refresh(built.method)(reach._seeing(built.state, batch))
+    composed = reach._built(read, reach.LAYERS)
+
+    def errors(method, state):
+        units = built.units
+        outputs, pullbacks = _pulled(units, state, batch)
+        error = jax.nn.softmax(outputs) - jax.nn.one_hot(batch.labels, 10)
+        (true,) = pullbacks[0](pullbacks[1](error)[0])
+        sent = method.direct(state.feedback, error, batch, 0)
+        return float(np.mean((sent - true) ** 2))
+
+    assert errors(built.method, regressed) < errors(composed.method, composed.state)
+
+
+def _pulled(units, state, batch):
+    x, pullbacks = batch.images, []
+    for unit, params, mstate in zip(units, state.params, state.mstate, strict=True):
+        x, pullback = jax.vjp(
+            lambda x, unit=unit, p=params, m=mstate: unit.apply(p, m, x, train=True)[0], x
+        )
+        pullbacks.append(pullback)
+    return x, pullbacks[1:]
+
+
+def test_the_weights_are_those_of_the_run(measured):
+    read, _ = measured
+    built = reach._built(read, reach.LAYERS)
+    there = jax.tree.leaves(split(read.model, read.data.example).params)
+    here = jax.tree.leaves(built.state.params)
+    assert len(there) == len(here)
+    for a, b in zip(there, here, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_of_a_joined_run_every_grouping_is_measured(tmp_path):
+    """Of four hidden layers one unit would be backpropagation, so units of two are the largest."""
+    read = trained_by(tmp_path / "run", "ssa", "smallconv", unit_size=2)
+    rows = {row["form"]: row for row in reach.measure(read, 256)}
+    assert list(rows) == [*(form.label for form in reach.FORMS[:3]), "units of 2"]
+    assert rows["units of 2"]["units"] == [2, 2]
+    assert rows["units of 2"]["angles"][1] < 0.5
+    assert rows["units of 2"]["angles"][0] < rows[reach.LAYERS.label]["angles"][0]
+
+
+def line(angles):
+    return reach.advice([{"form": reach.LAYERS.label, "angles": angles}])
+
+
+def test_the_last_line_says_from_where_up_a_direct_signal_will_do():
+    assert "hidden layers 3 to 4, those next to the output," in line([9, 40, 20, 0])
+    assert "of all hidden layers" in line([20, 0])
+    assert "of no hidden layer" in line([20, 40])
+
+
+def test_too_few_examples_are_told(measured):
+    read, _ = measured
+    with pytest.raises(ConfigError, match=r"lower --examples, now 9999"):
+        next(reach.measure(read, 9999))
+
+
+def program(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.reach", *flags],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_program_prints_a_table_and_keeps_the_figures(tmp_path):
+    trained_by(tmp_path / "run", "svd_bp")
+    kept = tmp_path / "new" / "reach.json"
+    done = program(f"--workdir={tmp_path / 'run'}", "--examples=256", f"--out={kept}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(kept.read_text())
+    assert record["command"].startswith("python -m experiments.reach --workdir=")
+    assert [row["form"] for row in record["rows"]] == [form.label for form in reach.FORMS[:3]]
+    for row in record["rows"]:
+        assert row["form"] in done.stdout
+
+
+def test_a_folder_without_a_run_is_told(tmp_path):
+    done = program(f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "holds no run" in done.stderr
