@@ -187,6 +187,7 @@ VARIANTS = (
     _direct("joined", "two neighbours a unit", unit_size=2),
     _direct("joined_4", "four neighbours a unit", unit_size=4),
     _direct("joined_5", "five neighbours a unit", unit_size=5),
+    _direct("joined_7", "seven neighbours a unit", unit_size=7),
     _direct("joined_8", "eight neighbours a unit", unit_size=8),
     _direct(
         "joined_4_regression",
