@@ -17,14 +17,14 @@ STEPS: dict[str, Row] = {
     "svd_bp": {"method": "svd_bp"},
     "direct": {"method": "ssa", "feedback_lookahead": 0},
     "direct, streamed": {"method": "ssa", "feedback_lookahead": 0, "memory": "streamed"},
-    "direct, units of four": {"method": "ssa", "unit_size": 4, "feedback_lookahead": 0},
+    "ssa, default": {"method": "ssa"},
     "walk": {"method": "ssa", "feedback": "sequential", "feedback_rank": 0.25},
     "dfa": {"method": "dfa"},
 }
 TRAINED: dict[str, Row] = {
     "bp": {"method": "bp"},
     "walk": STEPS["walk"],
-    "direct, units of four": STEPS["direct, units of four"],
+    "ssa, default": STEPS["ssa, default"],
     "direct, one ahead": {"method": "ssa", "feedback_lookahead": 1},
     "svd_bp": {"method": "svd_bp"},
 }

@@ -143,7 +143,7 @@ def test_the_matrix_is_whole_and_every_setting_is_one_of_a_run():
              for c in cases if c["kind"] != "train"}  # fmt: skip
     wanted = itertools.product(
         ("vgg13", "resnet32", "resnet18"), ("float32", "bfloat16"), (128, 512),
-        ("bp", "dfa", "svd_bp", "direct", "direct, streamed", "direct, units of four", "walk",
+        ("bp", "dfa", "svd_bp", "direct", "direct, streamed", "ssa, default", "walk",
          "torch", "torch, compiled"),
     )  # fmt: skip
     assert steps == set(wanted)
@@ -151,7 +151,7 @@ def test_the_matrix_is_whole_and_every_setting_is_one_of_a_run():
     assert trained == set(
         itertools.product(
             ("vgg13", "resnet32"),
-            ("bp", "svd_bp", "direct, units of four", "direct, one ahead", "walk"),
+            ("bp", "svd_bp", "ssa, default", "direct, one ahead", "walk"),
         )
     )
     names = {field.name for field in dataclasses.fields(Config)}

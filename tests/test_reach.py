@@ -102,6 +102,16 @@ def test_of_a_joined_run_every_grouping_is_measured(tmp_path):
     assert rows["units of 2"]["angles"][0] < rows[reach.LAYERS.label]["angles"][0]
 
 
+STORED = sorted((ROOT / "results/reach").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", STORED, ids=[f.stem for f in STORED])
+def test_a_page_shows_the_stored_angles(file):
+    assert (
+        reach.table(json.loads(file.read_text())["rows"]) in (ROOT / "docs/research.md").read_text()
+    )
+
+
 def line(angles):
     return reach.advice([{"form": reach.LAYERS.label, "angles": angles}])
 
