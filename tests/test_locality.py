@@ -133,6 +133,6 @@ def test_a_deep_run_that_looked_ahead_is_gone_on_with_as_it_was_or_not_at_all(tm
 @pytest.mark.slow
 def test_joined_units_learn_over_stages_by_default():
     whole, parts = train(DEEP + 1), train(DEEP + 1, micro_batches=2)
-    assert parts.built.bounds == (0, 4)
+    assert parts.built.bounds == (0, 3)
     losses = [run.history[-1]["train_loss"] for run in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
