@@ -87,10 +87,16 @@ def stamps(folder):
     return {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.slow
+# These two take a minute and more; what they share with the others is tested there.
+LONG = ("ablation", "finetune")
+
+
 @needs_cifar
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long if n in LONG else pytest.mark.slow) for n in STUDIES],
+)
 def test_a_quick_study_shows_what_its_runs_found_and_repeats_nothing(name, command, tmp_path):
     program, folder = importlib.import_module(f"experiments.studies.{name}"), tmp_path / "study"
     command(name, "--quick", f"--folder={folder}")
