@@ -5,10 +5,10 @@
     python -m benchmarks.gpu --prepare FOLDER
 
 Run from the root of the source tree; nothing need be installed but jax, Flax, optax, chex and
-Orbax, and PyTorch to compare with. Training steps of bp, svd_bp, ssa (direct, streamed, in units of
-four, and the walk through a quarter of the directions) and dfa on vgg13, resnet32 and resnet18 are
-compiled side by side and timed in turn, PyTorch's beside them; vgg13 and resnet32 are trained on
-the parts of CIFAR-10 in ``--data``, which ``--prepare`` writes where the data set is installed.
+Orbax, and PyTorch to compare with. Training steps of bp, svd_bp, ssa (direct, streamed, by
+default, and the walk through a quarter of the directions) and dfa on vgg13, resnet32 and resnet18
+are compiled side by side and timed in turn, PyTorch's beside them; vgg13 and resnet32 are trained
+on the parts of CIFAR-10 in ``--data``, which ``--prepare`` writes where the data set is installed.
 What tells most comes first, and what no longer fits is left out and named.
 
 Every figure is a line of results.jsonl in the folder as soon as it is known; gpu.json is the whole

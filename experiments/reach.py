@@ -5,11 +5,10 @@
 Takes the weights of a run, of whatever method, and measures what direct SSA would learn from on
 them: the angles between its gradients and the true ones, and between its signals and the true ones.
 Forms are each layer a unit, the same looking one ahead, and units of two, four and eight; and the
-linear map of the error that is nearest to the true signals, which says what better paths could gain
-at most. Nothing is trained and the run's folder stays as it is.
+linear map of the error that is nearest to the true signals in the mean square, which says what
+better paths could gain. Nothing is trained and the run's folder stays as it is.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -32,8 +31,7 @@ def main() -> None:
         rows.append(row)
     print(f"\n{reach.table(rows)}\n\n{reach.advice(rows)}")
     if values.out:
-        of = dataclasses.asdict(run.config)
-        told = {"model": of["model"], "method": of["method"], "epochs": run.epoch}
+        told = {"model": run.config.model, "method": run.config.method, "epochs": run.epoch}
         made = {
             "command": " ".join(["python -m experiments.reach", *sys.argv[1:]]),
             **environment(),

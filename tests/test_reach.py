@@ -1,5 +1,6 @@
 """What a direct signal can tell each unit of a trained network."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,18 +13,19 @@ import pytest
 
 from experiments.measure import reach
 from ssa_jax.errors import ConfigError
+from ssa_jax.methods import composed
 from ssa_jax.networks.models import split
 from ssa_jax.runs import trained
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
+from ssa_jax.training import train
 
 ROOT = Path(__file__).parent.parent
 DIGITS = Config(dataset="digits", epochs=1, batch_size=64, max_steps=6)
 
 
 def trained_by(folder, method, model="mlp", **changes):
-    config = Config(**{**vars(DIGITS), "method": method, "model": model, **changes})
-    run(Config(**{**vars(config), "workdir": str(folder)}))
+    run(dataclasses.replace(DIGITS, method=method, model=model, workdir=str(folder), **changes))
     return trained.restore(folder)
 
 
@@ -57,28 +59,19 @@ def test_no_linear_map_of_the_error_is_nearer_than_the_regression(measured):
     read, _ = measured
     built = reach._built(read, reach.LINEAR)
     batch = reach._batches(read, 512)(0, 512)
-    regressed = reach.train.make_refresh(built.method)(reach._seeing(built.state, batch))
-    composed = reach._built(read, reach.LAYERS)
+    regressed = train.make_refresh(built.method)(reach._seeing(built.state, batch))
+    layers = reach._built(read, reach.LAYERS)
 
     def errors(method, state):
-        units = built.units
-        outputs, pullbacks = _pulled(units, state, batch)
+        outputs, pullbacks = composed.pullbacks_of(
+            built.units, state.params, None, state.mstate, batch.images
+        )
         error = jax.nn.softmax(outputs) - jax.nn.one_hot(batch.labels, 10)
         (true,) = pullbacks[0](pullbacks[1](error)[0])
         sent = method.direct(state.feedback, error, batch, 0)
         return float(np.mean((sent - true) ** 2))
 
-    assert errors(built.method, regressed) < errors(composed.method, composed.state)
-
-
-def _pulled(units, state, batch):
-    x, pullbacks = batch.images, []
-    for unit, params, mstate in zip(units, state.params, state.mstate, strict=True):
-        x, pullback = jax.vjp(
-            lambda x, unit=unit, p=params, m=mstate: unit.apply(p, m, x, train=True)[0], x
-        )
-        pullbacks.append(pullback)
-    return x, pullbacks[1:]
+    assert errors(built.method, regressed) < errors(layers.method, layers.state)
 
 
 def test_the_weights_are_those_of_the_run(measured):
