@@ -85,8 +85,8 @@ def test_a_run_of_the_defaults_is_the_run_of_what_they_come_to(
 
 def test_the_upper_half_below_a_linear_output_learns_by_the_exact_gradient():
     """The path of its end is the output layer's map, which is exact."""
-    run = train(DEEP + 1, feedback_every=1)
-    assert [len(params) for params in run.state.params] == [8, 10, 2]
+    run = train(DEEP + 2, feedback_every=1)
+    assert [len(params) for params in run.state.params] == [10, 10, 2]
     lower, upper, _ = run.history[-1]["angles"]
     assert upper < 0.1 < lower
 

@@ -95,8 +95,8 @@ def test_joined_units_are_the_same_network(size):
     logits_joined, state_joined, tape_joined = forward(joined, p, m, x)
     assert jnp.array_equal(logits, logits_joined)
     assert max_difference(state, state_joined) == 0
-    # From the output down, every so many units; the classifier stays alone.
-    expected = [tape.outputs[i] for i in {1: (0, 1, 2), 2: (0, 2), 3: (2,), 9: (2,)}[size]]
+    # From the input up, every so many units; the classifier stays alone.
+    expected = [tape.outputs[i] for i in {1: (0, 1, 2), 2: (1, 2), 3: (2,), 9: (2,)}[size]]
     assert max_difference(list(tape_joined.outputs[:-1]), expected) == 0
 
 

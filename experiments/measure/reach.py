@@ -84,8 +84,8 @@ def measure(run: Trained, examples: int) -> Iterator[Row]:
         ]
         angles = {name: _means([row[name] for row in rows]) for name in ("angles", "signal_angles")}
         of_each = built.config.unit_size or 1
-        first = layers - (hidden - 1) * of_each
-        yield {"form": form.label, **angles, "units": [first] + [of_each] * (hidden - 1)}
+        last = layers - (hidden - 1) * of_each
+        yield {"form": form.label, **angles, "units": [of_each] * (hidden - 1) + [last]}
 
 
 def _built(run: Trained, form: Form) -> Built:

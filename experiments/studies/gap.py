@@ -189,6 +189,7 @@ VARIANTS = (
     _direct("joined_5", "five neighbours a unit", unit_size=5),
     _direct("joined_7", "seven neighbours a unit", unit_size=7),
     _direct("joined_8", "eight neighbours a unit", unit_size=8),
+    _direct("joined_11", "eleven neighbours a unit", unit_size=11),
     _direct(
         "joined_4_regression",
         "four neighbours a unit, paths by regression, after 20 steps of svd_bp",

@@ -51,7 +51,8 @@ def group_units(
     """Joins `size` neighbours at a time into one unit; the last unit stays alone.
 
     Inside the joined unit the gradient is exact. Its parameters and its state are those of its
-    members in one dict. Where the hidden units do not divide evenly, the first group is smaller.
+    members in one dict. Where the hidden units do not divide evenly, the last group of them is
+    smaller: the nearer to the output a group ends, the better is its direct signal.
 
     Raises:
       ValueError: size below one.
@@ -61,7 +62,7 @@ def group_units(
     hidden = len(units) - 1
     if size == 1 or not hidden:
         return tuple(units), params, mstate
-    bounds = [0, *range(hidden % size or min(size, hidden), hidden + 1, size), hidden + 1]
+    bounds = [*range(0, hidden, size), hidden, hidden + 1]
     groups = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     return (
         tuple(_join(units[g], params[g], mstate[g]) for g in groups),

@@ -131,7 +131,7 @@ def split_model(
 def decided(config: Config, hidden: int) -> Config:
     """The config with what its network of `hidden` units decides: how far gradients are exact.
 
-    Direct SSA in more than `DEEP` hidden units joins each half of them to one, the lower half the
+    Direct SSA in more than `DEEP` hidden units joins each half of them to one, the upper half the
     smaller one. Where units are not joined a direct signal looks one ahead.
     """
     size, ahead = config.unit_size, config.feedback_lookahead
