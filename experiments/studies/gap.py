@@ -128,6 +128,18 @@ def _walk(name: str, share: str, rank: float, note: str = "", **changes: Any) ->
     )
 
 
+# Neighbours in a unit, in words.
+JOINED = {
+    "joined": (2, "two"),
+    "joined_4": (4, "four"),
+    "joined_5": (5, "five"),
+    "joined_6": (6, "six"),
+    "joined_7": (7, "seven"),
+    "joined_8": (8, "eight"),
+    "joined_9": (9, "nine"),
+    "joined_11": (11, "eleven"),
+    "joined_14": (14, "fourteen"),
+}
 EXACT = {"warmup_method": "svd_bp", "warmup_until": 20}
 VARIANTS = (
     Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
@@ -184,12 +196,10 @@ VARIANTS = (
         feedback_lookahead=1,
         **EXACT,
     ),
-    _direct("joined", "two neighbours a unit", unit_size=2),
-    _direct("joined_4", "four neighbours a unit", unit_size=4),
-    _direct("joined_5", "five neighbours a unit", unit_size=5),
-    _direct("joined_7", "seven neighbours a unit", unit_size=7),
-    _direct("joined_8", "eight neighbours a unit", unit_size=8),
-    _direct("joined_11", "eleven neighbours a unit", unit_size=11),
+    *(
+        _direct(name, f"{word} neighbours a unit", unit_size=size)
+        for name, (size, word) in JOINED.items()
+    ),
     _direct(
         "joined_4_regression",
         "four neighbours a unit, paths by regression, after 20 steps of svd_bp",
