@@ -4,9 +4,10 @@
 
 Takes the weights of a run, of whatever method, and measures what direct SSA would learn from on
 them: the angles between its gradients and the true ones, and between its signals and the true ones.
-Forms are each layer a unit, the same looking one ahead, and units of two, four and eight; and the
-linear map of the error that is nearest to the true signals in the mean square, which says what
-better paths could gain. Nothing is trained and the run's folder stays as it is.
+Forms are each layer a unit, the same looking one ahead, units of two, four and eight, and the
+default of such a network; and the linear map of the error that is nearest to the true signals in
+the mean square, which says what better paths could gain. Nothing is trained and the run's folder
+stays as it is.
 """
 
 import json
@@ -24,21 +25,28 @@ from ssa_jax.runs import trained
 def main() -> None:
     """Measures the run that the flags name."""
     values = absl_flags.FLAGS
+    out = Path(values.out) if values.out else None
+    if out:
+        # What cannot be kept is told before it is measured.
+        _write(out, "a", "")
     run = trained.restore(Path(values.workdir), values.data_dir)
     rows = []
     for row in reach.measure(run, values.examples):
         print(f"{row['form']}: {' '.join(f'{a:.0f}°' for a in row['angles'])}", flush=True)
         rows.append(row)
     print(f"\n{reach.table(rows)}\n\n{reach.advice(rows)}")
-    if values.out:
+    if out:
         told = {"model": run.config.model, "method": run.config.method, "epochs": run.epoch}
         made = {
             "command": " ".join(["python -m experiments.reach", *sys.argv[1:]]),
             **environment(),
         }
-        out = Path(values.out)
-        with folders.writing(out.parent, "--out"):
-            out.write_text(json.dumps({**made, **told, "rows": rows}, indent=1) + "\n")
+        _write(out, "w", json.dumps({**made, **told, "rows": rows}, indent=1) + "\n")
+
+
+def _write(out: Path, mode: str, text: str) -> None:
+    with folders.writing(out.parent, "--out"), out.open(mode) as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from experiments.measure import reach
 from ssa_jax.errors import ConfigError
 from ssa_jax.methods import composed
 from ssa_jax.networks.models import split
-from ssa_jax.runs import trained
+from ssa_jax.runs import network, trained
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 from ssa_jax.training import train
@@ -111,6 +111,7 @@ def line(angles):
 
 def test_the_last_line_says_from_where_up_a_direct_signal_will_do():
     assert "hidden layers 3 to 4, those next to the output," in line([9, 40, 20, 0])
+    assert "of hidden layer 3, next to the output," in line([9, 40, 0])
     assert "of all hidden layers" in line([20, 0])
     assert "of no hidden layer" in line([20, 40])
 
@@ -139,6 +140,23 @@ def test_the_program_prints_a_table_and_keeps_the_figures(tmp_path):
     assert [row["form"] for row in record["rows"]] == [form.label for form in reach.FORMS[:3]]
     for row in record["rows"]:
         assert row["form"] in done.stdout
+
+
+@pytest.mark.slow
+def test_the_default_of_a_deep_network_is_a_row_of_its_own(tmp_path, monkeypatch):
+    read = trained_by(tmp_path / "run", "svd_bp", "smallconv")
+    monkeypatch.setattr(network, "DEEP", 3)
+    row = list(reach.measure(read, 64))[-1]
+    assert row["form"] == "default, units of 3"
+    assert row["units"] == [3, 1]
+    assert row["signal_angles"][1] < 0.5 < row["signal_angles"][0]
+
+
+def test_what_cannot_be_kept_is_told_before_it_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = program(f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'file' / 'reach.json'}")
+    assert done.returncode == 2
+    assert "give another --out" in done.stderr
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):

@@ -36,11 +36,13 @@ class Form(NamedTuple):
 
 LAYERS = Form("each layer a unit", {})
 LINEAR = Form("each layer a unit, nearest linear map", {"feedback": "regression"})
+DEFAULT = Form("default, units of {}", {"unit_size": None, "feedback_lookahead": None})
 FORMS = (
     LAYERS,
     LINEAR,
     Form("each layer a unit, one ahead", {"feedback_lookahead": 1}),
     *(Form(f"units of {size}", {"unit_size": size}) for size in (2, 4, 8)),
+    DEFAULT,
 )
 
 
@@ -52,7 +54,7 @@ def measure(run: Trained, examples: int) -> Iterator[Row]:
     mean square over those no signal that is linear in the error is nearer to the true one, see
     `methods.regression`. Angles are those of `metrics.Probe`, means over `PROBES` batches of
     the next training examples, without augmentation; forms whose hidden layers are all in one
-    unit, which is backpropagation, are left out.
+    unit, which is backpropagation, are left out, and so is the default where it is another form.
 
     Args:
       run: of a named data set.
@@ -67,12 +69,14 @@ def measure(run: Trained, examples: int) -> Iterator[Row]:
     """
     batches = _batches(run, examples)
     layers = None
+    measured: list[Config] = []
     for form in FORMS:
         built = _built(run, form)
         hidden = len(built.units) - 1
         layers = hidden if layers is None else layers
-        if form is not LAYERS and hidden == 1:
+        if (form is not LAYERS and hidden == 1) or built.config in measured:
             continue
+        measured.append(built.config)
         state = built.state
         if form is LINEAR:
             state = train.make_refresh(built.method)(_seeing(state, batches(0, examples)))
@@ -85,7 +89,8 @@ def measure(run: Trained, examples: int) -> Iterator[Row]:
         angles = {name: _means([row[name] for row in rows]) for name in ("angles", "signal_angles")}
         of_each = built.config.unit_size or 1
         last = layers - (hidden - 1) * of_each
-        yield {"form": form.label, **angles, "units": [of_each] * (hidden - 1) + [last]}
+        label = form.label.format(of_each)
+        yield {"form": label, **angles, "units": [of_each] * (hidden - 1) + [last]}
 
 
 def _built(run: Trained, form: Form) -> Built:
@@ -146,6 +151,8 @@ def advice(rows: Sequence[Row]) -> str:
     near = sum(1 for _ in itertools.takewhile(lambda a: a <= NEAR, reversed(angles)))
     if near == layers:
         where = "of all hidden layers"
+    elif near == 1:
+        where = f"of hidden layer {layers}, next to the output,"
     elif near:
         where = f"of hidden layers {layers - near + 1} to {layers}, those next to the output,"
     else:
