@@ -31,9 +31,9 @@ _SSA = {
     "rank_init": 0.5,
     "rank_schedule": "none",
 }
-# Each half of the network one unit, no look-ahead: the default of deep ones.
-_VGG13_HALVES = {"unit_size": 5, "feedback_lookahead": 0}
-_RESNET32_HALVES = {"unit_size": 8, "feedback_lookahead": 0}
+# The last two layers or blocks one unit, all below them one: the default of deep networks.
+_VGG13_TWO = {"unit_size": 8, "feedback_lookahead": 0}
+_RESNET32_TWO = {"unit_size": 14, "feedback_lookahead": 0}
 _ONE_GPU = "meant for one GPU"
 _TWO_CORES = "two cores of an AMD EPYC, no GPU"
 _ONE_CORE = "one core of an AMD EPYC, no GPU"
@@ -99,9 +99,9 @@ RECIPES = {
         _ONE_GPU,
     ),
     "cifar10_vgg13_ssa": Recipe(
-        "SSA in two halves at a quarter of full rank; after ten epochs at 16 pixels it was 1.8 "
-        "points behind backpropagation on the same factors, one seed, see docs/research.md.",
-        {**_SSA, **_VGG13_HALVES, "model": "vgg13", "epochs": 100, "rank_init": 0.25},
+        "SSA in two units at a quarter of full rank; after ten epochs at 16 pixels it was level "
+        "with backpropagation on the same factors, one seed, see docs/research.md.",
+        {**_SSA, **_VGG13_TWO, "model": "vgg13", "epochs": 100, "rank_init": 0.25},
         _ONE_GPU,
     ),
     "cifar10_resnet32_bp": Recipe(
@@ -110,9 +110,9 @@ RECIPES = {
         _ONE_GPU,
     ),
     "cifar10_resnet32_ssa": Recipe(
-        "SSA in two halves at a quarter of full rank; after ten epochs at 16 pixels it was 3.5 "
-        "points behind backpropagation on the same factors, one seed, see docs/research.md.",
-        {**_SSA, **_RESNET32_HALVES, "model": "resnet32", "epochs": 100, "rank_init": 0.25},
+        "SSA in two units at a quarter of full rank; after ten epochs at 16 pixels it was level "
+        "with backpropagation on the same factors, two seeds, see docs/research.md.",
+        {**_SSA, **_RESNET32_TWO, "model": "resnet32", "epochs": 100, "rank_init": 0.25},
         _ONE_GPU,
     ),
     "cifar100_resnet32_bp": Recipe(
@@ -121,10 +121,10 @@ RECIPES = {
         _ONE_GPU,
     ),
     "cifar100_resnet32_ssa": Recipe(
-        "SSA in two halves at a quarter of full rank, its paths by regression: composed ones "
+        "SSA in two units at a quarter of full rank, its paths by regression: composed ones "
         "would take a backward pass for each of the hundred classes at every refresh.",
         {
-            **_SSA, **_RESNET32_HALVES, "dataset": "cifar100", "model": "resnet32",
+            **_SSA, **_RESNET32_TWO, "dataset": "cifar100", "model": "resnet32",
             "epochs": 100, "rank_init": 0.25, "feedback": "regression",
         },
         _ONE_GPU,

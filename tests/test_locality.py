@@ -41,8 +41,8 @@ def train(hidden, **settings):
     ("settings", "hidden", "size", "ahead"),
     [
         ({}, DEEP, 1, 1),
-        ({}, DEEP + 1, 5, 0),
-        ({"feedback": "regression"}, DEEP + 2, 5, 0),
+        ({}, DEEP + 1, 7, 0),
+        ({"feedback": "regression"}, DEEP + 2, 8, 0),
         ({"feedback": "sequential"}, DEEP + 1, 1, 1),
         ({"method": "svd_bp"}, DEEP + 1, 1, 1),
         ({"method": "dfa"}, DEEP + 1, 1, 1),
@@ -65,7 +65,7 @@ def test_what_is_not_given_the_network_decides(settings, hidden, size, ahead):
     ("hidden", "given", "named"),
     [
         (DEEP, {"unit_size": 1, "feedback_lookahead": 1}, "ssa direct, 1 ahead"),
-        (DEEP + 1, {"unit_size": 5, "feedback_lookahead": 0}, "ssa direct, units of 5"),
+        (DEEP + 1, {"unit_size": 7, "feedback_lookahead": 0}, "ssa direct, units of 7"),
     ],
 )
 def test_a_run_of_the_defaults_is_the_run_of_what_they_come_to(
@@ -79,14 +79,14 @@ def test_a_run_of_the_defaults_is_the_run_of_what_they_come_to(
     assert all(map(np.array_equal, *states))
     assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
     assert [method(summary) for summary in summaries] == [named] * 2
-    joined = "3 units of up to 5 neighbours," if given["unit_size"] > 1 else f"{hidden + 1} units,"
+    joined = "3 units of up to 7 neighbours," if given["unit_size"] > 1 else f"{hidden + 1} units,"
     assert capsys.readouterr().out.count(joined) == 2
 
 
-def test_the_upper_half_below_a_linear_output_learns_by_the_exact_gradient():
+def test_the_upper_unit_below_a_linear_output_learns_by_the_exact_gradient():
     """The path of its end is the output layer's map, which is exact."""
-    run = train(DEEP + 2, feedback_every=1)
-    assert [len(params) for params in run.state.params] == [10, 10, 2]
+    run = train(DEEP + 1, feedback_every=1)
+    assert [len(params) for params in run.state.params] == [14, 4, 2]
     lower, upper, _ = run.history[-1]["angles"]
     assert upper < 0.1 < lower
 
@@ -107,7 +107,7 @@ def test_a_stored_run_that_says_nothing_of_units_had_them_as_they_were(tmp_path)
 def test_a_resumed_run_of_the_defaults_is_the_uninterrupted_one(tmp_path):
     whole = train(DEEP + 1, workdir=tmp_path / "whole")
     train(DEEP + 1, workdir=tmp_path / "parts", max_steps=5, save_every=5)
-    given = {"unit_size": 5, "feedback_lookahead": 0}
+    given = {"unit_size": 7, "feedback_lookahead": 0}
     stored = json.loads((tmp_path / "parts" / "config.json").read_text())["config"]
     assert given.items() <= stored.items()
     assert given.items() <= dataclasses.asdict(whole.config).items()
@@ -122,7 +122,7 @@ def test_a_deep_run_that_looked_ahead_is_gone_on_with_as_it_was_or_not_at_all(tm
     whole = train(DEEP + 1, workdir=tmp_path / "whole", **before)
     train(DEEP + 1, workdir=tmp_path / "parts", max_steps=5, save_every=5, **before)
     with pytest.raises(
-        WorkdirError, match="feedback_lookahead=0 here and 1 there, unit_size=5 here and 1 there"
+        WorkdirError, match="feedback_lookahead=0 here and 1 there, unit_size=7 here and 1 there"
     ):
         train(DEEP + 1, workdir=tmp_path / "parts", resume=True)
     parts = train(DEEP + 1, workdir=tmp_path / "parts", resume=True, **before)

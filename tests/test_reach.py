@@ -146,6 +146,7 @@ def test_the_program_prints_a_table_and_keeps_the_figures(tmp_path):
 def test_the_default_of_a_deep_network_is_a_row_of_its_own(tmp_path, monkeypatch):
     read = trained_by(tmp_path / "run", "svd_bp", "smallconv")
     monkeypatch.setattr(network, "DEEP", 3)
+    monkeypatch.setattr(network, "UPPER", 1)
     row = list(reach.measure(read, 64))[-1]
     assert row["form"] == "default, units of 3"
     assert row["units"] == [3, 1]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +28,10 @@ from ssa_jax.types import TrainState
 Array = jax.Array
 Tree = Any
 
-# Direct SSA on more hidden units than these learns in two halves, see docs/research.md.
+# Direct SSA on more hidden units than DEEP joins the last UPPER of them to one, and all below, see
+# docs/research.md.
 DEEP = 8
+UPPER = 2
 
 
 class Costs(NamedTuple):
@@ -131,13 +132,13 @@ def split_model(
 def decided(config: Config, hidden: int) -> Config:
     """The config with what its network of `hidden` units decides: how far gradients are exact.
 
-    Direct SSA in more than `DEEP` hidden units joins each half of them to one, the upper half the
-    smaller one. Where units are not joined a direct signal looks one ahead.
+    Direct SSA in more than `DEEP` hidden units joins the last `UPPER` of them to one, and all
+    below. Where units are not joined a direct signal looks one ahead.
     """
     size, ahead = config.unit_size, config.feedback_lookahead
     if size is None:
         direct = config.method == "ssa" and config.feedback != "sequential"
-        size = math.ceil(hidden / 2) if direct and ahead is None and hidden > DEEP else 1
+        size = hidden - UPPER if direct and ahead is None and hidden > DEEP else 1
     if ahead is None:
         ahead = 0 if size > 1 else 1
     return dataclasses.replace(config, unit_size=size, feedback_lookahead=ahead)
