@@ -86,10 +86,10 @@ def gpu(record: dict[str, Any]) -> str:
         "Milliseconds of a step and its share of a refresh of the feedback, median of rounds in "
         "which all contestants of a network took turns, each a process of its own, compilation "
         "excluded. Factors at rank 0.25. Float32 products are TF32's. Direct: no unit ahead, each "
-        "layer or block a unit; default: each half of the network one unit, or, of eight hidden "
-        "layers and fewer, one unit ahead; walk: sequential, through a quarter of each layer's "
-        "directions. Compile: tracing and compiling, all contestants side by side; of PyTorch its "
-        "first step. Peak: most of the device's memory in use.",
+        "layer or block a unit; default: the last two hidden layers or blocks one unit and all "
+        "below another, or, of eight and fewer, one unit ahead; walk: sequential, through a "
+        "quarter of each layer's directions. Compile: tracing and compiling, all contestants side "
+        "by side; of PyTorch its first step. Peak: most of the device's memory in use.",
         setting(record, COMMAND),
         _steps(steps),
     ]

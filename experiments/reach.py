@@ -5,9 +5,9 @@
 Takes the weights of a run, of whatever method, and measures what direct SSA would learn from on
 them: the angles between its gradients and the true ones, and between its signals and the true ones.
 Forms are each layer a unit, the same looking one ahead, units of two, four and eight, and the
-default of such a network; and the linear map of the error that is nearest to the true signals in
-the mean square, which says what better paths could gain. Nothing is trained and the run's folder
-stays as it is.
+default of such a network, if it is none of these; and the linear map of the error that is nearest
+to the true signals in the mean square, which says what better paths could gain. Nothing is trained
+and the run's folder stays as it is.
 """
 
 import json
@@ -29,6 +29,8 @@ def main() -> None:
     if out:
         # What cannot be kept is told before it is measured.
         _write(out, "a", "")
+        if not out.stat().st_size:
+            out.unlink()
     run = trained.restore(Path(values.workdir), values.data_dir)
     rows = []
     for row in reach.measure(run, values.examples):

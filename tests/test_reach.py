@@ -158,6 +158,9 @@ def test_what_cannot_be_kept_is_told_before_it_is_measured(tmp_path):
     done = program(f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'file' / 'reach.json'}")
     assert done.returncode == 2
     assert "give another --out" in done.stderr
+    done = program(f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'reach.json'}")
+    assert "holds no run" in done.stderr
+    assert not (tmp_path / "reach.json").exists()
 
 
 def test_a_folder_without_a_run_is_told(tmp_path):

@@ -17,6 +17,7 @@ from ssa_jax.data.streams import STREAMS
 from ssa_jax.errors import ConfigError
 from ssa_jax.runs import build, config
 from ssa_jax.runs.config import Config
+from ssa_jax.runs.network import decided
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +45,21 @@ def test_a_recipe_builds_and_says_how_to_run_it(name):
     assert jax.tree.leaves(state.params)
     program = "imagenet" if one.dataset in STREAMS else "cifar"
     assert RECIPES[name].command(name) == f"python -m experiments.{program} --recipe={name}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar10_vgg13_ssa",
+        "cifar10_resnet32_ssa",
+        "cifar100_resnet32_ssa",
+        "tiny_imagenet10_resnet18_ssa",
+    ],
+)
+def test_deep_recipes_have_the_units_of_the_default(name):
+    one = resolved(name)
+    left = dataclasses.replace(one, unit_size=None, feedback_lookahead=None)
+    assert decided(left, {"vgg13": 10, "resnet18": 9, "resnet32": 16}[one.model]) == one
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -133,7 +133,6 @@ JOINED = {
     "joined": (2, "two"),
     "joined_4": (4, "four"),
     "joined_5": (5, "five"),
-    "joined_6": (6, "six"),
     "joined_7": (7, "seven"),
     "joined_8": (8, "eight"),
     "joined_9": (9, "nine"),

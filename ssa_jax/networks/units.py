@@ -52,7 +52,7 @@ def group_units(
 
     Inside the joined unit the gradient is exact. Its parameters and its state are those of its
     members in one dict. Where the hidden units do not divide evenly, the last group of them is
-    smaller: the nearer to the output a group ends, the better is its direct signal.
+    smaller: as a rule, the nearer to the output one ends the better is its direct signal.
 
     Raises:
       ValueError: size below one.

@@ -178,7 +178,7 @@ class Config:
     feedback_energy: float = setting(1.0, "Share of the error's energy.", above=0.0, high=1.0)
     unit_size: int | None = setting(
         None,
-        "Units joined to one; default: in direct ssa all but 2 of over 8 hidden ones, or 1.",
+        "Units joined to one; default: 1, in direct ssa on more than 8 hidden ones all but 2.",
         low=1,
     )
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)

@@ -28,8 +28,8 @@ from ssa_jax.types import TrainState
 Array = jax.Array
 Tree = Any
 
-# Direct SSA on more hidden units than DEEP joins the last UPPER of them to one, and all below, see
-# docs/research.md.
+# Direct SSA on more hidden units than DEEP joins the last UPPER of them to one, and all below them
+# to another, see docs/research.md.
 DEEP = 8
 UPPER = 2
 
@@ -133,7 +133,7 @@ def decided(config: Config, hidden: int) -> Config:
     """The config with what its network of `hidden` units decides: how far gradients are exact.
 
     Direct SSA in more than `DEEP` hidden units joins the last `UPPER` of them to one, and all
-    below. Where units are not joined a direct signal looks one ahead.
+    below them to another. Where units are not joined a direct signal looks one ahead.
     """
     size, ahead = config.unit_size, config.feedback_lookahead
     if size is None:
