@@ -10,9 +10,12 @@ from flax import nnx
 
 import ssa_jax
 from experiments.show.runs import method
+from ssa_jax.networks.units import group_units
+from ssa_jax.runs import network
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.network import DEEP, decided
 from ssa_jax.runs.workdir import WorkdirError
+from ssa_jax.training.checkpoint import CheckpointError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 16)).astype(np.float32)
@@ -136,3 +139,15 @@ def test_joined_units_learn_over_stages_by_default():
     assert parts.built.bounds == (0, 3)
     losses = [run.history[-1]["train_loss"] for run in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_run_of_otherwise_divided_units_is_refused_and_stays_as_it_is(tmp_path, monkeypatch):
+    """Such as one of before what is left over went to the last unit."""
+    given = {"unit_size": 4, "feedback_lookahead": 0, "workdir": tmp_path / "run"}
+    with monkeypatch.context() as before:
+        before.setattr(network, "group_units", lambda u, p, m, size: group_units(u, p, m, 5))
+        train(DEEP + 1, max_steps=5, save_every=5, **given)
+    kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match="whose model, units or optimiser has other arrays"):
+        train(DEEP + 1, resume=True, **given)
+    assert {p: p.read_bytes() for p in kept} == kept
