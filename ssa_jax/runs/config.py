@@ -177,9 +177,7 @@ class Config:
     feedback_basis: str = setting("spectrum", "Which: largest |s|, or the error's.", choices=BASES)
     feedback_energy: float = setting(1.0, "Share of the error's energy.", above=0.0, high=1.0)
     unit_size: int | None = setting(
-        None,
-        "Units joined to one; default: 1, in direct ssa on more than 8 hidden ones all but 2.",
-        low=1,
+        None, "Units joined to one; default: 1, in direct ssa of over 8 hidden all but 2.", low=1
     )
     readout: str = setting("predsim", "Loss of a local readout.", choices=READOUTS)
     readout_update: str = setting("learned", "How readouts move.", choices=READOUT_UPDATES)

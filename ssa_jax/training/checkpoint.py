@@ -215,8 +215,8 @@ class Checkpoints:
         target = place(with_stored_feedback(at_ranks, stored))
         if different := differences(shapes(target), stored):
             raise CheckpointError(
-                f"{folder} does not fit this run, whose model, units or optimiser has other "
-                f"arrays: {different}"
+                f"{folder} does not fit this run, whose model or optimiser has other arrays, or "
+                f"whose units are divided otherwise: {different}"
             )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target
