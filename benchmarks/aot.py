@@ -59,7 +59,7 @@ ENTRIES = (
     *DEFAULT,
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
-LARGE_ENTRIES = (Entry("bp"), Entry("ssa", lookahead=1), *DEFAULT)
+LARGE_ENTRIES = (Entry("bp"), *DEFAULT)
 IMAGENET = Described((224, 224, 3), 1000, 1_281_167, "float32", None)
 
 
