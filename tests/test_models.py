@@ -53,6 +53,7 @@ RESNET32 = PLAIN32 + conv_and_norm(16, 32, 1) + conv_and_norm(32, 64, 1)
 COUNTS = {
     "mlp": affine(3072, 512) + affine(512, 512) + affine(512, 10),
     "smallconv": stack(3, 32, 64, 128) + affine(4 * 4 * 128, 512) + affine(512, 10),
+    "vgg11": stack(3, 64, 128, 256, 256, 512, 512, 512, 512) + affine(512, 10),
     "vgg13": stack(3, 64, 64, 128, 128, 256, 256, 512, 512, 512, 512) + affine(512, 10),
     "resnet32": RESNET32,
     "resnet32_conv": RESNET32,

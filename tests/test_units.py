@@ -170,8 +170,9 @@ def test_the_stem_quarters_what_is_larger_than_32_pixels(name, size, side):
 
 
 @pytest.mark.parametrize("size", [64, 224])
-def test_vgg13_takes_the_sizes_of_imagenet(size):
-    units, params, mstate = split_of("vgg13", (size, size, 3), 0.25)
+@pytest.mark.parametrize("name", ["vgg11", "vgg13"])
+def test_vgg_takes_the_sizes_of_imagenet(name, size):
+    units, params, mstate = split_of(name, (size, size, 3), 0.25)
     assert output_shapes(units, params, mstate, (size, size, 3))[-2] == (size // 32,) * 2 + (512,)
 
 
@@ -193,6 +194,8 @@ def test_models_have_their_shapes_and_a_dense_classifier(name, rank):
     expected = {
         "mlp": [(512,), (512,)],
         "smallconv": [(16, 16, 32), (8, 8, 64), (4, 4, 128), (512,)],
+        "vgg11": [(16, 16, 64), (8, 8, 128), (8, 8, 256), (4, 4, 256), (4, 4, 512),
+                  (2, 2, 512), (2, 2, 512), (1, 1, 512)],
         "vgg13": [(32, 32, 64), (16, 16, 64), (16, 16, 128), (8, 8, 128), (8, 8, 256),
                   (4, 4, 256), (4, 4, 512), (2, 2, 512), (2, 2, 512), (1, 1, 512)],
         "resnet32": resnet,

@@ -133,6 +133,7 @@ JOINED = {
     "joined": (2, "two"),
     "joined_4": (4, "four"),
     "joined_5": (5, "five"),
+    "joined_6": (6, "six"),
     "joined_7": (7, "seven"),
     "joined_8": (8, "eight"),
     "joined_9": (9, "nine"),
@@ -141,6 +142,7 @@ JOINED = {
 }
 EXACT = {"warmup_method": "svd_bp", "warmup_until": 20}
 VARIANTS = (
+    Variant("bp", "bp", {"method": "bp"}),
     Variant("svd_bp", "svd_bp", {"method": "svd_bp"}),
     _walk("walk_half", "half", 1 / 2),
     _walk("walk_quarter", "a quarter", 1 / 4),

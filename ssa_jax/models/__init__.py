@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flax import nnx
 
 from ssa_jax.models.efficientnet import efficientnet_b0
-from ssa_jax.models.feedforward import mlp, smallconv, vgg13
+from ssa_jax.models.feedforward import mlp, smallconv, vgg11, vgg13
 from ssa_jax.models.imagenet import resnet18, resnet50
 from ssa_jax.models.mobilenet import mobilenet_v2, mobilenet_v3_small
 from ssa_jax.models.residual import plain32, resnet32, resnet32_conv, resnet32_identity
@@ -14,6 +14,7 @@ from ssa_jax.models.vit import vit_small, vit_tiny
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp,
     "smallconv": smallconv,
+    "vgg11": vgg11,
     "vgg13": vgg13,
     "resnet32": resnet32,
     "resnet32_conv": resnet32_conv,

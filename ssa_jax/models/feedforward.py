@@ -58,8 +58,8 @@ def mlp(
 
 
 def _conv_stack(
-    input_shape: tuple[int, int, int], plan: list[int | str], rank: float | None, rngs: nnx.Rngs,
-    spare: int = 0,
+    input_shape: tuple[int, int, int], plan: Sequence[int | str], rank: float | None,
+    rngs: nnx.Rngs, spare: int = 0,
 ) -> tuple[list[Plain], int]:  # fmt: skip
     """3x3 conv + batch norm + ReLU units; "M" after a width pools 2x2. Units and features out.
 
@@ -101,11 +101,21 @@ def smallconv(
     """Three 3x3 convolutions of 32, 64, 128 channels, each with norm, ReLU and 2x2 pooling,
     a hidden layer of 512 and a linear classifier; `width` multiplies channels and hidden layer.
     """
-    plan: list[int | str] = [32 * width, "M", 64 * width, "M", 128 * width, "M"]
+    plan = (32 * width, "M", 64 * width, "M", 128 * width, "M")
     units, features = _conv_stack(input_shape, plan, rank, rngs)
     size = 512 * width
     hidden = Plain(dense(features, size, rank=rank, rngs=rngs), activation=nnx.relu, flatten=True)
     return Feedforward([*units, hidden, _classifier(size, classes, rngs)])
+
+
+def vgg11(
+    input_shape: tuple[int, int, int], classes: int, *, rank: float | None, rngs: nnx.Rngs
+) -> Feedforward:
+    """VGG-11 with batch norm and one linear classifier (Simonyan & Zisserman 2015, net A).
+
+    Of small images as `vgg13`.
+    """
+    return _vgg(_VGG11, input_shape, classes, rank, rngs)
 
 
 def vgg13(
@@ -116,22 +126,16 @@ def vgg13(
     Of images below 32 pixels a side, which have one position left before it, without the last
     pooling; its parameters are the same.
     """
-    plan: list[int | str] = [
-        64,
-        64,
-        "M",
-        128,
-        128,
-        "M",
-        256,
-        256,
-        "M",
-        512,
-        512,
-        "M",
-        512,
-        512,
-        "M",
-    ]
+    return _vgg(_VGG13, input_shape, classes, rank, rngs)
+
+
+_VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
+_VGG13 = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
+
+
+def _vgg(
+    plan: Sequence[int | str], input_shape: tuple[int, int, int], classes: int,
+    rank: float | None, rngs: nnx.Rngs,
+) -> Feedforward:  # fmt: skip
     units, features = _conv_stack(input_shape, plan, rank, rngs, spare=1)
     return Feedforward([*units, _classifier(features, classes, rngs)])
