@@ -43,6 +43,9 @@ def test_a_plateau_at_wide_angles_is_failing_alignment():
     # The output unit, whose gradient is exact, makes no angle narrower.
     rows = [{**row, "angles": [61.0, 0.0]} for row in healthy(PLATEAU)]
     assert diagnose(rows, Config())
+    # Nor do hidden units whose gradients are exact, such as the upper one of two.
+    rows = [{**row, "angles": [75.0, 0.02, 0.0]} for row in healthy(PLATEAU)]
+    assert diagnose(rows, Config())[0].value == 75.0
     # At chance for ever is a plateau too.
     assert diagnose(healthy((0.1,) * 6, 90.0), Config())
 
@@ -55,9 +58,10 @@ def test_a_plateau_at_wide_angles_is_failing_alignment():
         healthy((*PLATEAU[:-3], 0.96, 0.96, 0.96), 75.0),
         healthy(PLATEAU[:5], 75.0),
         [{**row, "angles": [0.0]} for row in healthy(PLATEAU)],
+        [{**row, "angles": [0.02, 0.01, 0.0]} for row in healthy(PLATEAU)],
         [],
     ],
-    ids=["narrow", "learns", "saturated", "short", "one-unit", "empty"],
+    ids=["narrow", "learns", "saturated", "short", "one-unit", "exact", "empty"],
 )
 def test_no_failing_alignment(rows):
     assert diagnose(rows, Config()) == []

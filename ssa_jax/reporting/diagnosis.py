@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
-# Mean angle over hidden units, in degrees, above which a local gradient hardly helps: its cosine
-# is below a half.
-WIDE_ANGLE = 60.0
+# Mean angle, in degrees, of the hidden units whose gradients are not exact, above which a local
+# gradient hardly helps: its cosine is below a half; and the most that rounding makes of an exact one.
+WIDE_ANGLE, EXACT_ANGLE = 60.0, 1.0
 # Accuracy gained in the last third of the epochs, over what was left to gain.
 LEAST_GAIN = 0.05
 # A third of fewer epochs shows no trend, and from here on accuracy may rest.
@@ -69,8 +69,9 @@ def _plateau(rows: Sequence[Row], config: Any) -> Finding | None:
     if len(rows) < LEAST_EPOCHS or "train_accuracy" not in rows[-1]:
         return None
     before, after = (rows[i]["train_accuracy"] for i in (-third - 1, -1))
-    hidden = [a for row in rows[-third:] for a in row["angles"][:-1] if a is not None]
-    angle = statistics.fmean(hidden) if hidden else 0.0
+    hidden = (a for row in rows[-third:] for a in row["angles"][:-1] if a is not None)
+    inexact = [a for a in hidden if a > EXACT_ANGLE]
+    angle = statistics.fmean(inexact) if inexact else 0.0
     stagnates = after < SATURATED and after - before < LEAST_GAIN * (1 - before)
     if angle <= WIDE_ANGLE or not stagnates:
         return None
@@ -78,7 +79,7 @@ def _plateau(rows: Sequence[Row], config: Any) -> Finding | None:
         "alignment failing",
         rows[-1]["epoch"],
         angle,
-        f"local gradients of hidden units are {angle:.0f}° off the true ones, and "
+        f"local gradients that are not exact are {angle:.0f}° off the true ones, and "
         f"training accuracy went from {100 * before:.1f} % to {100 * after:.1f} % in the last "
         f"{third} epochs",
         _alignment_flag(config),
