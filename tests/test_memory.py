@@ -10,6 +10,7 @@ from ssa_jax import data as data_lib
 from ssa_jax.networks.forward import forward
 from ssa_jax.runs import build
 from ssa_jax.runs.config import Config
+from ssa_jax.runs.fitted import Described
 from ssa_jax.runs.run import run
 from ssa_jax.training import memory
 from ssa_jax.training.memory import activation_bytes
@@ -40,6 +41,23 @@ def test_auto_streams_where_the_tape_takes_over_half_the_device(digits, monkeypa
     assert mode(SMALL, digits, 2 * tape - 1, monkeypatch) == "streamed"
     larger = dataclasses.replace(SMALL, batch_size=256)
     assert mode(larger, digits, 2 * tape, monkeypatch) == "streamed"
+
+
+def test_auto_keeps_a_tape_that_fits_where_one_unit_is_nearly_all_of_it(monkeypatch):
+    cifar = Described((16, 16, 3), 10, 512, "float32", None)
+    config = Config(model="vgg13", rank_init=0.25, batch_size=32)
+    joined = build.build(config, cifar)
+    (lower, upper, last) = memory.held_bytes(
+        joined.units, joined.method, joined.state.params, joined.state.mstate,
+        jax.ShapeDtypeStruct((32, 16, 16, 3), "float32"),
+    )  # fmt: skip
+    tape = lower + upper + last
+    assert (lower > 0.8 * tape, joined.held) == (True, tape)
+    assert mode(config, cifar, tape, monkeypatch) == "taped"
+    # What does not fit is streamed all the same.
+    assert mode(config, cifar, tape - 1, monkeypatch) == "streamed"
+    halves = dataclasses.replace(config, unit_size=5)
+    assert mode(halves, cifar, build.build(halves, cifar).held, monkeypatch) == "streamed"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 # Mean angle, in degrees, of the hidden units whose gradients are not exact, above which a local
-# gradient hardly helps: its cosine is below a half; and the most that rounding makes of an exact one.
+# gradient hardly helps: its cosine is below a half; and the most that rounding makes of an exact
+# one.
 WIDE_ANGLE, EXACT_ANGLE = 60.0, 1.0
 # Accuracy gained in the last third of the epochs, over what was left to gain.
 LEAST_GAIN = 0.05

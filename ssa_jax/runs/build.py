@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,7 +149,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup=warmup,
         takes_over=0 if config.warmup_method == "none" else warm,
         memory=mode,
-        held=held,
+        held=sum(held),
         bounds=bounds,
         optimizer=optimizer,
         weights=weights,
@@ -175,7 +175,7 @@ def even(number: int) -> int:
     return max(1, number - number % 2)
 
 
-def _memory(config: Config, method: Method, held: int) -> str:
+def _memory(config: Config, method: Method, held: Sequence[int]) -> str:
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
         return config.memory

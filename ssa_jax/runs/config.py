@@ -71,7 +71,7 @@ class Config:
     memory: str = setting(
         "auto",
         "Keep what units' gradients need of the forward pass, or make it again piece by piece; "
-        "auto: streamed where keeping it takes over half the memory of the device.",
+        "auto: streamed where keeping it takes over half the device's memory and that spares any.",
         choices=("auto", *MEMORY_MODES),
     )
     batch_size: int = setting(128, "Examples in a step.", low=1)

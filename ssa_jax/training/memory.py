@@ -16,21 +16,31 @@ from ssa_jax.networks.units import Unit
 Tree = Any
 
 
-def choose(method: Method, held: int, device_bytes: int) -> str:
+# Of a tape, what a streamed pass may hold and still be worth a forward pass more.
+_WORTH = 0.8
+
+
+def choose(method: Method, held: Sequence[int], device_bytes: int) -> str:
     """The mode of ``--memory=auto``: streamed where a tape would fill more than half the device.
+
+    But not where one unit is nearly all of a tape that fits: streaming would spare nothing.
 
     Args:
       method: one that reads the tape keeps it.
-      held: what that is; see `held_bytes`.
+      held: what that is of every unit; see `held_bytes`.
       device_bytes: memory of the device; see `device_bytes`.
     """
-    return "streamed" if streams(method) and held > device_bytes / 2 else "taped"
+    tape = sum(held)
+    if not streams(method) or tape <= device_bytes / 2:
+        return "taped"
+    spares = max(held) <= _WORTH * tape
+    return "streamed" if spares or tape > device_bytes else "taped"
 
 
 def held_bytes(
     units: Sequence[Unit], method: Method, params: Tree, mstate: Tree, images: Any
-) -> int:
-    """What a tape holds of a batch, in bytes.
+) -> list[int]:
+    """What a tape holds of a batch, in bytes, by unit.
 
     Args:
       units: the network.
@@ -42,7 +52,7 @@ def held_bytes(
     inputs = jax.eval_shape(
         lambda p, m, x: forward(units, p, m, x)[2].inputs, params, mstate, images
     )
-    return sum(activation_bytes(units, method, params, mstate, inputs))
+    return activation_bytes(units, method, params, mstate, inputs)
 
 
 def device_bytes() -> int:
