@@ -1,13 +1,14 @@
 """How far down does a direct signal reach in a trained network?
 
-    python -m experiments.reach --workdir=WORKDIR [--examples=2048] [--out=FILE.json]
+    python -m experiments.reach --workdir=WORKDIR [--examples=N] [--out=FILE.json]
 
 Takes the weights of a run, of whatever method, and measures what direct SSA would learn from on
 them: the angles between its gradients and the true ones, and between its signals and the true ones.
 Forms are each layer a unit, the same looking one ahead, units of two, four and eight, and the
 default of such a network, if it is none of these; and the linear map of the error that is nearest
-to the true signals in the mean square, which says what better paths could gain. Nothing is trained
-and the run's folder stays as it is.
+to the true signals in the mean square over 2048 training examples or as many as there are beside
+those that are probed, which says what better paths could gain. Nothing is trained and the run's
+folder stays as it is.
 """
 
 import json
@@ -56,7 +57,10 @@ if __name__ == "__main__":
     flags.define_path("data_dir", "TFDS directory; else the run's or TFDS's default.")
     flags.define_path("out", "A JSON file for the figures, with command, hardware and commit.")
     absl_flags.DEFINE_integer(
-        "examples", 2048, "Training examples of the regression.", lower_bound=1
+        "examples",
+        None,
+        "Training examples of the regression; 2048 or what there is.",
+        lower_bound=1,
     )
     absl_flags.mark_flag_as_required("workdir")
     flags.run_program(main)

@@ -1,10 +1,19 @@
 """Settings: fields of a dataclass with a help and limits."""
 
 import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from ssa_jax.errors import ConfigError
 from ssa_jax.plugins import is_reference
+
+# What a value of a field's type is, and in words.
+_KINDS = {
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    bool: (bool, "True or False"),
+}
 
 # The largest integer that a step counter, a seed or a size can be: those of JAX have 32 bits.
 MOST = 2**31 - 1
@@ -33,20 +42,33 @@ def check(settings: Any) -> None:
         if value is None and field.default is None:
             continue
         high = limits.get("high", MOST if isinstance(value, int) else None)
-        wanted = None
-        if "choices" in limits and value not in limits["choices"]:
-            if not (limits.get("open") and is_reference(value)):
-                wanted = "one of " + ", ".join(limits["choices"])
-        elif "low" in limits and not value >= limits["low"]:
-            wanted = f"at least {limits['low']}"
-        elif "above" in limits and not value > limits["above"]:
-            wanted = f"more than {limits['above']}"
-        elif high is not None and not value <= high:
-            wanted = f"at most {high}"
-        elif isinstance(value, float) and value == float("inf"):
-            wanted = "finite"
+        wanted = _other_kind(field.type, value) or _beyond(value, limits, high)
         if wanted:
             raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
+
+
+def _beyond(value: Any, limits: Mapping[str, Any], high: Any) -> str | None:
+    """What a value may be, in words, where it is not within its limits."""
+    if "choices" in limits and value not in limits["choices"]:
+        named = limits.get("open") and is_reference(value)
+        return None if named else "one of " + ", ".join(limits["choices"])
+    if "low" in limits and not value >= limits["low"]:
+        return f"at least {limits['low']}"
+    if "above" in limits and not value > limits["above"]:
+        return f"more than {limits['above']}"
+    if high is not None and not value <= high:
+        return f"at most {high}"
+    return "finite" if isinstance(value, float) and value == float("inf") else None
+
+
+def _other_kind(of: Any, value: Any) -> str | None:
+    """What a value of a numeric field's type would be, in words, where it is none."""
+    for kind in typing.get_args(of) or (of,):
+        if kind in _KINDS:
+            numeric, words = _KINDS[kind]
+            fits = isinstance(value, numeric) and (kind is bool) == isinstance(value, bool)
+            return None if fits else words
+    return None
 
 
 def check_seeds(seed: int, seeds: int) -> None:

@@ -72,6 +72,32 @@ def test_a_run_keeps_its_ranks_when_it_goes_on(run):
         ssa_jax.fit(run, (X, Y), rank_init=0.25, batch_size=8)
 
 
+def plain(input_shape, outputs, *, rank, rngs):
+    """A model from outside that leaves it to the run to put it on factors."""
+    del rank, rngs
+    return Net(outputs, int(np.prod(input_shape)))
+
+
+def test_a_dense_model_from_outside_by_name_is_put_on_factors():
+    named = ssa_jax.fit(f"{__name__}:plain", (X, Y), rank_schedule="hybrid", **OPTIONS)
+    given = ssa_jax.fit(Net(), (X, Y), rank_schedule="hybrid", **OPTIONS)
+    assert named.history[-1]["ranks"] == given.history[-1]["ranks"] != {}
+    assert all(map(np.array_equal, leaves(named.model), leaves(given.model)))
+
+
+def test_a_run_that_was_dense_may_go_on_on_factors_of_a_rank():
+    dense = ssa_jax.fit(Net(), (X, Y), method="bp", **OPTIONS)
+    tuned = ssa_jax.fit(dense, (X, Y), rank_init=0.25, factorize="all", **OPTIONS)
+    assert set(tuned.history[-1]["ranks"].values()) == {4}
+
+
+def test_numbers_of_numpy_are_settings_too():
+    run = ssa_jax.fit(
+        Net(), (X, Y), epochs=1, batch_size=np.int64(8), learning_rate=np.float32(1e-3)
+    )
+    assert run.config.batch_size == 8
+
+
 def test_the_front_door_lists_what_is_behind_it():
     assert {"fit", "load", "cut", "factorize"} <= set(dir(ssa_jax))
 
@@ -345,6 +371,18 @@ def test_a_folder_and_an_npz_are_the_arrays(tmp_path):
         ((X, Y), {"batch_size": 65}, ConfigError, r"^batch_size must be at most 58"),
         ((X, Y), {"epochs": 0}, ConfigError, r"^epochs must be at least 1"),
         ((X, Y), {"loss": "cross"}, ConfigError, r"^loss must be one of cross_entropy"),
+        ((X, Y), {"unit_size": "auto"}, ConfigError, r"^unit_size must be a whole number, got au"),
+        ((X, Y), {"feedback_lookahead": 1.5}, ConfigError, r"lookahead must be a whole number, go"),
+        ((X, Y), {"batch_size": True}, ConfigError, r"^batch_size must be a whole number, got Tr"),
+        ((X, Y), {"learning_rate": "a"}, ConfigError, r"^learning_rate must be a number, got a"),
+        ((X, Y), {"shard_params": 1}, ConfigError, r"^shard_params must be True or False, g"),
+        (X, {}, DataError, r"targets are missing: give \(inputs, targets\)"),
+        (
+            (X, Y),
+            {"model": ssa_jax.factorize(Net(), lowest=0.0), "rank_init": 0.3},
+            ConfigError,
+            r"^rank_init is not for a model on factors, which keeps its ranks",
+        ),
         ((X, Y), {"learning_rates": 1}, TypeError, r"did you mean learning_rate\?"),
         ((X, Y), {"epoch": 3}, TypeError, r"fit has no setting epoch"),
         ((X, Y), {"dataset": "mnist"}, TypeError, r"no setting dataset; give the name as train"),

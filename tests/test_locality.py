@@ -83,7 +83,10 @@ def test_a_run_of_the_defaults_is_the_run_of_what_they_come_to(
     assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
     assert [method(summary) for summary in summaries] == [named] * 2
     joined = "3 units of up to 7 neighbours," if given["unit_size"] > 1 else f"{hidden + 1} units,"
-    assert capsys.readouterr().out.count(joined) == 2
+    told = capsys.readouterr().out
+    assert told.count(joined) == 2
+    how = "exact within joined units of up to 7" if given["unit_size"] > 1 else "1 unit ahead"
+    assert told.count(f"; {how} (unit_size, feedback_lookahead)") == 2
 
 
 def test_the_upper_unit_below_a_linear_output_learns_by_the_exact_gradient():

@@ -58,7 +58,7 @@ def test_no_linear_map_of_the_error_is_nearer_than_the_regression(measured):
     """In the mean square over the examples it was measured on, here those of the probe too."""
     read, _ = measured
     built = reach._built(read, reach.LINEAR)
-    batch = reach._batches(read, 512)(0, 512)
+    batch = reach._batches(read)(0, 512)
     regressed = train.make_refresh(built.method)(reach._seeing(built.state, batch))
     layers = reach._built(read, reach.LAYERS)
 
@@ -120,6 +120,17 @@ def test_too_few_examples_are_told(measured):
     read, _ = measured
     with pytest.raises(ConfigError, match=r"lower --examples, now 9999"):
         next(reach.measure(read, 9999))
+
+
+def test_a_run_with_fewer_examples_than_are_probed_is_told_so(tmp_path):
+    read = trained_by(tmp_path / "run", "svd_bp", train_size=256)
+    with pytest.raises(ConfigError, match=r"^4 batches of 64 examples are probed, and the run has"):
+        next(reach.measure(read))
+
+
+def test_by_itself_the_regression_takes_the_examples_that_are_there(measured):
+    read, _ = measured
+    assert reach._examples(read, None) == read.data.train_size - 4 * 64 < reach.EXAMPLES
 
 
 def program(*flags):

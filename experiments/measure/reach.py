@@ -23,8 +23,8 @@ from ssa_jax.types import Batch, TrainState
 HEADER = ("form", "gradients, mean", "input to output", "signals, mean", "input to output")
 # Degrees: a cosine of 0.9.
 NEAR = 25.842
-# Batches that are probed.
-PROBES = 4
+# Batches that are probed, and examples of the regression.
+PROBES, EXAMPLES = 4, 2048
 
 
 class Form(NamedTuple):
@@ -46,7 +46,7 @@ FORMS = (
 )
 
 
-def measure(run: Trained, examples: int) -> Iterator[Row]:
+def measure(run: Trained, examples: int | None = None) -> Iterator[Row]:
     """The angles of each form on the weights of a run, as soon as they are known.
 
     Composed paths are measured on the inputs that a run measures them on. The nearest linear map
@@ -58,7 +58,7 @@ def measure(run: Trained, examples: int) -> Iterator[Row]:
 
     Args:
       run: of a named data set.
-      examples: for the regression.
+      examples: for the regression; None: `EXAMPLES`, or as many as there are.
 
     Yields:
       ``form``; ``angles`` and ``signal_angles`` in degrees of each hidden unit, next to the input
@@ -67,7 +67,7 @@ def measure(run: Trained, examples: int) -> Iterator[Row]:
     Raises:
       ConfigError: fewer training examples than are needed.
     """
-    batches = _batches(run, examples)
+    examples, batches = _examples(run, examples), _batches(run)
     layers = None
     measured: list[Config] = []
     for form in FORMS:
@@ -108,13 +108,24 @@ def _built(run: Trained, form: Form) -> Built:
     return build.build(Config(**asked | form.changes), run.data, given=Given(model=run.model))
 
 
-def _batches(run: Trained, examples: int) -> Callable[[int, int], Batch]:
-    needed = examples + PROBES * run.config.batch_size
-    if run.data.train_size < needed:
+def _examples(run: Trained, examples: int | None) -> int:
+    there, probed = run.data.train_size, PROBES * run.config.batch_size
+    if there <= probed:
         raise ConfigError(
-            f"{needed} training examples are needed, and the run has {run.data.train_size}: "
-            f"lower --examples, now {examples}"
+            f"{PROBES} batches of {run.config.batch_size} examples are probed, and the run has "
+            f"{there} in all; what can be looked at is a run of smaller batches"
         )
+    if examples is None:
+        return min(EXAMPLES, there - probed)
+    if there < examples + probed:
+        raise ConfigError(
+            f"{examples + probed} training examples are needed, and the run has {there}: "
+            f"lower --examples, now {examples}, to {there - probed} at most"
+        )
+    return examples
+
+
+def _batches(run: Trained) -> Callable[[int, int], Batch]:
     loader = inputs.make_loader(run.config, run.data)
     return lambda first, n: loader.fixed_batch(np.arange(first, first + n))
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 
 from ssa_jax.data import Dataset
 from ssa_jax.data.batches import Batches
 from ssa_jax.errors import ConfigError
 from ssa_jax.networks.factorize import has_factors
-from ssa_jax.networks.models import Functional, start
+from ssa_jax.networks.models import Functional, LinenModel, start
 from ssa_jax.runs import build
 from ssa_jax.runs.config import Config, identity
 from ssa_jax.runs.fitted import Described, Run
@@ -30,6 +32,8 @@ from ssa_jax.training.checkpoint import Checkpoints
 
 Array = jax.Array
 Row = dict[str, Any]
+# Models that hold their parameters.
+_PARAMETRISED = nnx.Module | LinenModel | Functional
 
 
 def fit(
@@ -96,16 +100,17 @@ def fit(
     """
     with _without_dashes():
         moments = model.data.moments if isinstance(model, Run) else None
-        if isinstance(model, Run):
-            if "rank_init" in settings:
-                raise ConfigError("--rank_init is not for a run, whose model keeps its ranks")
-            model = model.model
+        whose = "a run, whose model" if isinstance(model, Run) else "a model on factors, which"
+        model = model.model if isinstance(model, Run) else model
+        on_factors = isinstance(model, _PARAMETRISED) and has_factors(model)
+        if on_factors and "rank_init" in settings:
+            raise ConfigError(f"--rank_init is not for {whose} keeps its ranks")
         data, dataset = from_arguments(
             train, test, loss, crop, flip, size, outputs, name, steps_per_epoch
         )
         if isinstance(data, Batches):
             batch_size = data.batch_size
-        if isinstance(model, Functional) and not has_factors(model):
+        if isinstance(model, Functional) and not on_factors:
             # Which of a function's parameters are kernels it does not tell.
             settings = {"factorize": "off", **settings}
         if moments is not None and isinstance(data, Dataset):
@@ -190,7 +195,9 @@ def _config(settings: Mapping[str, Any], temporary: bool, **fields: Any) -> Conf
         )
     if settings.get("resume") and temporary:
         raise ConfigError("--resume needs the workdir of the run that it goes on with")
-    return Config(**{**settings, **fields})
+    chosen = {**settings, **fields}
+    # NumPy's scalars are no JSON.
+    return Config(**{n: v.item() if isinstance(v, np.generic) else v for n, v in chosen.items()})
 
 
 class _Temporary:
@@ -206,5 +213,5 @@ def _without_dashes() -> Iterator[None]:
     """Errors of settings name arguments: a caller of a function has no flags."""
     try:
         yield
-    except ConfigError as e:
-        raise ConfigError(re.sub(r"--(?=\w)", "", str(e))) from e
+    except (ConfigError, WorkdirError) as e:
+        raise type(e)(re.sub(r"--(?=\w)", "", str(e))) from e

@@ -13,7 +13,7 @@ class Given(NamedTuple):
       method: (network, options) -> Method.
       optimizer: a whole optax optimiser.
       rank_schedule: (share of training, energy, final) -> `ranks.Target`.
-      loss: a `Task`, or a function (outputs, targets) -> scalar.
+      loss: a `Task`, or a function (outputs, targets) -> (batch,) or scalar.
       callbacks: called with the row of each epoch.
     """
 

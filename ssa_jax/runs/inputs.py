@@ -128,6 +128,8 @@ def from_arguments(
         return None, train
     labelled = loss == "cross_entropy" or getattr(loss, "classes", False)
     kinds: dict[str, Any] = {"classes": labelled, "outputs": outputs}
+    if batches and hasattr(train, "shape"):
+        raise DataError("targets are missing: give (inputs, targets)")
     if batches:
         data: Any = from_batches(train, test, name=name, steps_per_epoch=steps, **kinds)
         return data, f"{PREFIX}:{re.sub(r'[^0-9a-zA-Z]+', '_', name)}"

@@ -17,7 +17,7 @@ from ssa_jax.models.blocks import BatchNorm
 from ssa_jax.networks import worth
 from ssa_jax.networks.factorize import factorize, has_factors, tell_left
 from ssa_jax.networks.forward import predict
-from ssa_jax.networks.models import Split, split, start
+from ssa_jax.networks.models import Functional, Split, split, start
 from ssa_jax.networks.units import Unit, group_units, in_precision
 from ssa_jax.plugins import find
 from ssa_jax.runs.config import Config
@@ -44,7 +44,8 @@ class Costs(NamedTuple):
 def make_model(config: Config, data: Images, given: Given = NOTHING, *, factorized: bool) -> Any:
     """The untrained model of a run, on factors at the initial rank or dense.
 
-    One that is given is put on factors by `factorize`, unless it has some, and stays as it is.
+    One that is given, or comes dense from outside, is put on factors by `factorize`, unless it has
+    some or is a plain function, and stays as it is.
 
     Raises:
       ConfigError: a model that does not fit the data.
@@ -60,8 +61,12 @@ def make_model(config: Config, data: Images, given: Given = NOTHING, *, factoriz
         return make(data.image_shape, data.classes, rank=rank, rngs=rngs, **options)
 
     try:
-        model = at(rank)
-        return model if rank is None else _where_it_pays(model, lambda: at(None), config)
+        model = start(at(rank), data.example, config.seed)
+        if rank is None or isinstance(model, Functional):
+            return model
+        if not has_factors(model):
+            return _given_model(model, config, data, rank)
+        return _where_it_pays(model, lambda: at(None), config)
     except ValueError as e:
         raise ConfigError(f"--model={config.model} on --dataset={config.dataset}: {e}") from e
 

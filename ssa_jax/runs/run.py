@@ -110,7 +110,17 @@ def introduce(config: Config, loop: Loop) -> None:
             flush=True,
         )
     if note := built.method.note:
-        print(f"feedback: {note}", flush=True)
+        print(f"feedback: {note}{_reach(built)}", flush=True)
+
+
+def _reach(built: build.Built) -> str:
+    """How far gradients are exact where signals are direct, and what decides it."""
+    if built.method.direct is None:
+        return ""
+    size, ahead = built.config.unit_size or 1, built.method.ahead
+    found = [f"exact within joined units of up to {size}"] if size > 1 else []
+    found += [f"{ahead} unit{'s' * (ahead > 1)} ahead"] if ahead else []
+    return f"; {', '.join(found)} (unit_size, feedback_lookahead)" if found else ""
 
 
 def _whole_updates(built: build.Built) -> str:
