@@ -10,7 +10,7 @@ from ssa_jax import cut, factorize
 from ssa_jax.factors import is_factors
 from ssa_jax.layers import SVDConv, SVDDense, SVDLinearGeneral
 from ssa_jax.networks.factorize import LeftDense, from_dense, has_factors
-from ssa_jax.networks.models import Functional, split, start
+from ssa_jax.networks.models import Functional, split, start, without_factors
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 16))
 
@@ -129,6 +129,19 @@ def test_a_linen_model_is_put_on_factors_layer_by_layer():
     half = factorize(model, include=["hidden"])
     assert half.variables["params"]["hidden"]["kernel"].rank == 16
     assert not is_factors(half.variables["params"]["Conv_0"]["kernel"])
+
+
+@pytest.mark.parametrize("make", [lambda: Convs(nnx.Rngs(0)), in_linen])
+def test_without_factors_there_are_the_layers_of_before(make):
+    model = make()
+    on_factors = factorize(model, rank=0.5, lowest=0.0)
+    dense = without_factors(on_factors)
+    assert not has_factors(dense)
+    assert has_factors(on_factors)
+    shapes = [jax.tree.map(jnp.shape, split(m, X[:1]).params) for m in (model, dense)]
+    assert shapes[0] == shapes[1]
+    if isinstance(model, nnx.Module):
+        assert jnp.allclose(dense(X), on_factors(X), atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: Convs(nnx.Rngs(0)), in_linen])

@@ -85,6 +85,24 @@ def test_a_dense_model_from_outside_by_name_is_put_on_factors():
     assert all(map(np.array_equal, leaves(named.model), leaves(given.model)))
 
 
+def test_the_dense_size_of_a_model_on_factors_is_that_of_its_dense_layers(capsys):
+    whole, run = Net(), ssa_jax.factorize(Net(), rank=0.25, lowest=0.0)
+    for model in (whole, run):
+        run = ssa_jax.fit(model, (X, Y), epochs=1, max_steps=1, batch_size=8, factorize="all")
+    ssa_jax.fit(run, (X, Y), epochs=1, max_steps=1, batch_size=8)
+    dense = 16 * 16 + 16 + 32 + 16 * 16 + 16 + 16 * 2 + 2
+    assert capsys.readouterr().out.count(f"({dense} dense)") == 3
+
+
+def test_a_budget_of_a_model_on_factors_is_of_its_dense_size():
+    options = {"rank_schedule": "linear", "rank_budget": 0.7, "epochs": 4, "batch_size": 8}
+    model = ssa_jax.factorize(Net(width=64), rank=0.75, lowest=0.0)
+    run = ssa_jax.fit(model, (X, Y), **options)
+    # Ranks are whole, so that a little less than was allowed may be left.
+    dense = 16 * 64 + 64 + 128 + 64 * 64 + 64 + 64 * 2 + 2
+    assert 0.6 < run.summary["params"] / dense <= 0.7
+
+
 def test_a_run_that_was_dense_may_go_on_on_factors_of_a_rank():
     dense = ssa_jax.fit(Net(), (X, Y), method="bp", **OPTIONS)
     tuned = ssa_jax.fit(dense, (X, Y), rank_init=0.25, factorize="all", **OPTIONS)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from ssa_jax.networks import linen_factors
+from ssa_jax.networks import linen_factors, nnx_factors
 from ssa_jax.networks.traced import Traced
 from ssa_jax.networks.units import Unit
 
@@ -118,6 +118,16 @@ def start(model: Any, example: jax.ShapeDtypeStruct, seed: int) -> Any:
     raise TypeError(
         f"a model must be an nnx.Module, a linen.Module or a Functional, got {type(model).__name__}"
     )
+
+
+def without_factors(model: Any) -> Any:
+    """A dense model of the same layers: of NNX with their matrices, of Linen with new ones.
+
+    A plain function stays as it is: which of its parameters are kernels it does not tell.
+    """
+    if isinstance(model, LinenModel):
+        return start(model.module, model.example, 0)
+    return nnx_factors.merged(model) if isinstance(model, nnx.Module) else model
 
 
 def split(model: Any, x: Tree) -> Split:

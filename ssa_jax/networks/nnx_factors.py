@@ -10,8 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ssa_jax.factors import Factors
-from ssa_jax.layers import SVDConv, SVDDense, SVDLinearGeneral, kernel_to_matrix
+from ssa_jax.factors import Factors, to_dense
+from ssa_jax.layers import (
+    SVDConv,
+    SVDDense,
+    SVDLinearGeneral,
+    kernel_to_matrix,
+    matrix_to_kernel,
+)
 from ssa_jax.layers.lowering import conv_general_dilated
 
 # What a layer on factors takes over from the stock one, has no use for, or is told of by
@@ -152,3 +158,38 @@ def on_factors(layer: Any, kernel: Factors) -> nnx.Module:
     if layer.bias is not None:
         new.bias.set_value(layer.bias.get_value())
     return new
+
+
+def off_factors(layer: Any) -> nnx.Module:
+    """The stock layer of a layer's matrix U diag(s) Vᵀ, with its own bias: undoes `on_factors`."""
+    matrix = to_dense(layer.kernel.get_value())
+
+    def make() -> Any:
+        options: dict[str, Any] = {"use_bias": layer.bias is not None, "rngs": nnx.Rngs(0)}
+        if isinstance(layer, SVDDense):
+            return nnx.Linear(layer.in_features, layer.out_features, **options)
+        if isinstance(layer, SVDLinearGeneral):
+            return nnx.LinearGeneral(layer.in_shape, layer.out_shape, axis=layer.axis, **options)
+        for name in ("strides", "padding", "kernel_dilation", "feature_group_count"):
+            options[name] = getattr(layer, name)
+        return nnx.Conv(layer.in_features, layer.out_features, layer.kernel_size, **options)
+
+    new = _shapes_of(make)
+    if isinstance(layer, SVDConv):
+        kernel = matrix_to_kernel(matrix, layer.kernel_size)
+    else:
+        kernel = matrix.T.reshape(new.kernel.get_value().shape)
+    new.kernel.set_value(kernel)
+    if layer.bias is not None:
+        new.bias.set_value(layer.bias.get_value())
+    return new
+
+
+def merged(model: nnx.Module) -> nnx.Module:
+    """A copy of a model whose layers on factors are the stock ones of the same matrices."""
+
+    def convert(path: Any, node: Any) -> Any:
+        del path
+        return off_factors(node) if isinstance(node, _ON_FACTORS) else node
+
+    return nnx.recursive_map(convert, nnx.clone(model))

@@ -17,7 +17,7 @@ from ssa_jax.models.blocks import BatchNorm
 from ssa_jax.networks import worth
 from ssa_jax.networks.factorize import factorize, has_factors, tell_left
 from ssa_jax.networks.forward import predict
-from ssa_jax.networks.models import Functional, Split, split, start
+from ssa_jax.networks.models import Functional, Split, split, start, without_factors
 from ssa_jax.networks.units import Unit, group_units, in_precision
 from ssa_jax.plugins import find
 from ssa_jax.runs.config import Config
@@ -176,7 +176,7 @@ def network_costs(units: tuple[Unit, ...], params: Tree, mstate: Tree, data: Ima
 
 
 def dense_costs(config: Config, data: Images, given: Given = NOTHING) -> Costs:
-    """Costs of the same network without factors."""
+    """Costs of the same network without factors; of a plain function on them as it is."""
     return costs_of(config, data, given, factorized=False)
 
 
@@ -185,7 +185,11 @@ def costs_of(config: Config, data: Images, given: Given, *, factorized: bool) ->
     built: list[tuple[Unit, ...]] = []
 
     def shapes() -> tuple[Tree, Tree]:
-        apart, _ = split_model(config, data, given, factorized=factorized)
+        model = given.model
+        if not factorized and model is not None and has_factors(model):
+            model = without_factors(model)
+        whole = given._replace(model=model)
+        apart, _ = split_model(config, data, whole, factorized=factorized)
         built.append(apart.units)
         return apart.params, apart.mstate
 
