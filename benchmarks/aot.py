@@ -9,7 +9,8 @@ conditionals, collectives with their bytes, bytes a device, seconds to trace and
 time that the device's rates allow at best (see `ssa_jax.parallel.ahead`); of one that the compiler
 refuses for want of memory, what it asks for. Images of CIFAR-10's shape, a batch of 128 a GPU and
 of 2048 on a slice; or with `--imagenet` images of 224 pixels and a thousand classes, and of the
-programs the initialisation and the step, taped and streamed. Where the default of ssa comes to
+programs the initialisation and the step: of backpropagation, of direct SSA streamed block by block,
+and of its default. Where the default of ssa comes to
 another of the forms, of which one unit ahead is with falling ranks, it is measured once. Needs the
 extra `aot-cuda` or `aot-tpu`.
 """
@@ -59,7 +60,7 @@ ENTRIES = (
     *DEFAULT,
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
-LARGE_ENTRIES = (Entry("bp"), *DEFAULT)
+LARGE_ENTRIES = (Entry("bp"), Entry("ssa", "streamed"), DEFAULT[0])
 IMAGENET = Described((224, 224, 3), 1000, 1_281_167, "float32", None)
 
 
