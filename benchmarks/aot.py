@@ -10,9 +10,8 @@ time that the device's rates allow at best (see `ssa_jax.parallel.ahead`); of on
 refuses for want of memory, what it asks for. Images of CIFAR-10's shape, a batch of 128 a GPU and
 of 2048 on a slice; or with `--imagenet` images of 224 pixels and a thousand classes, and of the
 programs the initialisation and the step: of backpropagation, of direct SSA streamed block by block,
-and of its default. Where the default of ssa comes to
-another of the forms, of which one unit ahead is with falling ranks, it is measured once. Needs the
-extra `aot-cuda` or `aot-tpu`.
+and of its default. Where the default of ssa comes to another of the forms, of which one unit ahead
+is with falling ranks, it is measured once. Needs the extra `aot-cuda` or `aot-tpu`.
 """
 
 import argparse
