@@ -86,7 +86,7 @@ def test_gates_and_attention_are_read_back_and_run_as_a_program(name, tmp_path):
 def test_every_model_has_an_inference_form(name):
     # Small blocks keep the deep ones quick; what is tested is how they are put together.
     options = {"blocks": 1} if "32" in name else {}
-    shape = (32, 32, 3) if name == "vgg13" else (8, 8, 3)
+    shape = (32, 32, 3) if name.startswith("vgg") else (8, 8, 3)
     model, shape = small_model(name, CLASSES, 0.25, shape, **options)
     model = seen(model, shape)
     x = make_batch(n=2, shape=shape).images

@@ -443,6 +443,15 @@ def test_bad_input_is_told_in_one_line(data, options, error, words):
     assert "--" not in str(caught.value)
 
 
+def test_a_folder_that_holds_a_run_is_told_without_flags(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(WorkdirError) as caught:
+        ssa_jax.fit(Net(), (X, Y), workdir=tmp_path, **OPTIONS)
+    assert "another workdir" in str(caught.value)
+    assert "--" not in str(caught.value)
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
 def test_an_input_of_another_shape_is_refused_by_predict(run):
     with pytest.raises(ValueError, match=r"takes inputs \(n, 4, 4, 1\), got \(2, 5\)"):
         run.predict(np.ones((2, 5)))
