@@ -101,7 +101,7 @@ RECIPES = {
     ),
     "cifar10_vgg13_ssa": Recipe(
         "SSA in two units at a quarter of full rank; after ten epochs at 16 pixels it was level "
-        "with backpropagation on the same factors, one seed, see docs/research.md.",
+        "with backpropagation on the same factors, three seeds, see docs/research.md.",
         {**_SSA, **_VGG13_TWO, "model": "vgg13", "epochs": 100, "rank_init": 0.25},
         _ONE_GPU,
     ),
