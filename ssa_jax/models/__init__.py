@@ -14,12 +14,12 @@ from ssa_jax.models.vit import vit_small, vit_tiny
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp,
     "smallconv": smallconv,
-    "vgg11": vgg11,
     "vgg13": vgg13,
     "resnet32": resnet32,
     "resnet32_conv": resnet32_conv,
     "resnet32_identity": resnet32_identity,
     "plain32": plain32,
+    "vgg11": vgg11,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "mobilenet_v2": mobilenet_v2,
