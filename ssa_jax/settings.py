@@ -41,14 +41,14 @@ def check(settings: Any) -> None:
         value, limits = getattr(settings, field.name), field.metadata
         if value is None and field.default is None:
             continue
-        high = limits.get("high", MOST if isinstance(value, int) else None)
-        wanted = _other_kind(field.type, value) or _beyond(value, limits, high)
+        wanted = _other_kind(field.type, value) or _beyond(value, limits)
         if wanted:
             raise ConfigError(f"--{field.name} must be {wanted}, got {value}")
 
 
-def _beyond(value: Any, limits: Mapping[str, Any], high: Any) -> str | None:
+def _beyond(value: Any, limits: Mapping[str, Any]) -> str | None:
     """What a value may be, in words, where it is not within its limits."""
+    high = limits.get("high", MOST if isinstance(value, int) else None)
     if "choices" in limits and value not in limits["choices"]:
         named = limits.get("open") and is_reference(value)
         return None if named else "one of " + ", ".join(limits["choices"])

@@ -3,12 +3,12 @@
     python -m experiments.studies.gap
     python -m experiments.studies.gap --quick --dataset=digits --model=mlp
 
-The reference is `svd_bp`. Some variants walk through a few of each layer's singular directions, one
-learns behind auxiliary networks; some are `svd_bp` by other optimisers, or with gradients that come
-some steps late, as in a pipeline that is always full, where no unit waits for another; every other
-one is direct SSA with one thing changed: how often the path follows the weights, how fine it is,
-how far a unit's gradient reaches, what is added to the signal, what comes before, and how the
-weights are moved.
+The reference is `svd_bp`; `bp` is that of the dense network. Some variants walk through a few of
+each layer's singular directions, one learns behind auxiliary networks; some are `svd_bp` by other
+optimisers, or with gradients that come some steps late, as in a pipeline that is always full, where
+no unit waits for another; every other one is direct SSA with one thing changed: how often the path
+follows the weights, how fine it is, how far a unit's gradient reaches, what is added to the signal,
+what comes before, and how the weights are moved.
 
 Muon orthogonalises the momentum of every matrix (`optax.contrib.muon`), Stiefel-Muon that of U and
 V, kept tangent (`ssa_jax.transforms.scale_by_stiefel_muon`); all else goes by Adam.

@@ -152,12 +152,7 @@ def on_factors(layer: Any, kernel: Factors) -> nnx.Module:
         }
         return SVDConv(layer.in_features, layer.out_features, layer.kernel_size, **options)
 
-    # Made of shapes alone: an initialisation would take an SVD only to be replaced.
-    new = _shapes_of(make)
-    new.kernel.set_value(kernel)
-    if layer.bias is not None:
-        new.bias.set_value(layer.bias.get_value())
-    return new
+    return _filled(make, kernel, layer)
 
 
 def off_factors(layer: Any) -> nnx.Module:
@@ -174,11 +169,17 @@ def off_factors(layer: Any) -> nnx.Module:
             options[name] = getattr(layer, name)
         return nnx.Conv(layer.in_features, layer.out_features, layer.kernel_size, **options)
 
-    new = _shapes_of(make)
     if isinstance(layer, SVDConv):
-        kernel = matrix_to_kernel(matrix, layer.kernel_size)
-    else:
-        kernel = matrix.T.reshape(new.kernel.get_value().shape)
+        return _filled(make, matrix_to_kernel(matrix, layer.kernel_size), layer)
+    general = isinstance(layer, SVDLinearGeneral)
+    shape = (*layer.in_shape, *layer.out_shape) if general else matrix.T.shape
+    return _filled(make, matrix.T.reshape(shape), layer)
+
+
+def _filled(make: Callable[[], Any], kernel: Any, layer: Any) -> nnx.Module:
+    """A new layer with a kernel and the bias of another."""
+    # Made of shapes alone: an initialisation would take an SVD only to be replaced.
+    new = _shapes_of(make)
     new.kernel.set_value(kernel)
     if layer.bias is not None:
         new.bias.set_value(layer.bias.get_value())
