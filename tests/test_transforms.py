@@ -1,13 +1,13 @@
 """What each transformation does, stated as equations."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import as_on_an_accelerator
 from stiefel_cases import (
     MASK,
     RETRACTIONS,
@@ -274,7 +274,7 @@ def test_clip_by_rms_is_that_of_optax(dtype):
     assert any(np.any(ours[n] != gradients[n]) for n in arrays)
 
 
-@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -287,16 +287,36 @@ def test_clip_by_rms_is_that_of_optax(dtype):
     ],
     ids=str,
 )
-def test_any_arrays_are_clipped_in_one_program(shapes, form, monkeypatch):
-    if form == "accelerator":
-        monkeypatch.setattr(jax.lax, "platform_dependent", as_on_an_accelerator)
+def test_any_arrays_are_clipped_in_one_program(shapes, platform):
     keys = jax.random.split(jax.random.key(0), len(shapes))
     gradients = [4 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
-    ours, theirs = (
-        jax.jit(clip.update)(gradients, clip.init(gradients))[0]
-        for clip in (transforms.clip_by_rms(0.5), optax.clip_by_block_rms(0.5))
-    )
+    with linalg.traced_for(platform):
+        ours, theirs = (
+            jax.jit(clip.update)(gradients, clip.init(gradients))[0]
+            for clip in (transforms.clip_by_rms(0.5), optax.clip_by_block_rms(0.5))
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_an_accelerator_computes_gradients_of_factors_once_and_others_where_they_are_read():
+    shapes = {"a": (20, 9, 4), "b": (20, 8, 3), "c": (1200, 1000, 512)}
+    gradients = {
+        name: Factors(*(jnp.full(shape, 3.0) for shape in ((n, r), (r,), (m, r))))
+        for name, (n, m, r) in shapes.items()
+    } | {"dense": jnp.full((8, 3), 3.0), "none": optax.MaskedNode()}
+    clip = transforms.clip_by_rms(0.5)
+    traced = {}
+    for platform in ("cpu", "cuda"):
+        with linalg.traced_for(platform):
+            traced[platform] = str(jax.make_jaxpr(clip.update)(gradients, clip.init(gradients)))
+            clipped = jax.jit(clip.update)(gradients, clip.init(gradients))[0]
+        assert all((np.asarray(x) == 0.5).all() for x in jax.tree.leaves(clipped))
+        assert jax.tree.structure(clipped) == jax.tree.structure(gradients)
+    assert "optimization_barrier" not in traced["cpu"]
+    # The small ones of one shape, the large ones of another.
+    assert traced["cuda"].count("optimization_barrier") == 2
+    stacks = re.findall(r":f32\[([\d,]+)\] = optimization_barrier", traced["cuda"])
+    assert sorted(stacks) == ["2,1200,512", "4,20,4"]
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)

@@ -87,8 +87,9 @@ def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[
 def inverse_root_series(e: Array) -> Array:
     """(I - E)^(-1/2) - I of symmetric (..., r, r), to the sixth order of E, by three products."""
     e2 = mm(e, e)
-    high = 35 / 128 * e2 + mm(e2, 63 / 256 * e + 231 / 1024 * e2)
-    return 1 / 2 * e + 3 / 8 * e2 + mm(e2, 5 / 16 * e + high)
+    e3 = mm(e2, e)
+    low = 1 / 2 * e + 3 / 8 * e2 + 5 / 16 * e3
+    return low + mm(e3, 35 / 128 * e + 63 / 256 * e2 + 231 / 1024 * e3)
 
 
 def msign(m: Array, steps: int = 5) -> Array:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ssa_jax.transforms.mapping import map_stacked, on_mesh, padded
+from ssa_jax.transforms.mapping import is_matrix, map_stacked, on_mesh, padded, stacks
+from ssa_jax.transforms.selection import kinds_of
 
 Array = jax.Array
 
@@ -40,6 +41,8 @@ def clip_by_rms(threshold: float | Array) -> optax.GradientTransformationExtraAr
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates
+        if stacks():
+            leaves = _laid_down(leaves, jax.tree.leaves(kinds_of(updates)))
         clipped = [
             (u / jnp.maximum(1, jnp.sqrt(square) / threshold)).astype(u.dtype)
             for u, square in zip(leaves, _mean_squares(leaves), strict=True)
@@ -55,7 +58,7 @@ def _mean_squares(leaves: list[Array]) -> list[Array]:
     # Rows that lie on several devices would be sent to be together.
     if on_mesh():
         return [jnp.mean(jnp.square(x)) for x in wide]
-    sums = lax.platform_dependent(wide, cpu=_rows_of_all, default=_rows_of_stacks)
+    sums = _rows_of_stacks(wide) if stacks() else list(map(_rows, wide))
     longest = max(len(s) for s in sums)
     table = jnp.stack([jnp.pad(s, (0, longest - len(s))) for s in sums])
     return list(jnp.sum(table, axis=1) / jnp.array([x.size for x in leaves]))
@@ -67,14 +70,25 @@ def _rows(x: Array) -> Array:
     return jnp.sum(squares, axis=-1).ravel() if x.ndim > 1 else squares.ravel()
 
 
-def _rows_of_all(arrays: list[Array]) -> list[Array]:
-    return list(map(_rows, arrays))
-
-
 def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
     """The same, matrices brought to few shapes, whose rows are summed at once."""
     matrices = padded([x for x in arrays if x.ndim == 2])
     if not matrices:
-        return _rows_of_all(arrays)
+        return list(map(_rows, arrays))
     stacked = iter(map_stacked(lambda x: (jnp.sum(jnp.square(x), axis=-1),), matrices)[0])
     return [next(stacked)[: len(x)] if x.ndim == 2 else _rows(x) for x in arrays]
+
+
+def _laid_down(leaves: list[Array], kinds: list[str]) -> list[Array]:
+    """The same gradients, those of U and V of `Factors` computed once, in stacks.
+
+    They are products with s. XLA would multiply anew in every kernel that reads one, and as some of
+    these follow the update of s, keep a copy of each s for them.
+    """
+    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
+    if not places:
+        return leaves
+    matrices = padded([leaves[i] for i in places])
+    (held,) = map_stacked(lambda x: (lax.optimization_barrier(x),), matrices)
+    laid = dict(zip(places, held, strict=True))
+    return [laid[i][tuple(map(slice, x.shape))] if i in laid else x for i, x in enumerate(leaves)]

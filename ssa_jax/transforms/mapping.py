@@ -38,6 +38,14 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def stacks() -> bool:
+    """Whether few large kernels are worth zeros and copies: on one accelerator.
+
+    A CPU starts an operation in no time, and adds and multiplies zeros like other numbers.
+    """
+    return not on_mesh() and platform_of_trace() != "cpu"
+
+
 def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> list[list[Array]]:
     """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
 
@@ -108,10 +116,7 @@ def each(fn: Callable[[Array, Array], Array], *, pad: bool = False) -> Callable[
         return [y[..., : x.shape[-2], : x.shape[-1]] for x, y in zip(xs, done, strict=True)]
 
     def mapped(xs: list[Array], gs: list[Array]) -> list[Array]:
-        # A CPU starts an operation in no time, and adds and multiplies zeros like other numbers.
-        if not pad or on_mesh() or platform_of_trace() == "cpu":
-            return by_shape(xs, gs)
-        return by_common_shape(xs, gs)
+        return by_common_shape(xs, gs) if pad and stacks() else by_shape(xs, gs)
 
     return mapped
 
