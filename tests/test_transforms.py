@@ -303,7 +303,9 @@ def test_an_accelerator_computes_gradients_of_factors_once_and_others_where_they
     gradients = {
         name: Factors(*(jnp.full(shape, 3.0) for shape in ((n, r), (r,), (m, r))))
         for name, (n, m, r) in shapes.items()
-    } | {"dense": jnp.full((8, 3), 3.0), "none": optax.MaskedNode()}
+    }
+    gradients["heads"] = Factors(*(jnp.full((2, *x.shape), 3.0) for x in gradients["b"]))
+    gradients |= {"dense": jnp.full((8, 3), 3.0), "none": optax.MaskedNode()}
     clip = transforms.clip_by_rms(0.5)
     traced = {}
     for platform in ("cpu", "cuda"):
@@ -313,10 +315,9 @@ def test_an_accelerator_computes_gradients_of_factors_once_and_others_where_they
         assert all((np.asarray(x) == 0.5).all() for x in jax.tree.leaves(clipped))
         assert jax.tree.structure(clipped) == jax.tree.structure(gradients)
     assert "optimization_barrier" not in traced["cpu"]
-    # The small ones of one shape, the large ones of another.
-    assert traced["cuda"].count("optimization_barrier") == 2
+    # The small ones of one shape, the large ones of another, and those with an axis more.
     stacks = re.findall(r":f32\[([\d,]+)\] = optimization_barrier", traced["cuda"])
-    assert sorted(stacks) == ["2,1200,512", "4,20,4"]
+    assert sorted(stacks) == ["2,1200,512", "2,2,20,3", "4,20,4"]
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)

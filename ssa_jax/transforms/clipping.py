@@ -1,11 +1,13 @@
 """An optax transformation that bounds every array of a gradient, all of them looked at at once."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ssa_jax.transforms.mapping import is_matrix, map_stacked, on_mesh, padded, stacks
+from ssa_jax.transforms.mapping import alike, is_matrix, map_stacked, on_mesh, padded, stacks
 from ssa_jax.transforms.selection import kinds_of
 
 Array = jax.Array
@@ -36,59 +38,78 @@ def clip_by_rms(threshold: float | Array) -> optax.GradientTransformationExtraAr
     if isinstance(threshold, int | float) and threshold <= 0:
         raise ValueError(f"the clipping threshold must be above 0, got {threshold}")
 
+    def longer(squares: Array) -> Array:
+        return jnp.maximum(1, jnp.sqrt(squares) / threshold)
+
     def update(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
         del params
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates
         if stacks():
-            leaves = _laid_down(leaves, jax.tree.leaves(kinds_of(updates)))
-        clipped = [
-            (u / jnp.maximum(1, jnp.sqrt(square) / threshold)).astype(u.dtype)
-            for u, square in zip(leaves, _mean_squares(leaves), strict=True)
-        ]
+            clipped = _clipped_in_stacks(leaves, jax.tree.leaves(kinds_of(updates)), longer)
+        elif on_mesh():
+            # Rows that lie on several devices would be sent to be together.
+            clipped = [_over(x, longer(jnp.mean(jnp.square(_wide(x))))) for x in leaves]
+        else:
+            squares = _mean_squares([_rows(x)[None] for x in leaves], [x.size for x in leaves])
+            clipped = [_over(x, longer(square)) for x, square in zip(leaves, squares, strict=True)]
         return jax.tree.unflatten(structure, clipped)
 
     return optax.with_extra_args_support(optax.stateless(update))
 
 
-def _mean_squares(leaves: list[Array]) -> list[Array]:
-    """Mean square of each array, in at least float32."""
-    wide = [x.astype(jnp.result_type(jnp.float32, x.dtype)) for x in leaves]
-    # Rows that lie on several devices would be sent to be together.
-    if on_mesh():
-        return [jnp.mean(jnp.square(x)) for x in wide]
-    sums = _rows_of_stacks(wide) if stacks() else list(map(_rows, wide))
-    longest = max(len(s) for s in sums)
-    table = jnp.stack([jnp.pad(s, (0, longest - len(s))) for s in sums])
-    return list(jnp.sum(table, axis=1) / jnp.array([x.size for x in leaves]))
+def _over(x: Array, by: Array) -> Array:
+    return (x / by).astype(x.dtype)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.result_type(jnp.float32, x.dtype))
 
 
 def _rows(x: Array) -> Array:
-    """The sums of squares of the rows of an array, flat."""
-    squares = jnp.square(x)
+    """The sums of squares of the rows of an array, flat, in at least float32."""
+    squares = jnp.square(_wide(x))
     return jnp.sum(squares, axis=-1).ravel() if x.ndim > 1 else squares.ravel()
 
 
+def _mean_squares(rows: list[Array], sizes: list[int]) -> Array:
+    """Mean squares of arrays of some sizes, from stacks (arrays, rows) of `_rows`."""
+    longest = max(x.shape[1] for x in rows)
+    table = jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in rows])
+    return jnp.sum(table, axis=1) / jnp.array(sizes)
+
+
+def _clipped_in_stacks(
+    leaves: list[Array], kinds: list[str], longer: Callable[[Array], Array]
+) -> list[Array]:
+    """All arrays over `longer` of their mean squares; U and V of factors as stacks of few shapes.
+
+    Their gradients are products with s. XLA would multiply anew in every kernel that reads one, and
+    as some of those follow the update of s, would copy every s for them: so they are laid down.
+    """
+    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
+    others = [i for i, kind in enumerate(kinds) if not is_matrix(kind)]
+    matrices = padded([leaves[i] for i in places])
+    groups = alike(matrices)
+    held = [lax.optimization_barrier(jnp.stack([matrices[i] for i in group])) for group in groups]
+    order = [*(places[i] for group in groups for i in group), *others]
+    rows = [jnp.sum(jnp.square(_wide(x)), axis=-1).reshape(len(x), -1) for x in held]
+    rows += [x[None] for x in _rows_of_stacks([leaves[i] for i in others])]
+    by = longer(_mean_squares(rows, [leaves[i].size for i in order]))
+    clipped: list[Array] = []
+    for x in held:
+        of_stack = by[len(clipped) : len(clipped) + len(x)]
+        clipped += list(_over(x, of_stack.reshape(-1, *(1,) * (x.ndim - 1))))
+    clipped += [_over(leaves[i], by[k]) for k, i in enumerate(others, len(clipped))]
+    back = dict(zip(order, clipped, strict=True))
+    return [back[i][tuple(map(slice, x.shape))] for i, x in enumerate(leaves)]
+
+
 def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
-    """The same, matrices brought to few shapes, whose rows are summed at once."""
+    """`_rows` of each, matrices brought to few shapes, whose rows are summed at once."""
     matrices = padded([x for x in arrays if x.ndim == 2])
     if not matrices:
         return list(map(_rows, arrays))
-    stacked = iter(map_stacked(lambda x: (jnp.sum(jnp.square(x), axis=-1),), matrices)[0])
+    stacked = iter(map_stacked(lambda x: (jnp.sum(jnp.square(_wide(x)), axis=-1),), matrices)[0])
     return [next(stacked)[: len(x)] if x.ndim == 2 else _rows(x) for x in arrays]
-
-
-def _laid_down(leaves: list[Array], kinds: list[str]) -> list[Array]:
-    """The same gradients, those of U and V of `Factors` computed once, in stacks.
-
-    They are products with s. XLA would multiply anew in every kernel that reads one, and as some of
-    these follow the update of s, keep a copy of each s for them.
-    """
-    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
-    if not places:
-        return leaves
-    matrices = padded([leaves[i] for i in places])
-    (held,) = map_stacked(lambda x: (lax.optimization_barrier(x),), matrices)
-    laid = dict(zip(places, held, strict=True))
-    return [laid[i][tuple(map(slice, x.shape))] if i in laid else x for i, x in enumerate(leaves)]

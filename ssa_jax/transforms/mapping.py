@@ -46,6 +46,18 @@ def stacks() -> bool:
     return not on_mesh() and platform_of_trace() != "cpu"
 
 
+def alike(*columns: Sequence[Array]) -> list[list[int]]:
+    """The places at which lists of arrays have the same shapes and dtypes, together.
+
+    >>> alike([jnp.zeros(3), jnp.zeros(2), jnp.ones(3)])
+    [[0, 2], [1]]
+    """
+    found: dict[Any, list[int]] = {}
+    for i, row in enumerate(zip(*columns, strict=True)):
+        found.setdefault(tuple((x.shape, x.dtype) for x in row), []).append(i)
+    return list(found.values())
+
+
 def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> list[list[Array]]:
     """Applies fn at every place of lists of arrays, at those of one shape and dtype at once.
 
@@ -64,13 +76,8 @@ def map_stacked(fn: Callable[..., tuple[Array, ...]], *columns: list[Array]) -> 
     def stacked(columns: tuple[list[Array], ...]) -> list[list[Array]]:
         return [list(made) for made in fn(*(jnp.stack(column) for column in columns))]
 
-    alike: dict[Any, list[int]] = {}
-    apart = on_mesh()
-    for i, row in enumerate(zip(*columns, strict=True)):
-        key = (i if apart else None, *((x.shape, x.dtype) for x in row))
-        alike.setdefault(key, []).append(i)
     results: list[Any] = [None] * len(columns[0])
-    for places in alike.values():
+    for places in [[i] for i in range(len(results))] if on_mesh() else alike(*columns):
         done = jax.jit(stacked)(tuple([column[i] for i in places] for column in columns))
         for i, of_place in zip(places, zip(*done, strict=True), strict=True):
             results[i] = of_place
