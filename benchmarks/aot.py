@@ -10,8 +10,9 @@ time that the device's rates allow at best (see `ssa_jax.parallel.ahead`); of on
 refuses for want of memory, what it asks for. Images of CIFAR-10's shape, a batch of 128 a GPU and
 of 2048 on a slice; or with `--imagenet` images of 224 pixels and a thousand classes, and of the
 programs the initialisation and the step: of backpropagation, of direct SSA streamed block by block,
-and of its default. Where the default of ssa comes to another of the forms, of which one unit ahead
-is with falling ranks, it is measured once. Needs the extra `aot-cuda` or `aot-tpu`.
+and of its default. On slices backpropagation and that default stand once more with statistics of
+batch norms by device. Where the default of ssa comes to another of the forms, of which one unit
+ahead is with falling ranks, it is measured once. Needs the extra `aot-cuda` or `aot-tpu`.
 """
 
 import argparse
@@ -36,13 +37,14 @@ RANK = 0.25
 class Entry(NamedTuple):
     """A method, the memory of its steps, units of look-ahead, and layers or blocks in a unit.
 
-    The network decides what is None, as in a run.
+    The network decides what is None, as in a run. Statistics are those of batch norms.
     """
 
     method: str
     memory: str = "taped"
     lookahead: int | None = 0
     unit_size: int | None = 1
+    statistics: str = "global"
 
 
 DEFAULT = (
@@ -60,6 +62,8 @@ ENTRIES = (
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
 LARGE_ENTRIES = (Entry("bp"), Entry("ssa", "streamed"), DEFAULT[0])
+# Of slices alone: what devices tell each other but for batch norms.
+BY_DEVICE = (Entry("bp", statistics="device"), DEFAULT[0]._replace(statistics="device"))
 IMAGENET = Described((224, 224, 3), 1000, 1_281_167, "float32", None)
 
 
@@ -72,6 +76,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
         batches = args.batch or [2048 if where.layout.devices > 1 else 128]
         for model, batch in itertools.product(models, batches):
             of_data = LARGE_ENTRIES if args.imagenet else entries
+            if where.layout.devices > 1:
+                of_data = (*of_data, *BY_DEVICE)
             yield from ([row] for row in _network(where, model, data, batch, of_data, last))
 
 
@@ -81,16 +87,17 @@ def _network(
 ) -> Iterator[Row]:  # fmt: skip
     kernels: dict[str, int] = {}
     measured: set[Entry] = set()
-    for method, memory, lookahead, size in entries:
+    for method, memory, lookahead, size, statistics in entries:
         # The entry that looks ahead is a run with falling ranks, which has a program more.
         schedule = "hybrid" if method == "ssa" and lookahead else "none"
         config = Config(
             model=model, method=method, rank_init=RANK, batch_size=batch, memory=memory,
             feedback_lookahead=lookahead, unit_size=size, rank_schedule=schedule,
+            batch_statistics=statistics,
         )  # fmt: skip
         built = build(config, data)
         lookahead, size = built.config.feedback_lookahead, built.config.unit_size
-        form = Entry(method, memory, lookahead, size)
+        form = Entry(method, memory, lookahead, size, statistics)
         if form in measured:
             continue
         measured.add(form)
@@ -100,7 +107,8 @@ def _network(
                 "target": where.name, "model": model, "batch": batch, "method": method,
                 "rank": None if method == "bp" else RANK, "lookahead": lookahead,
                 "unit_size": size,
-                "schedule": schedule, "memory": memory, "program": one.program,
+                "schedule": schedule, "memory": memory, "statistics": statistics,
+                "program": one.program,
                 **dict.fromkeys(Compiled._fields), **made._asdict(), "macs": one.macs,
                 "best_ms": None if one.best_s is None else round(1e3 * one.best_s, 4),
                 "kernels_to_bp": None, "refused": isinstance(made, TooLarge),

@@ -14,10 +14,11 @@ def _cells(r: Row) -> list[str]:
     """A line of the table; of a program that was refused what is known of it."""
     rank = "" if r["rank"] is None else f" at {r['rank']}"
     ahead = f", {r['lookahead']} ahead" if r["lookahead"] else ""
-    # Records of before units were joined do not tell it.
+    # Older records tell neither the size of units nor whose the statistics are.
     ahead += f", units of {size}" if (size := r.get("unit_size", 1)) > 1 else ""
     falling = ", ranks falling" if r.get("schedule", "none") != "none" else ""
     memory = {"taped": "", "streamed": ", streamed"}[r["memory"]]
+    memory += {"global": "", "device": ", statistics by device"}[r.get("statistics", "global")]
     held = "-" if r["bytes"] is None else f"{r['bytes'] / 2**20:.0f}"
     seconds = f"{r['trace_s'] + r['compile_s']:.1f}"
     first = [f"{r['model']}, {r['method']}{rank}{ahead}{falling}{memory}", r["target"],

@@ -211,6 +211,10 @@ def test_a_refused_program_is_a_row_and_a_line_of_the_page(monkeypatch):
     page = aot_page.aot({"rows": rows, "hardware": "", "versions": {}, "commit": ""})
     assert page.count(f"asks for {53.67 * 1024:.0f}: does not fit") == 3
     assert "the compiler refuses" in page
+    assert "statistics by device" not in page
+    by_device = {"rows": [row | {"statistics": "device"} for row in rows]}
+    page = aot_page.aot({"hardware": "", "versions": {}, "commit": ""} | by_device)
+    assert page.count(", statistics by device") == len(rows)
 
 
 def test_a_plan_trains_nothing_and_says_in_a_line_what_is_missing():
