@@ -16,7 +16,7 @@ from ssa_jax.parallel import ahead
 from ssa_jax.parallel.collectives import collectives
 from ssa_jax.parallel.mesh import AXIS, Layout
 from ssa_jax.runs import plan
-from ssa_jax.runs.build import build
+from ssa_jax.runs.build import Devices, build
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.fitted import Described
 from ssa_jax.training import train
@@ -144,6 +144,28 @@ def test_the_plan_says_what_does_not_fit_and_what_does_not_divide(monkeypatch):
     built = build(config, DIGITS)
     with pytest.raises(ConfigError, match="must be a multiple of the 3 devices of here, got 32"):
         next(plan.planned(built, DIGITS.example, 32, small._replace(layout=Two(None))))
+
+
+def test_a_plan_keeps_a_tape_where_the_target_has_room_for_its_share_of_the_batch(monkeypatch):
+    """By the memory and the number of the target's devices, not of those that plan."""
+    monkeypatch.setattr(ahead, "compiled", lambda *args: ahead.TooLarge(0.0, 0.0, None))
+    config = Config(model="mlp", dataset="digits", batch_size=512)
+    whole, share = (build(config, DIGITS, devices=Devices(n, 1e12)).held for n in (1, 4))
+    assert share < whole / 2
+
+    class Four(Layout):
+        devices = 4
+
+    def step(memory, layout):
+        target = here()._replace(rates=ahead.Rates(memory, 1e10, 1e10), layout=layout)
+        monkeypatch.setattr(ahead, "target", lambda name, stages: target)
+        return next(line for line in plan.lines(config, DIGITS, "here") if line.startswith("step"))
+
+    one, four = here().layout, Four(here().layout.mesh)
+    assert not step(2.1 * whole, one).endswith("streamed")
+    assert step(1.9 * whole, one).endswith("streamed")
+    assert not step(2.1 * share, four).endswith("streamed")
+    assert step(1.9 * share, four).endswith("streamed")
 
 
 REFUSALS = {

@@ -37,6 +37,23 @@ Tree = Any
 EXAMPLES = 64
 
 
+class Devices(NamedTuple):
+    """What a run's steps are spread over.
+
+    Attributes:
+      number: of devices.
+      memory: bytes of each.
+    """
+
+    number: int
+    memory: float
+
+
+def found() -> Devices:
+    """The devices that jax sees."""
+    return Devices(jax.device_count(), memory.device_bytes())
+
+
 class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
@@ -65,8 +82,18 @@ class Built(NamedTuple):
     config: Config
 
 
-def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = NOTHING) -> Built:
+def build(
+    config: Config, data: Images, rate_scale: float = 1.0, given: Given = NOTHING,
+    devices: Devices | None = None,
+) -> Built:  # fmt: skip
     """Builds a run, its learning rate scaled, with what is given in place of its names.
+
+    Args:
+      config: of the run.
+      data: what it learns from.
+      rate_scale: of its learning rate.
+      given: in place of names.
+      devices: which its memory follows; those that jax sees where None.
 
     Raises:
       ConfigError: settings that do not fit each other or the data.
@@ -77,7 +104,7 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
             f"--batch_size must be at most {data.train_size}, the number of training "
             f"examples, got {config.batch_size}"
         )
-    asked = config
+    asked, devices = config, devices or found()
     if config.rank_schedule == "none":
         config = at_budget(config, data, given)
     if config.epochs * steps_per_epoch > MOST:
@@ -134,11 +161,12 @@ def build(config: Config, data: Images, rate_scale: float = 1.0, given: Given = 
         warmup, method = make_methods(config, network, given)
         state = init_state(method, optimizer, params, mstate, jax.random.key(config.seed))
         weights = LossWeights(config.alpha, config.beta, config.gamma, config.kappa, trained)
-        held = memory.held_bytes(units, method, params, mstate, batch_shape(config, data))
-        mode = _memory(config, method, held)
+        shape = batch_shape(config, data, devices.number)
+        held = memory.held_bytes(units, method, params, mstate, shape)
+        mode = _memory(config, method, held, devices.memory)
         bounds: tuple[int, ...] = ()
         if config.staged:
-            part = example_batch(config, data)
+            part = example_batch(config, data, devices.number)
             bounds = bounds_of(units, method, optimizer, weights, state, part, config.stages, mode)
     except ValueError as e:
         raise ConfigError(f"--method={config.method} on --model={config.model}: {e}") from e
@@ -175,7 +203,7 @@ def even(number: int) -> int:
     return max(1, number - number % 2)
 
 
-def _memory(config: Config, method: Method, held: Sequence[int]) -> str:
+def _memory(config: Config, method: Method, held: Sequence[int], device_bytes: float) -> str:
     """The name in `passes.MEMORY_MODES` of a run's steps; of a relay both are direct or neither."""
     if config.memory != "auto":
         return config.memory
@@ -183,12 +211,12 @@ def _memory(config: Config, method: Method, held: Sequence[int]) -> str:
         # What a stage keeps for later goes through buffers, which takes longer than a forward pass
         # where it was measured (RECORDS.md).
         return "streamed"
-    return memory.choose(method, held, memory.device_bytes())
+    return memory.choose(method, held, device_bytes)
 
 
-def example_batch(config: Config, data: Images) -> Batch:
-    """Shapes of the inputs and targets of a pass on one device."""
-    images, one = batch_shape(config, data), inputs.first_examples(data, 1)[1]
+def example_batch(config: Config, data: Images, devices: int) -> Batch:
+    """Shapes of the inputs and targets of a pass on one of some devices."""
+    images, one = batch_shape(config, data, devices), inputs.first_examples(data, 1)[1]
 
     def zeros() -> Batch:
         rows = images.shape[0]
@@ -199,8 +227,8 @@ def example_batch(config: Config, data: Images) -> Batch:
     return jax.eval_shape(zeros)
 
 
-def batch_shape(config: Config, data: Images) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the inputs of a pass on one device."""
-    parts = max(1, jax.device_count() // config.stages) * config.micro_batches
+def batch_shape(config: Config, data: Images, devices: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the inputs of a pass on one of some devices."""
+    parts = max(1, devices // config.stages) * config.micro_batches
     rows = -(-config.batch_size // parts)
     return jax.ShapeDtypeStruct((rows, *data.image_shape), data.example.dtype)

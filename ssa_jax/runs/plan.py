@@ -12,7 +12,7 @@ from ssa_jax.factors import PAYS, named_leaves
 from ssa_jax.factors.linalg import traced_for
 from ssa_jax.parallel import ahead
 from ssa_jax.parallel.ahead import Compiled, Target, TooLarge
-from ssa_jax.runs.build import Built, build
+from ssa_jax.runs.build import Built, Devices, build
 from ssa_jax.runs.config import Config
 from ssa_jax.stages.programs import over_stages, step_of_all
 from ssa_jax.stages.state import shardings
@@ -134,10 +134,12 @@ def lines(config: Config, data: Any, name: str) -> Iterator[str]:
       ConfigError: a target that there is not, or cannot be compiled for here.
     """
     where = ahead.target(name, config.stages if config.staged else 0)
-    built = build(config, data)
+    number = where.layout.devices * where.layout.stages
+    built = build(config, data, devices=Devices(number, where.rates.memory))
     parts = config.micro_batches
     for one in planned(built, data.example, config.batch_size, where, parts):
-        yield f"{one.program}: {_words(one, where.rates.memory)}"
+        how = ", streamed" if one.program == "step" and built.memory == "streamed" else ""
+        yield f"{one.program}: {_words(one, where.rates.memory)}{how}"
 
 
 def _words(one: Planned, memory: float) -> str:

@@ -75,7 +75,7 @@ class Trainer:
         """Takes over the programs of another build of the same run; the state stays."""
         self.built, self.stages = built, None
         if built.bounds:
-            example = build.example_batch(self.config, self.data)
+            example = build.example_batch(self.config, self.data, jax.device_count())
             parts = self.config.micro_batches
             self.stages = over_stages(built, built.bounds, parts, self.layout, example)
         self.programs = make_programs(built, self.layout, self.stages, self._steps)

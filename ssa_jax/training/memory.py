@@ -20,7 +20,7 @@ Tree = Any
 _WORTH = 0.8
 
 
-def choose(method: Method, held: Sequence[int], device_bytes: int) -> str:
+def choose(method: Method, held: Sequence[int], device_bytes: float) -> str:
     """The mode of ``--memory=auto``: streamed where a tape would fill more than half the device.
 
     But not where one unit is nearly all of a tape that fits: streaming would spare nothing.
