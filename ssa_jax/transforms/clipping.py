@@ -39,6 +39,7 @@ def clip_by_rms(threshold: float | Array) -> optax.GradientTransformationExtraAr
         raise ValueError(f"the clipping threshold must be above 0, got {threshold}")
 
     def longer(squares: Array) -> Array:
+        """How many times too long arrays of these mean squares are, at least one."""
         return jnp.maximum(1, jnp.sqrt(squares) / threshold)
 
     def update(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
