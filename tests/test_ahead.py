@@ -9,9 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from benchmarks import aot, aot_page
 from ssa_jax.errors import ConfigError
+from ssa_jax.factors import named_leaves
 from ssa_jax.parallel import ahead
 from ssa_jax.parallel.collectives import collectives
 from ssa_jax.parallel.mesh import AXIS, Layout
@@ -166,6 +168,27 @@ def test_a_plan_keeps_a_tape_where_the_target_has_room_for_its_share_of_the_batc
     assert step(1.9 * whole, one).endswith("streamed")
     assert not step(2.1 * share, four).endswith("streamed")
     assert step(1.9 * share, four).endswith("streamed")
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_plan_puts_factors_where_the_run_does(parts, monkeypatch):
+    seen = []
+
+    def record(program, args, where):
+        seen.append(args[0])
+        return ahead.TooLarge(0.0, 0.0, None)
+
+    monkeypatch.setattr(ahead, "compiled", record)
+    monkeypatch.setattr(ahead, "target", lambda name, stages: here())
+    config = Config(model="mlp", dataset="digits", batch_size=32, shard_params=parts)
+    list(plan.lines(config, DIGITS, "here"))
+    # Of the initialisation, whose first argument are the parameters.
+    factors = named_leaves(seen[0])
+    assert factors
+    for f in factors.values():
+        spread = PartitionSpec(AXIS) if parts else PartitionSpec()
+        assert (f.u.sharding.spec, f.v.sharding.spec) == (spread, spread)
+        assert f.s.sharding.spec == PartitionSpec()
 
 
 REFUSALS = {

@@ -1,5 +1,6 @@
 """What each transformation does, stated as equations."""
 
+import contextlib
 import itertools
 import re
 
@@ -318,6 +319,22 @@ def test_an_accelerator_computes_gradients_of_factors_once_and_others_where_they
     # The small ones of one shape, the large ones of another, and those with an axis more.
     stacks = re.findall(r":f32\[([\d,]+)\] = optimization_barrier", traced["cuda"])
     assert sorted(stacks) == ["2,1200,512", "2,2,20,3", "4,20,4"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "whole", "groups"),
+    [("cuda", True, 1), ("cuda", False, 4), ("tpu", True, 4), ("cpu", True, 4)],
+)
+def test_a_mesh_of_gpus_stacks_matrices_that_are_known_to_be_whole(platform, whole, groups):
+    shapes = [(12, 4), (11, 3), (9, 4), (10, 2)]
+    rng = np.random.default_rng(4)
+    params = [orthonormal(rng, shape) for shape in shapes]
+    tangent = transforms.project_to_tangent(mask=True)
+    mesh = jax.make_mesh((1,), ("devices",), (jax.sharding.AxisType.Auto,))
+    known = linalg.traced_whole() if whole else contextlib.nullcontext()
+    with jax.set_mesh(mesh), known, linalg.traced_for(platform):
+        program = str(jax.make_jaxpr(tangent.update)(params, tangent.init(params), params))
+    assert program.count("dot_general[") == 2 * groups
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)

@@ -22,6 +22,8 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 # Of what is traced for devices that are not here.
 _platform: contextvars.ContextVar[str] = contextvars.ContextVar("platform")
+# Of what is traced for a mesh, which does not tell where arrays lie on it.
+_whole: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
 
 # Rows that are added up in one running sum, at most, and partial sums, at least.
 _SUMMED_AT_ONCE = 128
@@ -97,6 +99,24 @@ def traced_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
         if changes:
             jax.clear_caches()
+
+
+@contextlib.contextmanager
+def traced_whole() -> Iterator[None]:
+    """What is traced within has factors whole on every device of the mesh.
+
+    Of a program that is traced with and without it, jax keeps the first: runs have their own each.
+    """
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def are_whole() -> bool:
+    """Whether factors are known to lie whole on every device of the mesh, see `traced_whole`."""
+    return _whole.get()
 
 
 def platform_of_trace() -> str:

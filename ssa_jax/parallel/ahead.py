@@ -249,12 +249,12 @@ def compiled(program: Callable[..., Any], args: Tree, where: Target) -> Compiled
 
 
 def shaped(tree: Tree, where: Target, *, rows: bool = False) -> Tree:
-    """Shapes of the arrays of a tree as they lie on a target: whole, or spread by their rows."""
-    mesh = where.layout.mesh
-    assert mesh is not None
+    """Shapes of the arrays of a tree as they lie on a target: as a state, or spread by rows."""
+    layout = where.layout
+    assert layout.mesh is not None
+    by_rows = NamedSharding(layout.mesh, P(AXIS))
 
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, P(AXIS) if rows else P())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def one(x: Any, at: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows if rows else at)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree, layout.shardings(tree))

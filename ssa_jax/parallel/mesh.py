@@ -9,7 +9,7 @@ Where there are stages (see `pipeline`) they are a second axis, over which nothi
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ssa_jax.factors import is_factors
+from ssa_jax.factors.linalg import traced_whole
 
 Array = jax.Array
 Tree = Any
@@ -52,9 +53,15 @@ class Layout(NamedTuple):
         """The number of stages, one where a step has none."""
         return 1 if self.mesh is None else self.mesh.shape.get(STAGE, 1)
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
         """A context in which programs are traced for the mesh."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        if self.mesh is None:
+            yield
+            return
+        whole = contextlib.nullcontext() if self.shard_factors else traced_whole()
+        with jax.set_mesh(self.mesh), whole:
+            yield
 
     def place(self, tree: Tree, *, whole: bool = False) -> Tree:
         """The arrays of a tree, equal in all processes, where they belong.

@@ -134,6 +134,7 @@ def lines(config: Config, data: Any, name: str) -> Iterator[str]:
       ConfigError: a target that there is not, or cannot be compiled for here.
     """
     where = ahead.target(name, config.stages if config.staged else 0)
+    where = where._replace(layout=where.layout._replace(shard_factors=config.shard_params))
     number = where.layout.devices * where.layout.stages
     built = build(config, data, devices=Devices(number, where.rates.memory))
     parts = config.micro_batches
