@@ -123,7 +123,8 @@ def _network(
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that other benchmarks do not have."""
-    parser.add_argument("--target", nargs="+", default=["h100"], help="h100, v5e:AxB, v5p:AxBxC")
+    targets = "h100, h100xN, v5e:AxB, v5p:AxBxC"
+    parser.add_argument("--target", nargs="+", default=["h100"], help=targets)
     parser.add_argument(
         "--models", nargs="+", choices=tuple(MODELS), default=["mlp", "vgg13", "resnet32"]
     )

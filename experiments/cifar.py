@@ -66,8 +66,8 @@ def program(defaults: Mapping[str, Any]) -> None:
     absl_flags.DEFINE_string(
         "plan",
         "",
-        "Trains nothing and prints what the run would be on h100, v5e:AxB or v5p:AxBxC: memory, "
-        "kernels, collectives, seconds to compile.",
+        "Trains nothing and prints what the run would be on h100, h100xN, v5e:AxB or v5p:AxBxC: "
+        "memory, kernels, collectives, seconds to compile.",
     )
     flags.run_program(main)
 

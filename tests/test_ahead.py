@@ -40,7 +40,7 @@ def here():
     return ahead.Target("here", Layout(mesh), "cpu", ahead.Rates(1e9, 1e10, 1e10), {})
 
 
-@pytest.mark.parametrize("name", ["a100", "h100:2", "v5e", "", "v5p:"])
+@pytest.mark.parametrize("name", ["a100", "h100:2", "h100x0", "h100x", "v5e", "", "v5p:"])
 def test_an_unknown_target_is_told_with_those_there_are(name):
     with pytest.raises(ConfigError, match="a target is h100, v5e:AxB or v5p:AxBxC, got"):
         ahead.target(name)
@@ -274,6 +274,11 @@ def test_a_plan_trains_nothing_and_says_in_a_line_what_is_missing():
     assert "epoch" not in done.stdout
 
 
+# Tests keep what they compile, and what is for other devices cannot be loaded here.
+UNREADABLE = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+
+@UNREADABLE
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["h100", "v5e:2x2"])
 def test_a_run_is_planned_for_a_device_that_is_not_here(name):
@@ -285,3 +290,22 @@ def test_a_run_is_planned_for_a_device_that_is_not_here(name):
         "initialisation", "step", "refresh", "evaluation",
     ]  # fmt: skip
     assert all("fits in" in line for line in text)
+
+
+@UNREADABLE
+@pytest.mark.slow
+def test_several_gpus_sum_once_and_stack_what_is_whole_on_each():
+    if not INSTALLED["h100"]:
+        pytest.skip("the compiler for h100 is not installed here")
+    config = Config(model="mlp", dataset="digits", batch_size=32)
+
+    def step(name, shard_factors=False):
+        where = ahead.target(name)
+        where = where._replace(layout=where.layout._replace(shard_factors=shard_factors))
+        made = plan.planned(build(config, DIGITS), DIGITS.example, 32, where)
+        return next(p.compiled for p in made if p.program == "step")
+
+    one, two, parts = step("h100"), step("h100x2"), step("h100x2", shard_factors=True)
+    assert (one.collectives, two.collectives) == (0, 1)
+    assert two.products == one.products
+    assert two.kernels < 1.3 * one.kernels < parts.kernels

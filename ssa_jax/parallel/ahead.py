@@ -83,7 +83,7 @@ class Target(NamedTuple):
 
 
 def target(name: str, stages: int = 0) -> Target:
-    """The devices of a name: ``"h100"``, or a TPU slice such as ``"v5e:4x4"`` or ``"v5p:4x4x4"``.
+    """``"h100"``, ``"h100x8"`` for several, or a slice as ``"v5e:4x4"`` or ``"v5p:4x4x4"``.
 
     Args:
       name: of them.
@@ -93,15 +93,17 @@ def target(name: str, stages: int = 0) -> Target:
       ConfigError: an unknown name, stages that do not divide the devices, or a compiler that is not
         installed.
     """
-    kind, _, shape = name.partition(":")
-    if kind not in RATES or bool(shape) == (kind == "h100"):
-        raise ConfigError(f"a target is h100, v5e:AxB or v5p:AxBxC, got {name!r}")
+    found = re.fullmatch(r"(h100)(?:x([1-9]\d*))?|(v5e|v5p):.+", name)
+    if found is None:
+        known = "h100, v5e:AxB or v5p:AxBxC"
+        raise ConfigError(f"a target is {known}, got {name!r}; several GPUs are h100xN")
+    gpu, number, tpu = found.groups()
     # A plug-in asks for its device before it compiles for one, unless another platform is chosen.
     jax.config.update("jax_platforms", "cpu")
     try:
-        devices = _gpu(name) if kind == "h100" else _tpu(name)
+        devices = _gpus(name, number or "1") if gpu else _tpu(name)
     except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as e:
-        extra = "aot-cuda" if kind == "h100" else "aot-tpu"
+        extra = "aot-cuda" if gpu else "aot-tpu"
         raise ConfigError(
             f"jax cannot compile for {name} here ({str(e).splitlines()[0][:120]}); the compiler "
             f"comes with pip install '.[{extra}]', and the device is not needed"
@@ -114,15 +116,13 @@ def target(name: str, stages: int = 0) -> Target:
     else:
         mesh = topologies.make_mesh(devices, (n,), (AXIS,))
         mesh = jax.sharding.Mesh(mesh.devices, (AXIS,), axis_types=(AxisType.Auto,))
-    options = {"xla_gpu_autotune_level": 0} if kind == "h100" else {}
-    platform = "cuda" if kind == "h100" else "tpu"
-    return Target(name, Layout(mesh), platform, RATES[kind], options)
+    options = {"xla_gpu_autotune_level": 0} if gpu else {}
+    return Target(name, Layout(mesh), "cuda" if gpu else "tpu", RATES[gpu or tpu], options)
 
 
-def _gpu(name: str) -> Any:
-    return topologies.get_topology_desc(
-        platform="cuda", topology_name=name, target_config=_H100, topology="1x1x1"
-    )
+def _gpus(name: str, number: str) -> Any:
+    options = {"target_config": _H100, "topology": f"1x1x{number}"}
+    return topologies.get_topology_desc(platform="cuda", topology_name=name, **options)
 
 
 def _tpu(name: str) -> Any:
