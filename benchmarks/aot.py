@@ -10,9 +10,10 @@ time that the device's rates allow at best (see `ssa_jax.parallel.ahead`); of on
 refuses for want of memory, what it asks for. Images of CIFAR-10's shape, a batch of 128 a GPU and
 of 2048 on a slice; or with `--imagenet` images of 224 pixels and a thousand classes, and of the
 programs the initialisation and the step: of backpropagation, of direct SSA streamed block by block,
-and of its default. On slices backpropagation and that default stand once more with statistics of
-batch norms by device. Where the default of ssa comes to another of the forms, of which one unit
-ahead is with falling ranks, it is measured once. Needs the extra `aot-cuda` or `aot-tpu`.
+and of its default. On several devices backpropagation and that default stand once more with
+statistics of batch norms by device. Where the default of ssa comes to another of the forms, of
+which one unit ahead is with falling ranks, it is measured once. Needs the extra `aot-cuda` or
+`aot-tpu`.
 """
 
 import argparse
@@ -62,7 +63,7 @@ ENTRIES = (
 )
 CIFAR = Described((32, 32, 3), 10, 50_000, "float32", None)
 LARGE_ENTRIES = (Entry("bp"), Entry("ssa", "streamed"), DEFAULT[0])
-# Of slices alone: what devices tell each other but for batch norms.
+# Of several devices alone: what they tell each other but for batch norms.
 BY_DEVICE = (Entry("bp", statistics="device"), DEFAULT[0]._replace(statistics="device"))
 IMAGENET = Described((224, 224, 3), 1000, 1_281_167, "float32", None)
 
