@@ -262,6 +262,23 @@ def test_a_refused_program_is_a_row_and_a_line_of_the_page(monkeypatch):
     assert page.count(", statistics by device") == len(rows)
 
 
+@pytest.mark.parametrize(("model", "normed"), [("mlp", False), ("smallconv", True)])
+def test_batch_norms_are_counted_by_device_where_there_are_some(model, normed, monkeypatch):
+    class Four(Layout):
+        devices = 4
+
+    several = here()._replace(layout=Four(here().layout.mesh))
+    monkeypatch.setattr(ahead, "target", lambda name: several)
+    monkeypatch.setattr(ahead, "compiled", lambda *args: ahead.TooLarge(0.0, 0.0, None))
+    args = argparse.Namespace(
+        quick=False, imagenet=False, models=[model], target=["here"], batch=[32]
+    )  # fmt: skip
+    steps = [r for part in aot.measure(args) for r in part if r["program"] == "step"]
+    found = [r["method"] for r in steps if r["statistics"] == "device"]
+    assert found == (["bp", "ssa"] if normed else [])
+    assert {r["method"] for r in steps} == {"bp", "svd_bp", "ssa"}
+
+
 def test_a_plan_trains_nothing_and_says_in_a_line_what_is_missing():
     if INSTALLED["h100"]:
         pytest.skip("the compiler for h100 is installed here")
