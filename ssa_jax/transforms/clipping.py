@@ -74,6 +74,10 @@ def _rows(x: Array) -> Array:
     return jnp.sum(squares, axis=-1).ravel() if x.ndim > 1 else squares.ravel()
 
 
+def _rows_of_all(arrays: list[Array]) -> list[Array]:
+    return list(map(_rows, arrays))
+
+
 def _mean_squares(rows: list[Array], sizes: list[int]) -> Array:
     """Mean squares of arrays of some sizes, from stacks (arrays, rows) of `_rows`."""
     longest = max(x.shape[1] for x in rows)
@@ -96,7 +100,11 @@ def _clipped_in_stacks(
     held = [lax.optimization_barrier(jnp.stack([matrices[i] for i in group])) for group in groups]
     order = [*(places[i] for group in groups for i in group), *others]
     rows = [jnp.sum(jnp.square(_wide(x)), axis=-1).reshape(len(x), -1) for x in held]
-    rows += [x[None] for x in _rows_of_stacks([leaves[i] for i in others])]
+    # Those of dense matrices by where the program is lowered for, which may yet be a CPU.
+    rest = [leaves[i] for i in others]
+    rows += [
+        x[None] for x in lax.platform_dependent(rest, cpu=_rows_of_all, default=_rows_of_stacks)
+    ]
     by = longer(_mean_squares(rows, [leaves[i].size for i in order]))
     clipped: list[Array] = []
     for x in held:
@@ -111,6 +119,6 @@ def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
     """`_rows` of each, matrices brought to few shapes, whose rows are summed at once."""
     matrices = padded([x for x in arrays if x.ndim == 2])
     if not matrices:
-        return list(map(_rows, arrays))
+        return _rows_of_all(arrays)
     stacked = iter(map_stacked(lambda x: (jnp.sum(jnp.square(_wide(x)), axis=-1),), matrices)[0])
     return [next(stacked)[: len(x)] if x.ndim == 2 else _rows(x) for x in arrays]
