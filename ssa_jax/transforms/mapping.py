@@ -43,8 +43,7 @@ def stacks() -> bool:
 
     Not on a CPU, which starts an operation in no time, and adds and multiplies zeros like other
     numbers. On a mesh of GPUs where factors are whole on each; not on one of TPUs, for which
-    programs of stacks take half as long again to compile and have a tenth to a quarter fewer
-    kernels.
+    programs of stacks compile longer.
     """
     platform = platform_of_trace()
     if on_mesh():
