@@ -47,14 +47,13 @@ def clip_by_rms(threshold: float | Array) -> optax.GradientTransformationExtraAr
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates
-        if stacks():
-            clipped = _clipped_in_stacks(leaves, jax.tree.leaves(kinds_of(updates)), longer)
-        elif on_mesh():
+        if on_mesh() and not stacks():
             # Rows that lie on several devices would be sent to be together.
             clipped = [_over(x, longer(jnp.mean(jnp.square(_wide(x))))) for x in leaves]
         else:
-            squares = _mean_squares([_rows(x)[None] for x in leaves], [x.size for x in leaves])
-            clipped = [_over(x, longer(square)) for x, square in zip(leaves, squares, strict=True)]
+            kinds = jax.tree.leaves(kinds_of(updates)) if stacks() else []
+            places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
+            clipped = _clipped_at_once(leaves, places, longer)
         return jax.tree.unflatten(structure, clipped)
 
     return optax.with_extra_args_support(optax.stateless(update))
@@ -85,34 +84,32 @@ def _mean_squares(rows: list[Array], sizes: list[int]) -> Array:
     return jnp.sum(table, axis=1) / jnp.array(sizes)
 
 
-def _clipped_in_stacks(
-    leaves: list[Array], kinds: list[str], longer: Callable[[Array], Array]
+def _clipped_at_once(
+    leaves: list[Array], places: list[int], longer: Callable[[Array], Array]
 ) -> list[Array]:
-    """All arrays over `longer` of their mean squares; U and V of factors as stacks of few shapes.
+    """All arrays over `longer` of their mean squares; those at some places as stacks of few shapes.
 
-    Their gradients are products with s. XLA would multiply anew in every kernel that reads one, and
-    as some of those follow the update of s, would copy every s for them: so they are laid down.
+    Places of U and V of factors, whose gradients are products with s: XLA would multiply anew in
+    every kernel that reads one, and as some of those follow the update of s, would copy every s for
+    them. So they are laid down.
     """
-    places = [i for i, kind in enumerate(kinds) if is_matrix(kind)]
-    others = [i for i, kind in enumerate(kinds) if not is_matrix(kind)]
-    matrices = padded([leaves[i] for i in places])
+    others = [i for i in range(len(leaves)) if i not in set(places)]
+    matrices, rest = padded([leaves[i] for i in places]), [leaves[i] for i in others]
     groups = alike(matrices)
     held = [lax.optimization_barrier(jnp.stack([matrices[i] for i in group])) for group in groups]
     order = [*(places[i] for group in groups for i in group), *others]
     rows = [jnp.sum(jnp.square(_wide(x)), axis=-1).reshape(len(x), -1) for x in held]
-    # Those of dense matrices by where the program is lowered for, which may yet be a CPU.
-    rest = [leaves[i] for i in others]
-    rows += [
-        x[None] for x in lax.platform_dependent(rest, cpu=_rows_of_all, default=_rows_of_stacks)
-    ]
+    sums = lax.platform_dependent(rest, cpu=_rows_of_all, default=_rows_of_stacks)
+    rows += [x[None] for x in sums]
     by = longer(_mean_squares(rows, [leaves[i].size for i in order]))
     clipped: list[Array] = []
     for x in held:
         of_stack = by[len(clipped) : len(clipped) + len(x)]
         clipped += list(_over(x, of_stack.reshape(-1, *(1,) * (x.ndim - 1))))
-    clipped += [_over(leaves[i], by[k]) for k, i in enumerate(others, len(clipped))]
+    clipped = [x[tuple(map(slice, leaves[i].shape))] for i, x in zip(order, clipped, strict=False)]
+    clipped += [_over(x, of_one) for x, of_one in zip(rest, by[len(places) :], strict=True)]
     back = dict(zip(order, clipped, strict=True))
-    return [back[i][tuple(map(slice, x.shape))] for i, x in enumerate(leaves)]
+    return [back[i] for i in range(len(leaves))]
 
 
 def _rows_of_stacks(arrays: list[Array]) -> list[Array]:
