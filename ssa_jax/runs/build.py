@@ -49,11 +49,6 @@ class Devices(NamedTuple):
     memory: float
 
 
-def found() -> Devices:
-    """The devices that jax sees."""
-    return Devices(jax.device_count(), memory.device_bytes())
-
-
 class Built(NamedTuple):
     """A network, its method and optimiser, and the state before the first step.
 
@@ -104,7 +99,8 @@ def build(
             f"--batch_size must be at most {data.train_size}, the number of training "
             f"examples, got {config.batch_size}"
         )
-    asked, devices = config, devices or found()
+    asked = config
+    devices = devices or Devices(jax.device_count(), memory.device_bytes())
     if config.rank_schedule == "none":
         config = at_budget(config, data, given)
     if config.epochs * steps_per_epoch > MOST:
