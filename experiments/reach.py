@@ -5,10 +5,11 @@
 Takes the weights of a run, of whatever method, and measures what direct SSA would learn from on
 them: the angles between its gradients and the true ones, and between its signals and the true ones.
 Forms are each layer a unit, the same looking one ahead, units of two, four and eight, and the
-default of such a network, if it is none of these; and the linear map of the error that is nearest
-to the true signals in the mean square over 2048 training examples or as many as there are beside
-those that are probed, which says what better paths could gain. Nothing is trained and the run's
-folder stays as it is.
+default of such a network, if it is none of these; and two maps that are nearest to the true signals
+in the mean square over 2048 training examples or as many as there are beside those that are probed:
+the linear map of the error, which says what better paths could gain, and that with gates from a
+unit's own output, which says what gates could (left out where it would take too much memory).
+Nothing is trained and the run's folder stays as it is.
 """
 
 import json
@@ -37,6 +38,8 @@ def main() -> None:
     for row in reach.measure(run, values.examples):
         print(f"{row['form']}: {' '.join(f'{a:.0f}°' for a in row['angles'])}", flush=True)
         rows.append(row)
+    if all(row["form"] != reach.GATED.label for row in rows):
+        print(f"{reach.GATED.label}: left out, it would take more than {reach.LARGEST >> 20} MiB")
     print(f"\n{reach.table(rows)}\n\n{reach.advice(rows)}")
     if out:
         told = {"model": run.config.model, "method": run.config.method, "epochs": run.epoch}

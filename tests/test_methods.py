@@ -22,8 +22,9 @@ from helpers import (
 
 from ssa_jax import factors
 from ssa_jax.methods import METHODS, blend, chain, relay
-from ssa_jax.methods.composed import composed_paths
+from ssa_jax.methods.composed import composed_paths, over_positions
 from ssa_jax.methods.feedback import plan
+from ssa_jax.methods.grape import pushed
 from ssa_jax.methods.local import READOUT_UPDATES, READOUTS, readout_loss
 from ssa_jax.methods.ssa import PATHS, UPDATES
 from ssa_jax.models import MODELS
@@ -311,6 +312,48 @@ def test_drtp_sends_the_targets():
     # Hidden units do not wait for the output.
     again = method.signals(paths, params, tape, 2 * error, batch)
     assert max_difference(again[:-1], signals[:-1]) == 0
+
+
+@pytest.mark.parametrize("network", EVERY)
+def test_a_forward_motion_is_the_adjoint_of_backpropagation(network):
+    """<y, c> = sum of <u_i, J_i^T c>: what goes up by motions and what comes down by c agree."""
+    units, params, mstate = split(network)
+    _, _, tape = forward(units, params, mstate, make_batch().images)
+    *motions, c = (
+        jax.random.normal(jax.random.key(i), h.shape) for i, h in enumerate(tape.outputs)
+    )
+    y, expected, signal = pushed(tape, motions), 0.0, c
+    for pullback, u in zip(reversed(tape.pullbacks[1:]), reversed(motions), strict=True):
+        _, signal = pullback(signal)
+        expected += float(jnp.vdot(u, signal))
+    assert float(jnp.vdot(y, c)) == pytest.approx(expected, rel=1e-4)
+
+
+def cosine(x, y):
+    return float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y)))
+
+
+@pytest.mark.parametrize("form", ["full", "channel", "low_rank"])
+def test_grape_turns_its_paths_to_the_jacobian(form):
+    """Of a linear network, whose Jacobian is the same everywhere; at the length they had."""
+    units, params, mstate = split("linear")
+    options = {"form": form, "limit": 900} if form == "low_rank" else {"form": form}
+    method = make_method("grape", units, params, mstate, rate=0.05, **options)
+    _, _, tape = forward(units, params, mstate, make_batch(256).images)
+    begun = state = method.init(jax.random.key(0), params, mstate)
+    update = jax.jit(lambda state: method.update(state, params, params, tape, None))
+    for _ in range(300):
+        state = update(state)
+
+    full = plan(output_shapes(units, params, mstate, IMAGE), "full", 0)
+    jacobians = composed_paths(units, params, None, mstate, make_batch().images, full)
+    for path, was, jacobian in zip(state.paths, begun.paths, jacobians, strict=True):
+        if form == "low_rank":
+            jacobian, path, was = jnp.tensordot(path.basis.T, jacobian, 1), path.core, was.core
+        if form == "channel":
+            jacobian = over_positions(jacobian)
+        assert float(jnp.linalg.norm(path)) == pytest.approx(float(jnp.linalg.norm(was)), rel=1e-4)
+        assert cosine(path, jacobian) > 0.9 > 0.5 > cosine(was, jacobian)
 
 
 def test_svd_bp_needs_factors():

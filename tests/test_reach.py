@@ -11,14 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.measure import reach
+from experiments.measure import gates, reach
 from ssa_jax.errors import ConfigError
-from ssa_jax.methods import composed
+from ssa_jax.methods import chain, composed
+from ssa_jax.networks.forward import forward
 from ssa_jax.networks.models import split
 from ssa_jax.runs import network, trained
 from ssa_jax.runs.config import Config
 from ssa_jax.runs.run import run
 from ssa_jax.training import train
+from ssa_jax.training.tasks import output_error
 
 ROOT = Path(__file__).parent.parent
 DIGITS = Config(dataset="digits", epochs=1, batch_size=64, max_steps=6)
@@ -74,6 +76,43 @@ def test_no_linear_map_of_the_error_is_nearer_than_the_regression(measured):
     assert errors(built.method, regressed) < errors(layers.method, layers.state)
 
 
+def test_gates_bring_the_map_nearer_on_what_it_was_fitted_on(measured):
+    """The linear maps are among the gated ones."""
+    read, _ = measured
+    built = reach._built(read, reach.LAYERS)
+    batch = reach._batches(read)(0, 512)
+    linear = reach._built(read, reach.LINEAR)
+    seen = reach._seeing(linear.state, batch)
+    regressed = train.make_refresh(linear.method)(seen)
+    _, _, tape = forward(built.units, built.state.params, built.state.mstate, batch.images)
+    _, error = output_error(built.weights.task, tape.outputs[-1], batch.labels)
+
+    def missed(method, feedback):
+        sent = method.signals(feedback, built.state.params, tape, error, batch)
+        true = chain(tape, error)
+        return [float(np.mean((a - b) ** 2)) for a, b in zip(sent[:-1], true[:-1], strict=True)]
+
+    halves = [reach._batches(read)(start, 256) for start in (0, 256)]
+    gated = missed(gates.nearest(built, halves), built.state.feedback)
+    assert gated == pytest.approx(
+        missed(gates.nearest(built, [batch]), built.state.feedback), rel=1e-2
+    )
+    linear_ones = missed(linear.method, regressed.feedback)
+    assert gated[0] < 0.9 * linear_ones[0]
+    # That of the last hidden unit is linear in the error, but for the ridges.
+    assert max(gated[1], linear_ones[1]) < 1e-3 * linear_ones[0]
+
+
+def test_a_gated_map_that_would_not_fit_is_left_out(measured, monkeypatch):
+    read, rows = measured
+    assert reach.GATED.label in rows
+    batch = reach._batches(read)(0, 64)
+    # Of 40 features for each of 512 entries, in float32.
+    assert gates.size(reach._built(read, reach.LAYERS), batch) == 4 * 40**2 * 512
+    monkeypatch.setattr(reach, "LARGEST", 4 * 40**2 * 512 - 1)
+    assert reach.GATED.label not in {row["form"] for row in reach.measure(read, 64)}
+
+
 def test_the_weights_are_those_of_the_run(measured):
     read, _ = measured
     built = reach._built(read, reach.LAYERS)
@@ -89,7 +128,7 @@ def test_of_a_joined_run_every_grouping_is_measured(tmp_path):
     """Of four hidden layers one unit would be backpropagation, so units of two are the largest."""
     read = trained_by(tmp_path / "run", "ssa", "smallconv", unit_size=2)
     rows = {row["form"]: row for row in reach.measure(read, 256)}
-    assert list(rows) == [*(form.label for form in reach.FORMS[:3]), "units of 2"]
+    assert list(rows) == [*(form.label for form in reach.FORMS[:4]), "units of 2"]
     assert rows["units of 2"]["units"] == [2, 2]
     assert rows["units of 2"]["angles"][1] < 0.5
     assert rows["units of 2"]["angles"][0] < rows[reach.LAYERS.label]["angles"][0]

@@ -39,6 +39,7 @@ SCHEMES = {
     "kp": Scheme("kp", chain=("B₃ᵀ → W₃ᵀ", "B₂ᵀ → W₂ᵀ")),
     "dfa": Scheme("dfa", direct=("R₁", "R₂")),
     "drtp": Scheme("drtp", direct=("R₁", "R₂"), source="−y"),
+    "grape": Scheme("grape", direct=("B₁ → J₁", "B₂ → J₂")),
     "local": Scheme("local", own="readout"),
     "auglocal": Scheme("auglocal", own="aux. net"),
     "ssa": Scheme("ssa", direct=("D₁", "D₂")),

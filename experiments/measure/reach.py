@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.measure import gates
 from experiments.show import markdown
 from experiments.show.runs import Row
 from ssa_jax.errors import ConfigError
@@ -23,8 +24,10 @@ from ssa_jax.types import Batch, TrainState
 HEADER = ("form", "gradients, mean", "input to output", "signals, mean", "input to output")
 # Degrees: a cosine of 0.9.
 NEAR = 25.842
-# Batches that are probed, and examples of the regression.
+# Batches that are probed, and examples of the regressions.
 PROBES, EXAMPLES = 4, 2048
+# Most bytes of the sums of a gated map.
+LARGEST = 2**29
 
 
 class Form(NamedTuple):
@@ -36,10 +39,12 @@ class Form(NamedTuple):
 
 LAYERS = Form("each layer a unit", {})
 LINEAR = Form("each layer a unit, nearest linear map", {"feedback": "regression"})
+GATED = Form("each layer a unit, nearest gated map", {})
 DEFAULT = Form("default, units of {}", {"unit_size": None, "feedback_lookahead": None})
 FORMS = (
     LAYERS,
     LINEAR,
+    GATED,
     Form("each layer a unit, one ahead", {"feedback_lookahead": 1}),
     *(Form(f"units of {size}", {"unit_size": size}) for size in (2, 4, 8)),
     DEFAULT,
@@ -52,9 +57,11 @@ def measure(run: Trained, examples: int | None = None) -> Iterator[Row]:
     Composed paths are measured on the inputs that a run measures them on. The nearest linear map
     is the regression of the true signals on the error over `examples` training examples: in the
     mean square over those no signal that is linear in the error is nearer to the true one, see
-    `methods.regression`. Angles are those of `metrics.Probe`, means over `PROBES` batches of
-    the next training examples, without augmentation; forms whose hidden layers are all in one
-    unit, which is backpropagation, are left out, and so is the default where it is another form.
+    `methods.regression`; nor is one with gates from a unit's own output nearer than the gated map,
+    see `gates.nearest`, which is left out where it would take more than `LARGEST` bytes. Angles are
+    those of `metrics.Probe`, means over `PROBES` batches of the next training examples, without
+    augmentation; forms whose hidden layers are all in one unit, which is backpropagation, are left
+    out, and so is the default where it is another form.
 
     Args:
       run: of a named data set.
@@ -74,14 +81,19 @@ def measure(run: Trained, examples: int | None = None) -> Iterator[Row]:
         built = _built(run, form)
         hidden = len(built.units) - 1
         layers = hidden if layers is None else layers
-        if (form is not LAYERS and hidden == 1) or built.config in measured:
+        size, method, state = run.config.batch_size, built.method, built.state
+        if form is GATED:
+            if gates.size(built, batches(0, size)) > LARGEST:
+                continue
+            starts = range(0, examples, size)
+            seen = (batches(i, min(size, examples - i)) for i in starts)
+            method = gates.nearest(built, seen)
+        elif (form is not LAYERS and hidden == 1) or built.config in measured:
             continue
         measured.append(built.config)
-        state = built.state
         if form is LINEAR:
-            state = train.make_refresh(built.method)(_seeing(state, batches(0, examples)))
-        probe = metrics.make_probe(built.units, built.method, built.weights)
-        size = run.config.batch_size
+            state = train.make_refresh(method)(_seeing(state, batches(0, examples)))
+        probe = metrics.make_probe(built.units, method, built.weights)
         rows = [
             metrics.probe_row(probe(state, batches(examples + i * size, size)))
             for i in range(PROBES)

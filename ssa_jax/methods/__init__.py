@@ -7,6 +7,7 @@ from ssa_jax.methods.base import FeedbackOptions, Method, Network
 from ssa_jax.methods.bp import bp, chain, svd_bp
 from ssa_jax.methods.dfa import dfa, drtp
 from ssa_jax.methods.fa import brsf, fa, frsf, kp, usf
+from ssa_jax.methods.grape import grape
 from ssa_jax.methods.local import local
 from ssa_jax.methods.pair import blend, relay
 from ssa_jax.methods.ssa import ssa
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[[Network, FeedbackOptions], Method]] = {
     "brsf": brsf,
     "kp": kp,
     "drtp": drtp,
+    "grape": grape,
     "local": local,
     "auglocal": auglocal,
     "ssa": ssa,

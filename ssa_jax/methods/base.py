@@ -185,7 +185,8 @@ class FeedbackOptions(NamedTuple):
       path: ``"composed"``, ``"regression"``, ``"sequential"`` or ``"random"`` (see `methods.ssa`).
       update: ``"fixed"``, ``"mutual"`` or ``"tracked"``.
       every: steps between refreshes of tracked twins and of composed paths.
-      rate: the twins' own rate under ``"mutual"``, and kp's decay of the difference.
+      rate: the twins' own rate under ``"mutual"``, kp's decay of the difference, and how far the
+        paths of grape turn in a step.
       form: form of direct paths, a name in `feedback.FORMS`.
       limit: bytes that full paths may take under the form ``"auto"``.
       lookahead: units that a direct signal of ssa is pulled back through exactly.

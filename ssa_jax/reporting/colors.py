@@ -16,6 +16,7 @@ NAMED = {
     "brsf": "#00563f",
     "kp": "#a6761d",
     "drtp": "#cc79a7",
+    "grape": "#882255",
     "local": "#e69f00",
     "auglocal": "#b8a800",
     "uniform": "#1a1a1a",

@@ -164,7 +164,7 @@ class Config:
     feedback_update: str = setting("tracked", "How the twins move.", choices=UPDATES)
     feedback_every: int = setting(10, "Steps between refreshes of the feedback.", low=1)
     feedback_rate: float = setting(
-        0.01, "Rate of mutual twins, and decay of kp's difference.", low=0.0, high=0.5
+        0.01, "Rate of mutual twins and of grape's paths, and kp's decay.", low=0.0, high=0.5
     )
     feedback_form: str = setting("auto", "Form of direct paths.", choices=FORMS)
     feedback_limit_mib: int = setting(256, "Most MiB of full (auto) or low-rank paths.", low=0)
