@@ -19,6 +19,7 @@ import ssa_jax
 from ssa_jax.data import Dataset
 from ssa_jax.errors import ConfigError, DataError
 from ssa_jax.methods import METHODS, Method
+from ssa_jax.networks.factorize import LeftDense
 from ssa_jax.reporting import callbacks, pictures, summary
 from ssa_jax.runs import trained
 from ssa_jax.runs.run import run as by_config
@@ -83,6 +84,21 @@ def test_a_dense_model_from_outside_by_name_is_put_on_factors():
     given = ssa_jax.fit(Net(), (X, Y), rank_schedule="hybrid", **OPTIONS)
     assert named.history[-1]["ranks"] == given.history[-1]["ranks"] != {}
     assert all(map(np.array_equal, leaves(named.model), leaves(given.model)))
+
+
+def function(input_shape, outputs, *, rank, rngs):
+    """A plain function from outside, dense."""
+    del rank, rngs
+    params = {"a": 0.1 * jnp.ones((int(np.prod(input_shape)), 8)), "b": jnp.ones((8, outputs))}
+    return ssa_jax.Functional(
+        lambda p, x: ssa_jax.cut(jnp.tanh(x.reshape(len(x), -1) @ p["a"])) @ p["b"], params
+    )
+
+
+def test_a_plain_function_by_name_that_stays_dense_is_told():
+    with pytest.warns(LeftDense, match=r":function \(a plain function; `factors.from_dense`"):
+        run = ssa_jax.fit(f"{__name__}:function", (X, Y), method="ssa", **OPTIONS)
+    assert run.history[-1]["ranks"] == {}
 
 
 def test_the_dense_size_of_a_model_on_factors_is_that_of_its_dense_layers(capsys):

@@ -62,7 +62,11 @@ def make_model(config: Config, data: Images, given: Given = NOTHING, *, factoriz
 
     try:
         model = start(at(rank), data.example, config.seed)
-        if rank is None or isinstance(model, Functional):
+        if rank is None:
+            return model
+        if isinstance(model, Functional):
+            if not has_factors(model):
+                tell_left({config.model: "a plain function; `factors.from_dense` makes factors"})
             return model
         if not has_factors(model):
             return _given_model(model, config, data, rank)
