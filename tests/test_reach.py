@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,6 +102,26 @@ def test_gates_bring_the_map_nearer_on_what_it_was_fitted_on(measured):
     assert gated[0] < 0.9 * linear_ones[0]
     # That of the last hidden unit is linear in the error, but for the ridges.
     assert max(gated[1], linear_ones[1]) < 1e-3 * linear_ones[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_gates_that_are_seldom_open_do_no_harm(scale):
+    """A signal that is linear in the error is found, and on other examples too."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(10, 64))
+
+    def examples():
+        logits, labels = 8 * rng.normal(size=(512, 10)), rng.integers(0, 10, 512)
+        error = jax.nn.softmax(logits) / 100 - jax.nn.one_hot(labels, 10) / 100
+        h = scale * np.maximum(rng.normal(-2.5, 1, (512, 64)), 0)
+        f = gates.features(jnp.asarray(error, jnp.float32), jnp.asarray(h, jnp.float32))
+        return f, jnp.asarray(error @ w, jnp.float32)
+
+    f, true = examples()
+    found = gates._solved(jnp.einsum("bfj,bgj->jfg", f, f), jnp.einsum("bfj,bj->jf", f, true))
+    f, true = examples()
+    missed = jnp.einsum("bfj,jf->bj", f, found) - true
+    assert float(jnp.linalg.norm(missed) / jnp.linalg.norm(true)) < 3e-3
 
 
 def test_a_gated_map_that_would_not_fit_is_left_out(measured, monkeypatch):

@@ -23,7 +23,7 @@ from ssa_jax.types import Batch
 Array = jax.Array
 Tree = Any
 
-# What is added to each feature's mean square, as a share of it.
+# The ridge, as a share of the mean square of a gate's features over all entries.
 RIDGE = 1e-3
 # The gates of an entry: none, whether it is above zero, itself, and the mean of its channel.
 GATES = 4
@@ -93,6 +93,12 @@ def size(built: Built, batch: Batch) -> int:
 
 
 def _solved(squares: Array, moments: Array) -> Array:
-    # A gate that is always shut has neither squares nor moments, and gets a zero.
-    ridge = RIDGE * jnp.diagonal(squares, axis1=1, axis2=2) + jnp.finfo(squares.dtype).tiny
-    return jnp.linalg.solve(squares + jax.vmap(jnp.diag)(ridge), moments[..., None])[..., 0]
+    # By gate, brought to a mean square of one over all entries: what is seldom open in an entry
+    # falls below the ridge there, and float32 loses nothing.
+    sizes = jnp.diagonal(squares, axis1=1, axis2=2)
+    of_gates = jnp.mean(sizes.reshape(len(sizes), GATES, -1), (0, 2))
+    scale = jax.lax.rsqrt(jnp.maximum(of_gates, jnp.finfo(sizes.dtype).tiny))
+    scale = jnp.repeat(scale, sizes.shape[1] // GATES)
+    ridge = RIDGE * jnp.eye(len(scale), dtype=squares.dtype)
+    scaled = squares * jnp.outer(scale, scale)[None] + ridge[None]
+    return scale[None] * jnp.linalg.solve(scaled, (scale[None] * moments)[..., None])[..., 0]
