@@ -208,7 +208,7 @@ def test_the_program_prints_a_table_and_keeps_the_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(kept.read_text())
     assert record["command"].startswith("python -m experiments.reach --workdir=")
-    assert [row["form"] for row in record["rows"]] == [form.label for form in reach.FORMS[:3]]
+    assert [row["form"] for row in record["rows"]] == [form.label for form in reach.FORMS[:4]]
     for row in record["rows"]:
         assert row["form"] in done.stdout
 

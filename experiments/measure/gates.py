@@ -23,8 +23,10 @@ from ssa_jax.types import Batch
 Array = jax.Array
 Tree = Any
 
-# The ridge, as a share of the mean square of a gate's features over all entries.
-RIDGE = 1e-3
+# The ridges, as a share of the mean square of a gate's features over all entries: of the error by
+# itself, and of the gates, to which falls what that leaves. Where a gate is hardly ever shut, the
+# two are hardly to be told apart.
+RIDGE, RIDGE_OF_GATES = 1e-5, 1e-3
 # The gates of an entry: none, whether it is above zero, itself, and the mean of its channel.
 GATES = 4
 _FLOAT_BYTES = 4
@@ -98,7 +100,8 @@ def _solved(squares: Array, moments: Array) -> Array:
     sizes = jnp.diagonal(squares, axis1=1, axis2=2)
     of_gates = jnp.mean(sizes.reshape(len(sizes), GATES, -1), (0, 2))
     scale = jax.lax.rsqrt(jnp.maximum(of_gates, jnp.finfo(sizes.dtype).tiny))
-    scale = jnp.repeat(scale, sizes.shape[1] // GATES)
-    ridge = RIDGE * jnp.eye(len(scale), dtype=squares.dtype)
-    scaled = squares * jnp.outer(scale, scale)[None] + ridge[None]
+    outputs = sizes.shape[1] // GATES
+    scale = jnp.repeat(scale, outputs)
+    ridges = jnp.full_like(scale, RIDGE_OF_GATES).at[:outputs].set(RIDGE)
+    scaled = squares * jnp.outer(scale, scale)[None] + jnp.diag(ridges)[None]
     return scale[None] * jnp.linalg.solve(scaled, (scale[None] * moments)[..., None])[..., 0]
