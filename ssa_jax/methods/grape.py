@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from ssa_jax.methods import composed
 from ssa_jax.methods import feedback as fb
-from ssa_jax.methods.base import FeedbackOptions, Method, Network, all_direct
+from ssa_jax.methods.base import FeedbackOptions, Method, Network
+from ssa_jax.methods.dfa import dfa
 from ssa_jax.networks.forward import Tape
 
 Array = jax.Array
@@ -43,17 +44,16 @@ def grape(network: Network, options: FeedbackOptions) -> Method:
     Raises:
       ValueError: an unknown form.
     """
-    plan = fb.plan(network.shapes, options.form, options.limit)
+    start, plan = dfa(network, options), fb.plan(network.shapes, options.form, options.limit)
 
     def init(key: Array, params: Tree, mstate: Tree) -> Aligned:
-        del params, mstate
         key, key_paths = jax.random.split(key)
-        ranks = [None] * len(network.shapes)
-        return Aligned(key, fb.random_paths(key_paths, network.shapes, ranks, plan))
+        return Aligned(key, start.init(key_paths, params, mstate))
 
-    def direct(feedback: Aligned, error: Array, batch: Any, i: int) -> Array:
-        del batch
-        return fb.send(error, feedback.paths[i], network.shapes[i])
+    def signals(
+        feedback: Aligned, params: Tree, tape: Tape, error: Array, batch: Any
+    ) -> Sequence[Array]:
+        return start.signals(feedback.paths, params, tape, error, batch)
 
     def update(feedback: Aligned, before: Tree, after: Tree, tape: Tape, batch: Any) -> Aligned:
         del before, after, batch
@@ -69,9 +69,8 @@ def grape(network: Network, options: FeedbackOptions) -> Method:
         )
         return Aligned(key, paths)
 
-    # Not `Method.direct`, which is for methods whose update leaves the tape unread.
-    signals = all_direct(direct, len(network.units))
-    return Method(init=init, signals=signals, update=update, note=str(plan))
+    # Without `Method.direct`, which is for methods whose update leaves the tape unread.
+    return Method(init=init, signals=signals, update=update, note=start.note)
 
 
 def pushed(tape: Tape, moved: Sequence[Array]) -> Array:
